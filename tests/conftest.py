@@ -1,0 +1,19 @@
+"""Settings of the whole suite: deterministic algorithms (which also fill fresh memory with NaN), fixed hypothesis profile."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+settings.register_profile("semshift", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("semshift")
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
