@@ -1,0 +1,200 @@
+"""The command line: `python -m examples.ass train | demo | evaluate | compare`."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from examples.ass import runs
+from examples.ass.compare import compare, comparison_table
+from examples.ass.data import InputError
+from examples.ass.evaluate import Scores, evaluate, illustrate, score_table
+from examples.ass.models import SmallSegmenter
+from examples.ass.settings import METHODS, Settings, check, open_images
+from examples.ass.train import build_segmenter, train
+
+__all__ = ["main"]
+
+PRESETS = Path(__file__).parent / "presets"
+USAGE = """usage: python -m examples.ass COMMAND [OPTIONS]
+
+commands:
+  train     train one method on the built-in scenes, a preset or a file of settings
+  demo      source-only and ass on the built-in scenes, then a report of the two
+  evaluate  score a run again: per class, and averaged over a named subset
+  compare   several methods and seeds in one table
+
+`python -m examples.ass COMMAND --help` lists the options of each.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command; bad input ends in one line on standard error and status 2."""
+    commands = {"train": _train, "demo": _demo, "evaluate": _evaluate, "compare": _compare}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    try:
+        if arguments[0] not in commands:
+            raise InputError(f"expected a command, one of {', '.join(commands)}, got {arguments[0]}")
+        commands[arguments[0]](arguments[1:])
+    except (InputError, argparse.ArgumentError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the last checkpoint is kept, --resume goes on from it", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(arguments: Sequence[str]) -> None:
+    settings, options = _parse("train", arguments)
+    name = options.preset or ("scenes" if options.config is None else Path(options.config).stem)
+    out = Path(options.out or f"runs/{name}-{settings.method}-{settings.labelled}-seed{settings.seed}")
+    metrics = train(
+        settings,
+        out,
+        data_root=_path(options.data_root),
+        resume=options.resume,
+        save_predictions=options.save_predictions,
+    )
+    print(score_table(Scores(metrics["iou"], metrics["miou"])))
+    print(f"report: {out / 'report.png'}")
+
+
+def _demo(arguments: Sequence[str]) -> None:
+    settings, options = _parse("demo", arguments)
+    out = Path(options.out or "runs/demo")
+    data_root = _path(options.data_root)
+    scores, segmenters = {}, []
+    for method in ("source-only", settings.method):
+        run = dataclasses.replace(settings, method=method)
+        metrics = train(run, out / method, data_root=data_root, resume=options.resume)
+        scores[method] = metrics["miou"]
+        segmenters.append((method, _load(run, out / method / runs.LAST)))
+    illustrate(
+        out / "report.png",
+        settings,
+        open_images(settings, data_root),
+        title=f"{settings.method} with {settings.labelled} labelled target images, against source-only",
+        before=segmenters[0],
+        after=segmenters[1],
+        history=runs.read_history(out / settings.method),
+    )
+    for method, miou in scores.items():
+        print(f"mIoU {method}: {100 * miou:.1f}")
+    print(f"report: {out / 'report.png'}")
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    parser = _parser("evaluate")
+    parser.add_argument("--out", metavar="DIR", required=True, help="a run folder")
+    parser.add_argument("--data-root", metavar="DIR", help="where the run's image folders lie")
+    parser.add_argument("--split", choices=["validation", "test"], default="test", help="(default: test)")
+    parser.add_argument("--subset", metavar="NAME", help="average over this one of the run's data.subsets")
+    parser.add_argument("--save-predictions", metavar="DIR", help="write the predicted index masks here")
+    options = parser.parse_args(arguments)
+    out = Path(options.out)
+    if not (out / "settings.yaml").exists():
+        raise InputError(f"expected --out to be a run folder, got {out}, which has no settings.yaml")
+    settings, _ = _parse("train", ["--config", str(out / "settings.yaml")])
+    subsets = settings.data.subsets
+    if options.subset is not None and options.subset not in subsets:
+        raise InputError(f"expected --subset to be one of {sorted(subsets)}, got {options.subset}")
+    scores = evaluate(
+        _load(settings, out / runs.LAST),
+        getattr(open_images(settings, _path(options.data_root)), options.split),
+        classes=settings.data.classes,
+        size=settings.data.size,
+        ignore_index=settings.data.ignore_index,
+        predictions=_path(options.save_predictions),
+    )
+    named = (options.subset, subsets[options.subset]) if options.subset else ("all classes", settings.data.classes)
+    print(score_table(scores, subset=named[0], classes=named[1]))
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    parser = _parser("compare", "Options of train may follow; they hold for every run.")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
+    parser.add_argument("--out", metavar="DIR", default="runs/compare", help="(default: runs/compare)")
+    options, rest = parser.parse_known_args(arguments)
+    settings, train_options = _parse("train", rest)
+    if train_options.out is not None or train_options.resume or "--method" in rest or "--seed" in rest:
+        raise InputError("expected compare to choose method, seed, out and resume of its runs, got one of them")
+    check(settings)
+    results = compare(
+        rest,
+        methods=options.methods,
+        seeds=options.seeds,
+        out=Path(options.out),
+        jobs=options.jobs,
+        threads=options.threads,
+    )
+    print(comparison_table(results))
+    print(f"table: {Path(options.out) / 'comparison.md'}")
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise InputError(message)
+
+
+def _parser(command: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    return _OneLineParser(prog=f"python -m examples.ass {command}", epilog=epilog, allow_abbrev=False)
+
+
+def _parse(command: str, arguments: Sequence[str]) -> tuple[Settings, argparse.Namespace]:
+    # The preset or file must be known before the settings are parsed, since options given beside it come over it.
+    where = _parser(command)
+    where.add_argument("--preset")
+    where.add_argument("--config")
+    chosen, _ = where.parse_known_args([argument for argument in arguments if argument not in ("-h", "--help")])
+    presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    if chosen.preset is not None and chosen.config is not None:
+        raise InputError(f"expected --preset or --config, got both, {chosen.preset} and {chosen.config}")
+    if chosen.preset is not None and chosen.preset not in presets:
+        raise InputError(f"expected --preset to be one of {', '.join(presets)}, got {chosen.preset}")
+    file = chosen.config if chosen.preset is None else str(PRESETS / f"{chosen.preset}.yaml")
+    if file is not None and not Path(file).is_file():
+        raise InputError(f"expected --config to be a file, got {file}")
+
+    parser = jsonargparse.ArgumentParser(
+        prog=f"python -m examples.ass {command}",
+        exit_on_error=False,
+        allow_abbrev=False,
+        default_config_files=[] if file is None else [file],
+    )
+    parser.add_argument("--preset", metavar="NAME", help=f"settings that come with the trainer: {', '.join(presets)}")
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings")
+    parser.add_argument("--data-root", metavar="DIR", help="where the image folders of the settings lie")
+    parser.add_argument("--out", metavar="DIR", help="the run folder")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    parser.add_argument("--save-predictions", action="store_true", help="write the test set's index masks")
+    parser.add_class_arguments(Settings, None)
+    try:
+        options = parser.instantiate(parser.parse_args(list(arguments)))
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error} (with the settings of {file})" if file else str(error)) from error
+    return Settings(**{part.name: options[part.name] for part in dataclasses.fields(Settings)}), options
+
+
+def _load(settings: Settings, checkpoint: Path) -> SmallSegmenter:
+    segmenter = build_segmenter(settings)
+    segmenter.load_state_dict(runs.load_weights(checkpoint))
+    return segmenter.eval()
+
+
+def _path(path: str | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

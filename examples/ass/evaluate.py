@@ -1,0 +1,203 @@
+"""Evaluation: one confusion matrix over a whole set, intersection over union per class, prototypes per domain."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Subset
+from torchmetrics.classification import MulticlassConfusionMatrix
+from tqdm import tqdm
+
+from examples.ass.data import InputError, Sample, fit, image_tensor
+from examples.ass.report import Prototypes, Shown, draw_report
+from examples.ass.settings import Images, Settings
+from semshift.pooling import class_sums
+
+__all__ = ["Scores", "evaluate", "illustrate", "mean_iou", "predict", "prototypes", "save_masks", "score_table"]
+
+
+class Scores(NamedTuple):
+    """Intersection over union of each class, and their mean."""
+
+    iou: dict[str, float | None]
+    """Class name to a value in [0, 1]; None where neither labels nor predictions hold the class."""
+    miou: float
+    """Mean over the classes that have a value."""
+
+
+def mean_iou(iou: Mapping[str, float | None], classes: Sequence[str]) -> float:
+    """Mean intersection over union of the named classes, over those that have a value.
+
+    Raises:
+        InputError: none of them has a value.
+    """
+    values = [value for name in classes if (value := iou[name]) is not None]
+    if not values:
+        raise InputError(f"expected at least one of the classes {list(classes)} in the evaluated images, got none")
+    return sum(values) / len(values)
+
+
+@torch.no_grad()
+def predict(segmenter: nn.Module, sample: Sample, size: tuple[int, int]) -> np.ndarray:
+    """Predict the class of each pixel, at the size of the sample's own labels.
+
+    Returns:
+        `uint8 [H, W]`.
+    """
+    device = next(segmenter.parameters()).device
+    logits = segmenter(image_tensor(fit(sample, size))[None].to(device)).logits
+    logits = F.interpolate(logits.float(), size=sample.label.shape, mode="bilinear", align_corners=False)
+    result: np.ndarray = logits[0].argmax(0).to("cpu", torch.uint8).numpy()
+    return result
+
+
+def evaluate(
+    segmenter: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    classes: Sequence[str],
+    size: tuple[int, int],
+    ignore_index: int,
+    predictions: Path | None = None,
+    progress: str = "evaluate",
+) -> Scores:
+    """Score a segmenter by one confusion matrix summed over all images.
+
+    Args:
+        segmenter: maps images `[1, 3, *size]` to a `Segmentation`.
+        samples: images with labels.
+        classes: names in the order of their ids.
+        size: height and width at which the segmenter sees the images.
+        ignore_index: id of pixels that are not counted.
+        predictions: folder for the predicted index masks, `NAME.png` at the labels' size.
+        progress: title of the progress bar.
+    """
+    matrix = MulticlassConfusionMatrix(len(classes), ignore_index=ignore_index)
+    for sample in tqdm(_each(samples), desc=progress, total=len(samples), leave=False):
+        predicted = predict(segmenter, sample, size)
+        matrix.update(torch.from_numpy(predicted).long(), torch.from_numpy(sample.label).long())
+        if predictions is not None:
+            save_masks(predictions, {sample.name: predicted})
+    counts = matrix.compute().double()
+    intersection = counts.diagonal()
+    union = counts.sum(0) + counts.sum(1) - intersection
+    iou = {
+        name: float(intersection[k] / union[k]) if union[k] > 0 else None for k, name in enumerate(classes)
+    }
+    return Scores(iou, mean_iou(iou, classes))
+
+
+@torch.no_grad()
+def prototypes(
+    segmenter: nn.Module,
+    source: Sequence[Sample],
+    target: Sequence[Sample],
+    *,
+    num_classes: int,
+    size: tuple[int, int],
+    ignore_index: int,
+) -> Prototypes:
+    """Prototypes of two domains, each pooled over all its images: sums are added, then divided once."""
+    device = next(segmenter.parameters()).device
+
+    def pool(samples: Sequence[Sample]) -> np.ndarray:
+        pooled = sum(
+            class_sums(
+                segmenter(image_tensor(fit(sample, size))[None].to(device)).features,
+                torch.from_numpy(sample.label)[None].to(device),
+                num_classes,
+                ignore_index=ignore_index,
+                resample="bilinear",
+            )
+            for sample in _each(samples)
+        )
+        means: Tensor = torch.where(pooled.present[:, None], pooled.means, torch.nan)
+        result: np.ndarray = means.cpu().numpy()
+        return result
+
+    return Prototypes(pool(source), pool(target))
+
+
+def illustrate(
+    path: Path,
+    settings: Settings,
+    images: Images,
+    *,
+    title: str,
+    before: tuple[str, nn.Module],
+    after: tuple[str, nn.Module],
+    history: Sequence[Mapping[str, float]],
+    shown: int = 4,
+    pooled: int = 40,
+) -> None:
+    """Draw the report of two segmenters, each with its name, on the validation images.
+
+    Args:
+        path: of the picture.
+        settings: of the run.
+        images: of the run.
+        title: of the picture.
+        before: name and segmenter to compare with.
+        after: name and segmenter that the report is about.
+        history: rows of the log.
+        shown: number of validation images that are shown.
+        pooled: number of images of each domain whose prototypes are drawn.
+    """
+    data = settings.data
+    spread = np.linspace(0, len(images.validation) - 1, min(shown, len(images.validation))).round().astype(int)
+    rows = []
+    for i in spread:
+        sample = images.validation[int(i)]
+        predictions = [predict(segmenter, sample, data.size) for _, segmenter in (before, after)]
+        rows.append(Shown(sample.name, sample.image, sample.label, *predictions))
+    some = [Subset(part, range(min(pooled, len(part)))) for part in (images.source, images.validation)]
+    drawn = [
+        prototypes(
+            segmenter,
+            *some,
+            num_classes=len(data.classes),
+            size=data.size,
+            ignore_index=data.ignore_index,
+        )
+        for _, segmenter in (before, after)
+    ]
+    draw_report(
+        path,
+        title=title,
+        before_name=before[0],
+        after_name=after[0],
+        shown=rows,
+        classes=data.classes,
+        history=history,
+        before=drawn[0],
+        after=drawn[1],
+        ignore_index=data.ignore_index,
+    )
+
+
+def save_masks(folder: Path, masks: Mapping[str, np.ndarray]) -> None:
+    """Write index masks as `NAME.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, mask in masks.items():
+        Image.fromarray(mask).save(folder / f"{name}.png")
+
+
+def score_table(scores: Scores, *, subset: str = "all classes", classes: Sequence[str] | None = None) -> str:
+    """A table of the scores in percent, one class a line."""
+    names = list(scores.iou) if classes is None else list(classes)
+    width = max(map(len, [*names, f"mean over {subset}"]))
+    lines = [
+        f"{name:<{width}}  {'absent' if (value := scores.iou[name]) is None else format(100 * value, '6.1f')}"
+        for name in names
+    ]
+    return "\n".join([*lines, f"{f'mean over {subset}':<{width}}  {100 * mean_iou(scores.iou, names):6.1f}"])
+
+
+def _each(samples: Sequence[Sample]) -> Iterator[Sample]:
+    # Sequence of ours has len() and [i] only; iteration by index never asks one past the end.
+    return (samples[i] for i in range(len(samples)))

@@ -1,0 +1,502 @@
+"""One picture of a run: predictions before and after, the curves, and the prototypes of both domains."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+__all__ = ["STYLE", "Prototypes", "Shown", "class_colours", "draw_report", "save_figure"]
+
+# Twelve colours at least 18 CIE Lab units from each other and from the grey of ignored pixels, in ordinary sight and
+# in all three kinds of colour blindness; a test recomputes that.
+_PALETTE = np.array(
+    [
+        [0x33, 0x22, 0x88],
+        [0xF0, 0xE4, 0x42],
+        [0x22, 0x88, 0x33],
+        [0xEE, 0x66, 0x77],
+        [0x99, 0xDD, 0xFF],
+        [0xAA, 0x44, 0x99],
+        [0x44, 0xBB, 0x99],
+        [0x55, 0x55, 0x55],
+        [0xAA, 0xAA, 0x00],
+        [0x6E, 0x2C, 0x00],
+        [0x78, 0x5E, 0xF0],
+        [0x22, 0x22, 0x22],
+    ]
+)
+_IGNORED, _STRIPE = np.array([0xDD, 0xDD, 0xDD]), np.array([0xF7, 0xF7, 0xF7])
+STYLE: Any = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "legend.frameon": False,
+    "hatch.linewidth": 1.5,
+    # A class name may hold dollars.
+    "text.parse_math": False,
+}
+"""Matplotlib's settings for every picture of the trainer."""
+_DPI = 120
+
+_SEGMENTATION, _GLOBAL, _SEMANTIC = "#222222", "#0072B2", "#D55E00"
+_LOSSES = {
+    "loss/segmentation": ("segmentation", _SEGMENTATION, "-"),
+    "loss/global": ("global, segmenter's", _GLOBAL, "-"),
+    "loss/global_critic": ("global, critic's", _GLOBAL, ":"),
+    "loss/semantic": ("semantic, segmenter's", _SEMANTIC, "-"),
+    "loss/semantic_critic": ("semantic, critic's", _SEMANTIC, ":"),
+}
+_CRITICS = {"global": _GLOBAL, "semantic": _SEMANTIC}
+
+
+class Shown(NamedTuple):
+    """One target image."""
+
+    name: str
+    image: np.ndarray
+    """`uint8 [H, W, 3]`."""
+    label: np.ndarray
+    """Class ids `[H, W]`."""
+    before: np.ndarray
+    """Predicted class ids `[H, W]`."""
+    after: np.ndarray
+    """Predicted class ids `[H, W]`."""
+
+
+class Prototypes(NamedTuple):
+    """One mean feature per class and domain; the row of an absent class is NaN."""
+
+    source: np.ndarray
+    """`float [K, C]`."""
+    target: np.ndarray
+    """`float [K, C]`."""
+
+
+def class_colours(num_classes: int) -> np.ndarray:
+    """Give each class a colour: twelve that colour-blind eyes can tell apart too, then shades of them.
+
+    Args:
+        num_classes: at least 0; the colours repeat after 36.
+
+    Returns:
+        `uint8 [K, 3]`, red, green and blue.
+    """
+    darker, lighter = _PALETTE * 0.6, _PALETTE + (255 - _PALETTE) * 0.55
+    # A darker black would be black again, and a lighter sky white: those two go towards the other end.
+    darker[11], lighter[4] = [0x00, 0x45, 0x45], [0x4A, 0x90, 0xC8]
+    rounds = np.concatenate([_PALETTE, darker, lighter]).round().astype(np.uint8)
+    colours: np.ndarray = rounds[np.arange(num_classes) % len(rounds)]
+    return colours
+
+
+def draw_report(
+    path: Path,
+    *,
+    title: str,
+    before_name: str,
+    after_name: str,
+    shown: Sequence[Shown],
+    classes: Sequence[str],
+    history: Sequence[Mapping[str, float | None]],
+    before: Prototypes,
+    after: Prototypes,
+    ignore_index: int = 255,
+) -> None:
+    """Draw a run as one PNG, the same bytes for the same run.
+
+    Args:
+        path: the picture, replaced as a whole.
+        title: of the picture.
+        before_name: what predicted `Shown.before`.
+        after_name: what predicted `Shown.after`.
+        shown: target images, at least one.
+        classes: names in the order of their ids.
+        history: rows of the log, each with "step"; what a row lacks, or holds as None or NaN, leaves a gap.
+        before: prototypes of the network `before_name`, `[K, C]` in both domains.
+        after: prototypes of the network `after_name`, `[K, C]` in both domains.
+        ignore_index: id of pixels without a class.
+
+    Raises:
+        ValueError: no image, arrays whose shapes or values do not belong together, or a row without "step".
+    """
+    _check(shown, classes, history, {"before": before, "after": after}, ignore_index)
+    with matplotlib.rc_context(STYLE):
+        page = _Page(width=14.0, shown=shown, classes=classes)
+        page.figure.text(
+            page.left / page.width, 1 - 0.32 / page.height, title, fontsize=16, weight="bold", va="center"
+        )
+        _draw_images(page, shown, (before_name, after_name), classes, ignore_index)
+        _draw_curves(page, history)
+        for column, (name, prototypes) in enumerate([(before_name, before), (after_name, after)]):
+            _draw_prototypes(page.half(column), f"Prototypes, {name}", prototypes)
+        page.figure.legend(
+            handles=[
+                Line2D(
+                    [],
+                    [],
+                    marker="o",
+                    linestyle="",
+                    color="0.4",
+                    markersize=11,
+                    label="source, with the class's number",
+                ),
+                Line2D(
+                    [],
+                    [],
+                    marker="X",
+                    linestyle="",
+                    color="0.4",
+                    markersize=10,
+                    label="target, joined to its source",
+                ),
+            ],
+            loc="lower left",
+            bbox_to_anchor=(page.left / page.width, 0.12 / page.height),
+            ncols=2,
+            borderaxespad=0,
+            borderpad=0,
+            handletextpad=0.3,
+        )
+        save_figure(page.figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG that depends on the figure alone, at once or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _Page:
+    """The layout in inches from the top left corner: a heading, images, their legend, curves, prototypes."""
+
+    left, right, gap = 0.75, 0.3, 0.15
+    images_top, curves_height, prototypes_height = 1.0, 3.6, 4.6
+
+    def __init__(self, *, width: float, shown: Sequence[Shown], classes: Sequence[str]) -> None:
+        self.width = width
+        self.cell = (width - self.left - self.right - 3 * self.gap) / 4
+        self.row = min(self.cell * max(item.image.shape[0] / item.image.shape[1] for item in shown), 4.0)
+        longest = min(max(map(len, [*classes, "no class"])), 24)
+        self.column = 0.75 + 0.095 * longest
+        self.columns = min(int((width - self.left - self.right) / self.column), len(classes) + 1)
+        self.lines = math.ceil((len(classes) + 1) / self.columns)
+        self.legend_top = self.images_top + len(shown) * (self.row + 0.3) + 0.1
+        self.curves_top = self.legend_top + 0.28 * self.lines + 0.75
+        self.prototypes_top = self.curves_top + self.curves_height + 1.15
+        self.height = self.prototypes_top + self.prototypes_height + 0.95
+        self.figure = Figure(figsize=(width, self.height))
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        return self.figure.add_axes(
+            (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
+        )
+
+    def half(self, column: int) -> Axes:
+        """Add the left or the right prototype panel."""
+        width = (self.width - self.left - self.right - 0.7) / 2
+        return self.axes(
+            self.left + column * (width + 0.7), self.prototypes_top, width, self.prototypes_height
+        )
+
+
+def _check(
+    shown: Sequence[Shown],
+    classes: Sequence[str],
+    history: Sequence[Mapping[str, float | None]],
+    prototypes: Mapping[str, Prototypes],
+    ignore_index: int,
+) -> None:
+    if not shown:
+        raise ValueError("expected shown to hold at least one image, got none")
+    for item in shown:
+        if item.image.ndim != 3 or item.image.shape[2] != 3 or item.image.dtype != np.uint8:
+            raise ValueError(
+                f"expected the image of {item.name} to be uint8 [H, W, 3], "
+                f"got {item.image.dtype} {list(item.image.shape)}"
+            )
+        for name, ids in (("label", item.label), ("before", item.before), ("after", item.after)):
+            if ids.shape != item.image.shape[:2]:
+                raise ValueError(
+                    f"expected {name} of {item.name} to be {list(item.image.shape[:2])} as its image is, "
+                    f"got {list(ids.shape)}"
+                )
+            wrong = ids[((ids < 0) | (ids >= len(classes))) & (ids != ignore_index)]
+            if wrong.size:
+                raise ValueError(
+                    f"expected {name} of {item.name} to hold ids below {len(classes)} or {ignore_index}, "
+                    f"got {wrong[0]}"
+                )
+    for row in history:
+        if row.get("step") is None:
+            raise ValueError(f"expected each row of history to have a step, got {dict(row)}")
+    for name, (source, target) in prototypes.items():
+        if source.ndim != 2 or len(source) != len(classes) or target.shape != source.shape:
+            raise ValueError(
+                f"expected the prototypes {name} to be [{len(classes)}, C] in both domains, "
+                f"got {list(source.shape)} and {list(target.shape)}"
+            )
+
+
+def _draw_images(
+    page: _Page, shown: Sequence[Shown], names: tuple[str, str], classes: Sequence[str], ignore_index: int
+) -> None:
+    colours = class_colours(len(classes))
+    for row, item in enumerate(shown):
+        pictures = [
+            item.image,
+            *(_paint(ids, colours, ignore_index) for ids in (item.label, item.before, item.after)),
+        ]
+        notes = [
+            _shorten(item.name, 38),
+            "",
+            *(_share_right(ids, item.label, ignore_index) for ids in item[3:]),
+        ]
+        for column, (picture, note) in enumerate(zip(pictures, notes, strict=True)):
+            axes = page.axes(
+                page.left + column * (page.cell + page.gap),
+                page.images_top + row * (page.row + 0.3),
+                page.cell,
+                page.row,
+            )
+            axes.imshow(picture)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            axes.set_xlabel(note, fontsize=10, color="0.35", labelpad=3)
+            if row == 0:
+                axes.set_title(["Target image", "Ground truth", *names][column])
+    legend = page.axes(page.left, page.legend_top, page.columns * page.column, page.lines * 0.28)
+    legend.set(xlim=(0, page.columns), ylim=(page.lines, 0))
+    legend.axis("off")
+    for k, name in enumerate([*classes, "no class"]):
+        y, x = divmod(k, page.columns)
+        look: dict[str, Any] = {"facecolor": _IGNORED / 255, "edgecolor": _STRIPE / 255, "hatch": "////"}
+        if k < len(classes):
+            look = {"facecolor": colours[k] / 255}
+            name = f"{k} {name}"
+        legend.add_patch(Rectangle((x, y + 0.15), 0.25 / page.column, 0.7, linewidth=0, **look))
+        legend.text(x + 0.33 / page.column, y + 0.5, _shorten(name, 24), va="center_baseline")
+
+
+def _paint(ids: np.ndarray, colours: np.ndarray, ignore_index: int) -> np.ndarray:
+    ignored = ids == ignore_index
+    picture: np.ndarray = colours[np.where(ignored, 0, ids)]
+    y, x = np.indices(ids.shape)
+    period = max(4, ids.shape[1] // 24)
+    stripe = (x + y) % period < period // 3
+    picture[ignored] = _IGNORED
+    picture[ignored & stripe] = _STRIPE
+    return picture
+
+
+def _share_right(predicted: np.ndarray, label: np.ndarray, ignore_index: int) -> str:
+    labelled = label != ignore_index
+    if not labelled.any():
+        return "no labelled pixel"
+    return f"{100 * np.mean(predicted[labelled] == label[labelled]):.0f} % of pixels right"
+
+
+def _draw_curves(page: _Page, history: Sequence[Mapping[str, float | None]]) -> None:
+    last = max((float(row["step"] or 0) for row in history), default=0.0)
+    width = (page.width - page.left - page.right - 2 * 0.7) / 3
+    top, height = page.curves_top, page.curves_height
+
+    losses = page.axes(page.left, top, width, height)
+    losses.set_title("Losses")
+    drawn = [
+        _draw_curve(losses, history, key, label, colour, style)
+        for key, (label, colour, style) in _LOSSES.items()
+    ]
+    if any(drawn):
+        # Room above the curves, so that the legend hides none.
+        low, high = losses.get_ylim()
+        losses.set_ylim(low, high + 0.3 * (high - low))
+        losses.legend(fontsize=9.5, loc="upper right", ncols=2, columnspacing=1.2)
+    else:
+        _say(losses, "no loss in the log")
+    _steps(losses, last)
+
+    present = [
+        name for name in _CRITICS if any(_series(history, f"accuracy/{name}_{d}")[0].size for d in _DOMAINS)
+    ]
+    left = page.left + width + 0.7
+    if not present:
+        axes = page.axes(left, top, 2 * width + 0.7, height)
+        axes.set_title("Accuracy of the discriminators")
+        _say(axes, "no adversary in this method")
+        axes.set(xticks=[], yticks=[])
+        return
+    wide = width if len(present) == 2 else 2 * width + 0.7
+    for name in present:
+        axes = page.axes(left, top, wide, 0.68 * height)
+        axes.set_title(f"Accuracy of the {name} discriminator")
+        for domain, style in _DOMAINS.items():
+            _draw_curve(axes, history, f"accuracy/{name}_{domain}", f"on {domain}", _CRITICS[name], style)
+        axes.axhline(0.5, color="0.5", linewidth=1, label="chance")
+        # Room above 1 for the legend: a discriminator that always wins is a line at 1.
+        axes.set_ylim(-0.03, 1.25)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        axes.legend(fontsize=9.5, loc="upper right", ncols=3, columnspacing=1.2)
+        _steps(axes, last, labelled=False)
+        weight = page.axes(left, top + 0.79 * height, wide, 0.21 * height)
+        weight.set_title("Its weight in the segmenter's loss", fontsize=10, weight="normal")
+        if not _draw_curve(weight, history, f"weight/{name}", name, _CRITICS[name], "-"):
+            _say(weight, "not in the log")
+        highest = _series(history, f"weight/{name}")[1].max(initial=0) or 1.0
+        weight.set_ylim(-0.08 * highest, 1.15 * highest)
+        weight.set_yticks([0, highest], ["0", f"{highest:g}"])
+        _steps(weight, last)
+        left += wide + 0.7
+
+
+_DOMAINS = {"source": "-", "target": "--"}
+
+
+def _series(history: Sequence[Mapping[str, float | None]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    rows = [
+        (row["step"], value) for row in history if (value := row.get(key)) is not None and np.isfinite(value)
+    ]
+    table = np.array(rows, dtype=float).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def _draw_curve(
+    axes: Axes, history: Sequence[Mapping[str, float | None]], key: str, label: str, colour: str, style: str
+) -> bool:
+    steps, values = _series(history, key)
+    if not steps.size:
+        return False
+    window = len(values) // 25
+    if window > 1 and not key.startswith("weight/"):
+        # Single batches are noisy: they stay as a shade, and the line is their running mean.
+        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.18)
+        sums = np.convolve(values, np.ones(window), "same")
+        values = sums / np.convolve(np.ones_like(values), np.ones(window), "same")
+    axes.plot(
+        steps,
+        values,
+        style,
+        color=colour,
+        linewidth=1.8,
+        label=label,
+        marker="o" if len(steps) == 1 else None,
+    )
+    return True
+
+
+def _steps(axes: Axes, last: float, *, labelled: bool = True) -> None:
+    axes.set_xlim(0, max(last, 1.0))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.tick_params(labelbottom=labelled)
+    if labelled:
+        axes.set_xlabel("step")
+
+
+def _draw_prototypes(axes: Axes, title: str, prototypes: Prototypes) -> None:
+    axes.set_title(title)
+    source, target = (np.asarray(domain, dtype=np.float64) for domain in prototypes)
+    present = np.flatnonzero(np.isfinite(source).all(1) & np.isfinite(target).all(1))
+    if not present.size:
+        _say(axes, "no class has a prototype in both domains")
+        axes.set(xticks=[], yticks=[])
+        return
+    points, shares = _principal(np.concatenate([source[present], target[present]]))
+    ends = points.reshape(2, len(present), 2)
+    colours = class_colours(len(source)) / 255
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.margins(0.12)
+    for k, tail, head in zip(present, *ends, strict=True):
+        axes.plot(*np.stack([tail, head]).T, color=colours[k], linewidth=1.8, zorder=1)
+        axes.plot(*tail, "o", color=colours[k], markersize=13, zorder=2)
+        # The white rim shows a cross that lies on its circle, as well-aligned ones do.
+        axes.plot(
+            *head,
+            "X",
+            color=colours[k],
+            markersize=11,
+            markeredgecolor="white",
+            markeredgewidth=1.2,
+            zorder=3,
+        )
+    # Each number stands beyond its circle, on the side away from the cross, which only the final scale can tell.
+    axes.apply_aspect()
+    for k, tail, head in zip(present, *ends, strict=True):
+        away = axes.transData.transform(tail) - axes.transData.transform(head)
+        distance = float(np.hypot(*away))
+        axes.annotate(
+            str(k),
+            tail,
+            xytext=tuple(13 * away / distance) if distance > 1 else (9, 9),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=9.5,
+            color="0.25",
+            zorder=4,
+        )
+    axes.set_xlabel(f"first principal axis, {100 * shares[0]:.0f} % of the variance")
+    axes.set_ylabel(f"second, {100 * shares[1]:.0f} %")
+    axes.set(xticks=[], yticks=[])
+    ratio = _domain_gap(source[present], target[present])
+    if ratio is not None:
+        axes.text(
+            0.01,
+            0.015,
+            f"domain gap {ratio:.2f} of class gap",
+            transform=axes.transAxes,
+            fontsize=10,
+            color="0.35",
+        )
+
+
+def _principal(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Map points `[N, C]` to their first two principal axes `[N, 2]`, with the axes' shares of the variance `[2]`."""
+    centred = points - points.mean(0)
+    _, strengths, axes = np.linalg.svd(centred, full_matrices=False)
+    # An axis has no sign of its own; its largest entry is made positive, so that a picture never flips.
+    signs = np.sign(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1))
+    flat = np.zeros((len(points), 2))
+    count = min(2, len(axes))
+    flat[:, :count] = centred @ (axes * signs)[:count].T
+    variances = np.zeros(2)
+    variances[:count] = strengths[:count] ** 2
+    total = (strengths**2).sum()
+    return flat, variances / total if total > 0 else variances
+
+
+def _domain_gap(source: np.ndarray, target: np.ndarray) -> float | None:
+    """Mean distance between the domains of a class, over that between the classes; None below two classes."""
+    centres = (source + target) / 2
+    first, second = np.triu_indices(len(centres), 1)
+    between = np.linalg.norm(centres[first] - centres[second], axis=1)
+    if not between.any():
+        return None
+    return float(np.linalg.norm(source - target, axis=1).mean() / between.mean())
+
+
+def _say(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.35")
+
+
+def _shorten(name: str, limit: int) -> str:
+    """Leave out the middle of a long name: it is by their ends that file names differ."""
+    if len(name) <= limit:
+        return name
+    head = limit // 3
+    return f"{name[:head]}…{name[head + 1 - limit :]}"

@@ -1,0 +1,345 @@
+"""Training: ASS and its simpler relatives, top to bottom as in the paper (Wang et al. 2020, arXiv 2004.00794)."""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+import semshift
+from examples.ass import runs
+from examples.ass.data import InputError, TrainingSet, batches, labelled_subset
+from examples.ass.evaluate import evaluate, illustrate
+from examples.ass.models import Segmentation, SmallSegmenter
+from examples.ass.settings import METHODS, GlobalAdversary, SemanticAdversary, Settings, check, open_images
+from semshift.discriminators import FCDiscriminator, PrototypeDiscriminator, frozen
+from semshift.health import DomainAccuracy, class_domain_accuracy, domain_accuracy, gradient_norm, prototype_distance
+from semshift.losses import (
+    class_confusion_loss,
+    class_discriminator_loss,
+    confusion_loss,
+    discriminator_loss,
+    entropy_map,
+    r1_penalty,
+)
+from semshift.pooling import ClassSums, class_sums
+from semshift.sampling import MixedBatchSampler
+from semshift.schedules import Constant, Polynomial, Sigmoid, Then
+
+__all__ = ["build_segmenter", "train"]
+
+
+class View(NamedTuple):
+    """What one discriminator sees of a step, and how its answers are judged."""
+
+    source: Tensor
+    target: Tensor
+    source_weight: Tensor | None
+    target_weight: Tensor | None
+    confusion_loss: Callable[..., Tensor]
+    discriminator_loss: Callable[..., Tensor]
+    accuracy: Callable[..., DomainAccuracy]
+
+
+def train(
+    settings: Settings,
+    out: Path,
+    *,
+    data_root: Path | None = None,
+    resume: bool = False,
+    save_predictions: bool = False,
+) -> dict[str, Any]:
+    """Train one method, evaluate it on the test images, and leave a run folder.
+
+    Args:
+        settings: the run.
+        out: the run folder; one that holds a run is refused unless `resume`.
+        data_root: where the settings' folders lie; not needed for the built-in scenes.
+        resume: go on from the folder's last checkpoint; without one, start at step 0.
+        save_predictions: write the test set's index masks to `out/predictions`.
+
+    Returns:
+        What stands in `out/metrics.json`.
+
+    Raises:
+        InputError: settings, images or the run folder are not fit for it, or the loss is no longer finite.
+    """
+    began = time.monotonic()
+    check(settings)
+    images = open_images(settings, data_root)
+    labelled = labelled_subset(len(images.target), settings.labelled)
+    runs.prepare(out, settings, labelled=[images.target[i].name for i in labelled], resume=resume)
+    logger = TensorBoardLogger(out, name="tensorboard", version="")
+    fabric = Fabric(accelerator=settings.accelerator, devices=1, precision=settings.precision, loggers=logger)
+    fabric.launch()
+
+    # The networks and how they learn. Which of them exist is all that tells the methods apart.
+    segmenter = build_segmenter(settings)
+    optimiser = build_optimiser(settings, segmenter)
+    learning_rate = Polynomial(settings.optimiser.learning_rate, settings.steps, power=settings.optimiser.power)
+    adversaries: dict[str, GlobalAdversary | SemanticAdversary] = {
+        name: adversary
+        for name, adversary in (("global", settings.global_adversary), ("semantic", settings.semantic_adversary))
+        if name in METHODS[settings.method]
+    }
+    critics = {name: build_critic(name, settings, segmenter).to(fabric.device) for name in adversaries}
+    critic_optimisers = {
+        name: torch.optim.Adam(critic.parameters(), adversaries[name].learning_rate, betas=(0.9, 0.99))
+        for name, critic in critics.items()
+    }
+    weights = {name: weight_schedule(adversary, settings.steps) for name, adversary in adversaries.items()}
+    classes = len(settings.data.classes)
+    seen = {domain: torch.zeros(classes, dtype=torch.bool, device=fabric.device) for domain in ("source", "labelled")}
+
+    # A checkpoint is these and the step: everything else is a function of the settings and the step.
+    stateful: dict[str, runs.Stateful] = {"segmenter": segmenter, "optimiser": optimiser}
+    for name in critics:
+        stateful |= {f"{name} critic": critics[name], f"{name} critic optimiser": critic_optimisers[name]}
+    first_step, resumed_from = runs.load_checkpoint(out, stateful, seen)
+    runs.read_history(out, before=first_step)
+    model, optimiser = fabric.setup(segmenter, optimiser)
+
+    domains = {
+        "source": images.source,
+        "labelled": Subset(images.target, labelled),
+        "unlabelled": images.target,
+    }
+    counts = {
+        "source": settings.optimiser.images if "source" in METHODS[settings.method] else 0,
+        "labelled": settings.optimiser.images if "labelled" in METHODS[settings.method] else 0,
+        "unlabelled": settings.optimiser.unlabelled if "global" in METHODS[settings.method] else 0,
+    }
+    domains = {domain: samples for domain, samples in domains.items() if counts[domain]}
+    sampler = MixedBatchSampler(
+        {domain: len(samples) for domain, samples in domains.items()},
+        {domain: counts[domain] for domain in domains},
+        seed=settings.seed,
+        first_step=first_step,
+        steps=settings.steps - first_step,
+    )
+    training = TrainingSet(domains, settings.data.size, settings.data.augmentation, settings.seed)
+    adaptation_starts = min((round(a.start * settings.steps) for a in adversaries.values()), default=0)
+
+    bar = tqdm(total=settings.steps, initial=first_step, desc=settings.method, unit="step")
+    for step, batch in batches(training, sampler, workers=settings.data.workers):
+        if step == adaptation_starts:
+            runs.save_before(out, segmenter)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step)
+        batch = fabric.to_device(batch)
+
+        # Segmenter: cross-entropy on every labelled image, and the discriminators, frozen, confused by the target.
+        outputs = {domain: model(part["image"]) for domain, part in batch.items()}
+        segmentation_loss = sum(
+            cross_entropy(outputs[domain].logits, part["label"], settings.data.ignore_index)
+            for domain, part in batch.items()
+            if "label" in part
+        )
+        views: dict[str, View] = {}
+        if "global" in critics:
+            views["global"] = global_view(outputs, settings)
+        if "semantic" in critics:
+            views["semantic"] = semantic_view(outputs, batch, seen, settings)
+        terms = {
+            name: view.confusion_loss(frozen(critics[name])(view.target), weight=view.target_weight)
+            for name, view in views.items()
+        }
+        loss = segmentation_loss + sum(weights[name](step) * term for name, term in terms.items())
+        log = step % settings.log_every == 0 or step == settings.steps - 1
+        if not math.isfinite(float(loss)):
+            raise InputError(
+                f"expected a finite loss, got {float(loss)} at step {step}: lower the learning rate or the "
+                f"adversaries' weights; {out} keeps its last checkpoint"
+            )
+        row = {"step": step, "loss/segmentation": float(segmentation_loss)}
+        if log:
+            for name, term in terms.items():
+                features = outputs["unlabelled" if name == "global" else "labelled"].features
+                row |= {
+                    f"loss/{name}": float(term),
+                    f"weight/{name}": weights[name](step),
+                    f"gradient/{name}": weights[name](step) * float(gradient_norm(term, features)),
+                }
+        optimiser.zero_grad()
+        fabric.backward(loss)
+        optimiser.step()
+
+        # Discriminators: source against target, on detached inputs.
+        for name, view in views.items():
+            adversary = adversaries[name]
+            if step % adversary.every:
+                continue
+            source = view.source.detach().requires_grad_(adversary.r1 > 0)
+            source_logits, target_logits = critics[name](source), critics[name](view.target.detach())
+            weighted = {"source_weight": view.source_weight, "target_weight": view.target_weight}
+            critic_loss = view.discriminator_loss(source_logits, target_logits, **weighted)
+            if adversary.r1 > 0:
+                critic_loss = critic_loss + adversary.r1 * r1_penalty(source_logits, source, weight=view.source_weight)
+            critic_optimisers[name].zero_grad()
+            critic_loss.backward()
+            critic_optimisers[name].step()
+            if log:
+                accuracy = view.accuracy(source_logits, target_logits, **weighted)
+                row |= {
+                    f"loss/{name}_critic": float(critic_loss),
+                    f"accuracy/{name}_source": float(accuracy.source),
+                    f"accuracy/{name}_target": float(accuracy.target),
+                }
+
+        if log:
+            runs.append_history(out, row)
+            fabric.log_dict({name: value for name, value in row.items() if name != "step"}, step)
+            bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if name.startswith("loss/")})
+        bar.update()
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+            runs.save_checkpoint(out, step + 1, stateful, seen, settings=settings, resumed_from=resumed_from)
+    bar.close()
+
+    scores = {
+        split: evaluate(
+            segmenter,
+            getattr(images, split),
+            classes=settings.data.classes,
+            size=settings.data.size,
+            ignore_index=settings.data.ignore_index,
+            predictions=out / "predictions" if save_predictions and split == "test" else None,
+            progress=split,
+        )
+        for split in ("validation", "test")
+    }
+    earlier = build_segmenter(settings).to(fabric.device)
+    earlier.load_state_dict(runs.load_weights(out / runs.BEFORE))
+    illustrate(
+        out / "report.png",
+        settings,
+        images,
+        title=f"{settings.method}: mIoU {100 * scores['test'].miou:.1f} on {len(images.test)} test images",
+        before=(f"step {adaptation_starts}", earlier),
+        after=(f"step {settings.steps}", segmenter),
+        history=runs.read_history(out),
+    )
+    metrics = {
+        "method": settings.method,
+        "labelled": settings.labelled,
+        "seed": settings.seed,
+        "steps": settings.steps,
+        "num_classes": len(settings.data.classes),
+        "miou": scores["test"].miou,
+        "iou": scores["test"].iou,
+        "validation": scores["validation"]._asdict(),
+        "resumed_from": resumed_from,
+        "seconds": round(time.monotonic() - began, 1),
+        "device": str(fabric.device),
+        "versions": {"semshift": semshift.__version__, "torch": torch.__version__, "numpy": np.__version__},
+    }
+    runs.write_metrics(out, metrics)
+    return metrics
+
+
+def build_segmenter(settings: Settings) -> SmallSegmenter:
+    """The segmenter with its first weights, which depend on the seed alone: every method starts from the same."""
+    torch.manual_seed(settings.seed)
+    network = settings.network
+    return SmallSegmenter(len(settings.data.classes), width=network.width, feature_layer=network.feature_layer)
+
+
+def build_optimiser(settings: Settings, segmenter: nn.Module) -> torch.optim.Optimizer:
+    """The segmenter's optimiser."""
+    how = settings.optimiser
+    if how.name == "adamw":
+        return torch.optim.AdamW(segmenter.parameters(), how.learning_rate, weight_decay=how.weight_decay)
+    return torch.optim.SGD(segmenter.parameters(), how.learning_rate, momentum=0.9, weight_decay=how.weight_decay)
+
+
+def build_critic(name: str, settings: Settings, segmenter: SmallSegmenter) -> nn.Module:
+    """The discriminator called `global` or `semantic`, from a seed of its own."""
+    classes = len(settings.data.classes)
+    if name == "global":
+        torch.manual_seed(settings.seed + 1)
+        g = settings.global_adversary
+        return FCDiscriminator(classes, base_channels=g.base_channels, spectral_norm=g.spectral_norm)
+    torch.manual_seed(settings.seed + 2)
+    s = settings.semantic_adversary
+    channels = segmenter.feature_channels
+    return PrototypeDiscriminator(
+        channels, classes, conditioning=s.conditioning, spectral_norm=s.spectral_norm
+    )
+
+
+def weight_schedule(adversary: GlobalAdversary | SemanticAdversary, steps: int) -> Then:
+    """The weight of an adversary: zero while its discriminator learns, then a rise to its plateau."""
+    start, ramp = round(adversary.start * steps), round(adversary.ramp * steps)
+    risen = Sigmoid(adversary.weight, ramp) if ramp else Constant(adversary.weight)
+    return Then(Constant(0.0), start, risen) if start else risen
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Mean cross-entropy over the pixels that have a class, at the labels' size; 0 where none has."""
+    logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    return total / (labels != ignore_index).sum().clamp(min=1)
+
+
+def global_view(outputs: dict[str, Segmentation], settings: Settings) -> View:
+    """The global view: the segmenter's output maps on source and on unlabelled target images."""
+    adversary = settings.global_adversary
+
+    def output_map(logits: Tensor) -> Tensor:
+        size = settings.data.size
+        logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+        probabilities = logits.softmax(1)
+        return entropy_map(probabilities) if adversary.inputs == "entropy" else probabilities
+
+    return View(
+        output_map(outputs["source"].logits),
+        output_map(outputs["unlabelled"].logits),
+        None,
+        None,
+        functools.partial(confusion_loss, objective=adversary.objective),
+        functools.partial(discriminator_loss, objective=adversary.objective),
+        domain_accuracy,
+    )
+
+
+def semantic_view(
+    outputs: dict[str, Segmentation], batch: dict[str, dict[str, Tensor]], seen: dict[str, Tensor], settings: Settings
+) -> View:
+    """The semantic view: class prototypes of source and labelled target images, pooled by their labels.
+
+    A class takes part where it is present in this batch and the other domain has shown it before, `seen`, which is
+    brought up to date: a class that one domain never shows would tell the domain by itself.
+    """
+    adversary = settings.semantic_adversary
+    pooled: dict[str, ClassSums] = {
+        domain: class_sums(
+            outputs[domain].features,
+            batch[domain]["label"],
+            len(settings.data.classes),
+            ignore_index=settings.data.ignore_index,
+            resample=adversary.resample,
+            per_image=adversary.per_image,
+        )
+        for domain in ("source", "labelled")
+    }
+    for domain, sums in pooled.items():
+        seen[domain] |= sums.present.reshape(-1, len(seen[domain])).any(0)
+    by_class = adversary.conditioning == "class-and-domain"
+    return View(
+        pooled["source"].means,
+        pooled["labelled"].means,
+        pooled["source"].present & seen["labelled"],
+        pooled["labelled"].present & seen["source"],
+        class_confusion_loss if by_class else functools.partial(confusion_loss, objective=adversary.objective),
+        class_discriminator_loss if by_class else functools.partial(discriminator_loss, objective=adversary.objective),
+        class_domain_accuracy if by_class else domain_accuracy,
+    )

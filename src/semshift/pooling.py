@@ -1,0 +1,323 @@
+"""Class-prototype pooling: the sum of the features of each class, and its mass, divided once at the end.
+
+Sums and masses add up over images, batches, shards and ranks, so a prototype over any of these is one division away:
+`(a + b).means`, never the mean of means.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Optional
+
+import torch
+from torch import Tensor
+
+from semshift.labels import _check_arguments, _shares, _slots, resize_labels
+
+__all__ = ["ClassSums", "class_sums", "weighted_class_sums"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassSums:
+    """What pooling returns: a value to be added to others, then divided.
+
+    Args:
+        sums: `[(B,) K, C]` float32 (float64 for float64 features), the features of each class added up.
+        mass: `[(B,) K]`, how much was added: int64 pixels, or in the dtype of `sums` for area and for weights.
+
+    Example:
+        >>> one = class_sums(torch.ones(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), 2)
+        >>> (one + one).mass
+        tensor([8, 0])
+    """
+
+    sums: Tensor
+    mass: Tensor
+
+    @property
+    def means(self) -> Tensor:
+        """Prototypes `[(B,) K, C]` in the dtype of `sums`; an absent class is 0 with gradient 0."""
+        present = self.present[..., None]
+        # The inner `where` keeps 0 / 0 out of the backward, the outer one whatever the sums hold.
+        mass = torch.where(self.present, self.mass, 1)[..., None].to(self.sums.dtype)
+        return torch.where(present, self.sums / mass, 0.0)
+
+    @property
+    def present(self) -> Tensor:
+        """`[(B,) K]` bool, the classes of which anything was added."""
+        return self.mass > 0
+
+    def __add__(self, other: "ClassSums") -> "ClassSums":
+        if not isinstance(other, ClassSums):
+            return NotImplemented
+        for name in ("sums", "mass"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+                raise ValueError(
+                    f"expected two ClassSums of like shape and dtype, got {name} {list(ours.shape)} {ours.dtype} and "
+                    f"{list(theirs.shape)} {theirs.dtype}"
+                )
+        return ClassSums(self.sums + other.sums, self.mass + other.mass)
+
+    def __radd__(self, other: Any) -> "ClassSums":
+        # `sum(parts)` begins with 0.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+
+torch.export.register_dataclass(ClassSums)
+
+
+def class_sums(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    ignore_index: Optional[int] = 255,
+    resample: Optional[Literal["nearest", "majority", "area", "bilinear"]] = None,
+    align_corners: bool = False,
+    per_image: bool = False,
+) -> ClassSums:
+    """Add up the features under each class's pixels.
+
+    `.means` of the result are the class prototypes of Wang et al. 2020 (arXiv 2004.00794), section 3:
+    `v_k = sum_i [y_i = k] f_i / sum_i [y_i = k]`. A pixel whose label is `ignore_index` takes no part, whatever its
+    features hold. Sums are kept in float32 at least, counts in int64.
+
+    Args:
+        features: `[B, C, *S]`, float16, bfloat16, float32 or float64, any strides; differentiable, twice in eager mode.
+        labels: `[B, *S']`, uint8, int8, int16, int32 or int64, in `[0, num_classes)` or `ignore_index`. On CUDA any
+            other label takes no part, since to look would wait for the device: see `labels.check_labels`.
+        num_classes: K, at least 1.
+        ignore_index: id of pixels without a class, None if there is none. The default is refused with more than 255
+            classes.
+        resample: how labels meet a feature grid of another size, two spatial dimensions only. `"nearest"`: the label
+            at the cell's centre. `"majority"`: the label that covers most of the cell. `"area"`: each class weighs by
+            the share of the cell that it covers. `"bilinear"`: exactly what pooling bilinearly up-sampled features at
+            the labels' size gives, without up-sampling them.
+        align_corners: of `"bilinear"`, as in `torch.nn.functional.interpolate`.
+        per_image: one row of prototypes per image instead of one for the batch.
+
+    Returns:
+        `ClassSums` with sums `[(B,) K, C]` and mass `[(B,) K]`: int64 label pixels, or with `"area"` cells in the
+        dtype of the sums.
+
+    Raises:
+        TypeError: features or labels of another dtype.
+        ValueError: shapes that do not belong together, labels of another size without `resample`, an unknown option,
+            or on the CPU a label out of range.
+
+    Example:
+        >>> features = torch.tensor([[[1.0, 3.0, 5.0, 9.0]]])
+        >>> labels = torch.tensor([[0, 0, 1, 255]])
+        >>> class_sums(features, labels, 3).means.squeeze(-1)
+        tensor([2., 5., 0.])
+    """
+    _check_features(features)
+    _check_arguments(labels, num_classes, ignore_index)
+    if labels.dim() != features.dim() - 1 or labels.shape[0] != features.shape[0]:
+        raise ValueError(
+            f"expected labels [B, {'H, W' if features.dim() == 4 else '*S'}] for features "
+            f"{list(features.shape)}, got {list(labels.shape)}"
+        )
+    if labels.device != features.device:
+        raise ValueError(f"expected features and labels on one device, got {features.device} and {labels.device}")
+    if resample not in (None, "nearest", "majority", "area", "bilinear"):
+        raise ValueError(f"expected resample to be None, 'nearest', 'majority', 'area' or 'bilinear', got {resample!r}")
+    if align_corners and resample != "bilinear":
+        raise ValueError(f"expected align_corners only with resample 'bilinear', got {resample!r}")
+    size = features.shape[2:]
+    if labels.shape[1:] != size:
+        if resample is None:
+            raise ValueError(
+                f"expected labels of the features' size {list(size)} or resample to be chosen, "
+                f"got labels {list(labels.shape)} for features {list(features.shape)}"
+            )
+        if features.dim() != 4:
+            raise ValueError(
+                f"expected features [B, C, h, w] and labels [B, H, W] for resample, got {list(features.shape)} "
+                f"and {list(labels.shape)}"
+            )
+        if 0 in size or 0 in labels.shape[1:]:
+            raise ValueError(
+                f"expected features and labels with pixels for resample, got {list(features.shape)} "
+                f"and {list(labels.shape)}"
+            )
+        if resample in ("nearest", "majority"):
+            labels = resize_labels(
+                labels, (size[0], size[1]), mode=resample, num_classes=num_classes, ignore_index=ignore_index
+            )
+        else:
+            return _resampled(features, labels, num_classes, ignore_index, resample, align_corners, per_image)
+    sums, mass = _hard_sums(features, labels, num_classes, ignore_index, per_image)
+    # At equal sizes an area is a pixel; only the dtype of the mass tells the modes apart.
+    return ClassSums(sums, mass.to(sums.dtype) if resample == "area" else mass)
+
+
+def weighted_class_sums(features: Tensor, weights: Tensor, *, per_image: bool = False) -> ClassSums:
+    """Add up features by the weight of each class at each place, such as a network's probabilities.
+
+    A cell that no class weighs contributes nothing on the CPU, whatever its features hold; on CUDA this is a matrix
+    product, exact for finite features.
+
+    Args:
+        features: `[B, C, *S]`, float16, bfloat16, float32 or float64; differentiable.
+        weights: `[B, K, *S]`, of any of these dtypes, not negative for means to be means; differentiable.
+        per_image: one row of prototypes per image instead of one for the batch.
+
+    Returns:
+        `ClassSums` with sums `[(B,) K, C]` and mass `[(B,) K]`, the sum of the weights, both float32 (float64 if
+        either argument is).
+
+    Raises:
+        TypeError: features or weights of another dtype.
+        ValueError: shapes or devices that do not belong together.
+
+    Example:
+        >>> weights = torch.tensor([[[0.25, 0.75]]])
+        >>> weighted_class_sums(torch.tensor([[[4.0, 8.0]]]), weights).means
+        tensor([[7.]])
+    """
+    _check_features(features)
+    if weights.dtype not in _DTYPES:
+        raise TypeError(f"expected weights of dtype float16, bfloat16, float32 or float64, got {weights.dtype}")
+    if weights.dim() != features.dim() or weights.shape[:1] + weights.shape[2:] != features.shape[:1] + features.shape[2:]:
+        raise ValueError(
+            f"expected weights [B, K, *S] for features [B, C, *S], got {list(weights.shape)} for {list(features.shape)}"
+        )
+    if weights.device != features.device:
+        raise ValueError(f"expected features and weights on one device, got {features.device} and {weights.device}")
+    dtype = torch.promote_types(_sum_dtype(features.dtype), _sum_dtype(weights.dtype))
+    wide = weights.flatten(2).to(dtype)
+    mass = wide.sum(2)
+    sums = _soft_sums(features.flatten(2).to(dtype), wide)
+    return ClassSums(sums, mass) if per_image else ClassSums(sums.sum(0), mass.sum(0))
+
+
+def _resampled(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    ignore_index: Optional[int],
+    resample: str,
+    align_corners: bool,
+    per_image: bool,
+) -> ClassSums:
+    size = list(features.shape[2:])
+    shares = _shares(labels, size, num_classes, resample, align_corners, ignore_index)[:, :num_classes]
+    if resample == "area":
+        shares = shares / math.prod(labels.shape[1:])
+    pooled = weighted_class_sums(features, shares.to(_sum_dtype(features.dtype)), per_image=per_image)
+    if resample == "area":
+        return pooled
+    # Interpolation weights sum to one for each label pixel, so the mass is a count, and counts are exact.
+    nothing = features.new_empty((labels.shape[0], 0, *labels.shape[1:]))
+    _, mass = _hard_sums(nothing, labels, num_classes, ignore_index, per_image)
+    return ClassSums(pooled.sums, mass)
+
+
+@torch.library.custom_op("semshift::class_sums", mutates_args=())
+def _hard_sums(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
+) -> tuple[Tensor, Tensor]:
+    """The definition: add the feature of each pixel to the row of its class."""
+    images, channels = features.shape[:2]
+    slots = _slots(labels, num_classes, ignore_index).flatten(1)
+    dtype = _sum_dtype(features.dtype)
+    # One row more than classes swallows the pixels that take no part, so that they need no masking.
+    groups = images if per_image else 1
+    sums = features.new_zeros((groups, num_classes + 1, channels), dtype=dtype)
+    mass = labels.new_zeros((groups, num_classes + 1), dtype=torch.int64)
+    for image, slot in enumerate(slots):
+        group = image if per_image else 0
+        # One image at a time: what is widened to float32 is never more than that.
+        pixels = features[image].flatten(1).to(dtype)
+        sums[group].index_add_(0, slot, pixels.mT)
+        mass[group].index_add_(0, slot, torch.ones_like(slot))
+    sums, mass = sums[:, :-1].contiguous(), mass[:, :-1].contiguous()
+    return (sums, mass) if per_image else (sums[0], mass[0])
+
+
+@_hard_sums.register_fake
+def _(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
+) -> tuple[Tensor, Tensor]:
+    rows = (features.shape[0], num_classes) if per_image else (num_classes,)
+    sums = features.new_empty((*rows, features.shape[1]), dtype=_sum_dtype(features.dtype))
+    return sums, labels.new_empty(rows, dtype=torch.int64)
+
+
+def _hard_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features, labels, ctx.num_classes, ctx.ignore_index, ctx.per_image = inputs
+    ctx.save_for_backward(labels)
+    ctx.shape, ctx.dtype = features.shape, features.dtype
+    ctx.channels_last = features.dim() > 2 and features.stride(1) == 1
+    ctx.mark_non_differentiable(output[1])
+
+
+def _hard_backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
+    (labels,) = ctx.saved_tensors
+    grad = _spread(grad_sums, labels, ctx.num_classes, ctx.ignore_index, ctx.per_image)
+    return grad.to(ctx.dtype), None, None, None, None
+
+
+def _spread(
+    rows: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
+) -> Tensor:
+    """The adjoint of pooling: give each pixel the row of its class, and 0 to the others; `[B, C, *S]`."""
+    wide = labels.long()
+    taking_part = (wide >= 0) & (wide < num_classes)
+    if ignore_index is not None:
+        taking_part &= wide != ignore_index
+    slots = torch.where(taking_part, wide, num_classes)
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, 1))
+    if per_image:
+        offsets = torch.arange(labels.shape[0], device=labels.device) * (num_classes + 1)
+        slots = slots + offsets.view(-1, *[1] * (labels.dim() - 1))
+    spread = padded.reshape(-1, rows.shape[-1]).index_select(0, slots.flatten())
+    return spread.view(*labels.shape, rows.shape[-1]).movedim(-1, 1)
+
+
+_hard_sums.register_autograd(_hard_backward, setup_context=_hard_setup)
+
+
+@torch.library.custom_op("semshift::soft_class_sums", mutates_args=())
+def _soft_sums(features: Tensor, weights: Tensor) -> Tensor:
+    """`[B, C, N]` and `[B, K, N]` of one dtype to `[B, K, C]`."""
+    sums = weights @ features.mT
+    if sums.device.type == "cpu" and not sums.isfinite().all():
+        # A second look: in a product, a place that no class weighs still gives 0 * inf.
+        weighed = (weights != 0).any(1, keepdim=True)
+        sums = weights @ torch.where(weighed, features, 0).mT
+    return sums
+
+
+@_soft_sums.register_fake
+def _(features: Tensor, weights: Tensor) -> Tensor:
+    return features.new_empty((features.shape[0], weights.shape[1], features.shape[1]))
+
+
+def _soft_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _soft_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    features, weights = ctx.saved_tensors
+    needs_features, needs_weights = ctx.needs_input_grad
+    return (grad.mT @ weights if needs_features else None), (grad @ features if needs_weights else None)
+
+
+_soft_sums.register_autograd(_soft_backward, setup_context=_soft_setup)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_features(features: Tensor) -> None:
+    if not isinstance(features, Tensor):
+        raise TypeError(f"expected features to be a tensor, got {type(features).__name__}")
+    if features.dtype not in _DTYPES:
+        raise TypeError(f"expected features of dtype float16, bfloat16, float32 or float64, got {features.dtype}")
+    if features.dim() < 2:
+        raise ValueError(f"expected features [B, C, *S], got {list(features.shape)}")

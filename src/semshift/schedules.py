@@ -1,0 +1,248 @@
+"""Weights and rates as functions of the step.
+
+A schedule is a value: it prints, compares, hashes and pickles, and holds no counter. `schedule(step)` is a plain float,
+so a resumed run needs the step and nothing else.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from typing_extensions import TypeAlias
+
+__all__ = ["Constant", "Cosine", "Linear", "Polynomial", "Schedule", "Sigmoid", "Then"]
+
+Schedule: TypeAlias = Callable[[int], float]
+"""Anything that maps a step, 0 or more, to a float."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value at every step.
+
+    Args:
+        value: any finite number.
+
+    Raises:
+        ValueError: `value` is not finite.
+        TypeError: `value` is not a number.
+
+    Example:
+        >>> Constant(0.01)(1000)
+        0.01
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        _check_number("value", self.value)
+
+    def __call__(self, step: int) -> float:
+        """The value, whatever the step."""
+        _check_step(step)
+        return float(self.value)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A straight line from `start` at step 0 to `stop` at step `steps`, held from there on.
+
+    Args:
+        start: value at step 0, finite.
+        stop: value from step `steps` on, finite.
+        steps: length of the way, at least 1.
+
+    Raises:
+        ValueError: a value is not finite, or `steps` is below 1.
+        TypeError: a value is not a number, or `steps` not an int.
+
+    Example:
+        >>> Linear(0.0, 1.0, steps=4)(1)
+        0.25
+    """
+
+    start: float
+    stop: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_number("start", self.start)
+        _check_number("stop", self.stop)
+        _check_steps(self.steps)
+
+    def __call__(self, step: int) -> float:
+        """The value at `step`."""
+        p = _progress(step, self.steps)
+        return (1 - p) * self.start + p * self.stop
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from `start` at step 0 to `stop` at step `steps`, held from there on.
+
+    Args:
+        start: value at step 0, finite.
+        stop: value from step `steps` on, finite.
+        steps: length of the way, at least 1.
+
+    Raises:
+        ValueError: a value is not finite, or `steps` is below 1.
+        TypeError: a value is not a number, or `steps` not an int.
+
+    Example:
+        >>> round(Cosine(1.0, 0.0, steps=4)(2), 6)
+        0.5
+    """
+
+    start: float
+    stop: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_number("start", self.start)
+        _check_number("stop", self.stop)
+        _check_steps(self.steps)
+
+    def __call__(self, step: int) -> float:
+        """The value at `step`."""
+        p = (1 - math.cos(math.pi * _progress(step, self.steps))) / 2
+        return (1 - p) * self.start + p * self.stop
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """`stop + (start - stop) * (1 - step / steps) ** power`, held from step `steps` on.
+
+    With the default power this is the decay of DeepLab (Chen et al. 2017, section 4.1) and AdaptSegNet.
+
+    Args:
+        start: value at step 0, finite.
+        steps: length of the way, at least 1.
+        power: 0 keeps `start` until the last step, 1 is a straight line; finite, not negative.
+        stop: value from step `steps` on, finite.
+
+    Raises:
+        ValueError: a value is not finite, `steps` is below 1, or `power` is negative.
+        TypeError: a value is not a number, or `steps` not an int.
+
+    Example:
+        >>> Polynomial(2.5e-4, steps=250_000)(0)
+        0.00025
+    """
+
+    start: float
+    steps: int
+    power: float = 0.9
+    stop: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_number("start", self.start)
+        _check_steps(self.steps)
+        _check_number("power", self.power)
+        _check_number("stop", self.stop)
+        if self.power < 0:
+            raise ValueError(f"expected power to be at least 0, got {self.power}")
+
+    def __call__(self, step: int) -> float:
+        """The value at `step`."""
+        remaining = 1 - _progress(step, self.steps)
+        # 0 ** 0 is 1, but from step `steps` on the value is `stop` whatever the power.
+        return self.stop + (self.start - self.stop) * (remaining**self.power if remaining else 0.0)
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """The rise of DANN, `stop * (2 / (1 + exp(-gain * step / steps)) - 1)`, held from step `steps` on.
+
+    Ganin et al. 2016 (JMLR 17), section 5.2.2, with gain 10. It ends at 0.9999 of `stop`.
+
+    Args:
+        stop: the value that it rises to, finite.
+        steps: length of the way, at least 1.
+        gain: how soon it rises, finite and positive.
+
+    Raises:
+        ValueError: a value is not finite, `steps` is below 1, or `gain` is not positive.
+        TypeError: a value is not a number, or `steps` not an int.
+
+    Example:
+        >>> Sigmoid(1.0, steps=100)(0)
+        0.0
+    """
+
+    stop: float
+    steps: int
+    gain: float = 10.0
+
+    def __post_init__(self) -> None:
+        _check_number("stop", self.stop)
+        _check_steps(self.steps)
+        _check_number("gain", self.gain)
+        if self.gain <= 0:
+            raise ValueError(f"expected gain to be positive, got {self.gain}")
+
+    def __call__(self, step: int) -> float:
+        """The value at `step`."""
+        return self.stop * (2 / (1 + math.exp(-self.gain * _progress(step, self.steps))) - 1)
+
+
+@dataclass(frozen=True)
+class Then:
+    """One schedule for `steps` steps, then a second one, which counts from 0 again.
+
+    Args:
+        first: for steps 0 to `steps - 1`.
+        steps: length of the first, at least 1.
+        second: from step `steps` on.
+
+    Raises:
+        ValueError: `steps` is below 1.
+        TypeError: a schedule is not callable, or `steps` not an int.
+
+    Example:
+        >>> Then(Constant(0.0), 500, Sigmoid(0.01, steps=1000))(499)
+        0.0
+    """
+
+    first: Schedule
+    steps: int
+    second: Schedule
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name != "steps" and not callable(getattr(self, field.name)):
+                came = getattr(self, field.name)
+                raise TypeError(f"expected {field.name} to be a schedule, a function of the step, got {came!r}")
+        _check_steps(self.steps)
+
+    def __call__(self, step: int) -> float:
+        """The value at `step`."""
+        _check_step(step)
+        return self.first(step) if step < self.steps else self.second(step - self.steps)
+
+
+def _progress(step: int, steps: int) -> float:
+    _check_step(step)
+    return min(step / steps, 1.0)
+
+
+def _check_step(step: int) -> None:
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise TypeError(f"expected step to be an int, got {step!r}")
+    if step < 0:
+        raise ValueError(f"expected step to be at least 0, got {step}")
+
+
+def _check_steps(steps: int) -> None:
+    if not isinstance(steps, int) or isinstance(steps, bool):
+        raise TypeError(f"expected steps to be an int, got {steps!r}")
+    if steps < 1:
+        raise ValueError(f"expected steps to be at least 1, got {steps}")
+
+
+def _check_number(name: str, value: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"expected {name} to be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"expected {name} to be finite, got {value}")
