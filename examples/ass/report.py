@@ -1,7 +1,6 @@
 """One picture of a run: predictions before and after, the curves, and the prototypes of both domains."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,44 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["STYLE", "Prototypes", "Shown", "class_colours", "draw_report", "save_figure"]
+from examples.ass.style import IGNORED, STRIPE, STYLE, class_colours, save_figure
 
-# Twelve colours at least 18 CIE Lab units from each other and from the grey of ignored pixels, in ordinary sight and
-# in all three kinds of colour blindness; a test recomputes that.
-_PALETTE = np.array(
-    [
-        [0x33, 0x22, 0x88],
-        [0xF0, 0xE4, 0x42],
-        [0x22, 0x88, 0x33],
-        [0xEE, 0x66, 0x77],
-        [0x99, 0xDD, 0xFF],
-        [0xAA, 0x44, 0x99],
-        [0x44, 0xBB, 0x99],
-        [0x55, 0x55, 0x55],
-        [0xAA, 0xAA, 0x00],
-        [0x6E, 0x2C, 0x00],
-        [0x78, 0x5E, 0xF0],
-        [0x22, 0x22, 0x22],
-    ]
-)
-_IGNORED, _STRIPE = np.array([0xDD, 0xDD, 0xDD]), np.array([0xF7, 0xF7, 0xF7])
-STYLE: Any = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": False,
-    "legend.frameon": False,
-    "hatch.linewidth": 1.5,
-    # A class name may hold dollars.
-    "text.parse_math": False,
-}
-"""Matplotlib's settings for every picture of the trainer."""
-_DPI = 120
+__all__ = ["Prototypes", "Shown", "draw_report"]
 
 _SEGMENTATION, _GLOBAL, _SEMANTIC = "#222222", "#0072B2", "#D55E00"
 _LOSSES = {
@@ -83,23 +50,6 @@ class Prototypes(NamedTuple):
     """`float [K, C]`."""
     target: np.ndarray
     """`float [K, C]`."""
-
-
-def class_colours(num_classes: int) -> np.ndarray:
-    """Give each class a colour: twelve that colour-blind eyes can tell apart too, then shades of them.
-
-    Args:
-        num_classes: at least 0; the colours repeat after 36.
-
-    Returns:
-        `uint8 [K, 3]`, red, green and blue.
-    """
-    darker, lighter = _PALETTE * 0.6, _PALETTE + (255 - _PALETTE) * 0.55
-    # A darker black would be black again, and a lighter sky white: those two go towards the other end.
-    darker[11], lighter[4] = [0x00, 0x45, 0x45], [0x4A, 0x90, 0xC8]
-    rounds = np.concatenate([_PALETTE, darker, lighter]).round().astype(np.uint8)
-    colours: np.ndarray = rounds[np.arange(num_classes) % len(rounds)]
-    return colours
 
 
 def draw_report(
@@ -171,16 +121,6 @@ def draw_report(
             handletextpad=0.3,
         )
         save_figure(page.figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG that depends on the figure alone, at once or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _Page:
@@ -286,7 +226,7 @@ def _draw_images(
     legend.axis("off")
     for k, name in enumerate([*classes, "no class"]):
         y, x = divmod(k, page.columns)
-        look: dict[str, Any] = {"facecolor": _IGNORED / 255, "edgecolor": _STRIPE / 255, "hatch": "////"}
+        look: dict[str, Any] = {"facecolor": IGNORED / 255, "edgecolor": STRIPE / 255, "hatch": "////"}
         if k < len(classes):
             look = {"facecolor": colours[k] / 255}
             name = f"{k} {name}"
@@ -300,8 +240,8 @@ def _paint(ids: np.ndarray, colours: np.ndarray, ignore_index: int) -> np.ndarra
     y, x = np.indices(ids.shape)
     period = max(4, ids.shape[1] // 24)
     stripe = (x + y) % period < period // 3
-    picture[ignored] = _IGNORED
-    picture[ignored & stripe] = _STRIPE
+    picture[ignored] = IGNORED
+    picture[ignored & stripe] = STRIPE
     return picture
 
 
@@ -431,7 +371,6 @@ def _draw_prototypes(axes: Axes, title: str, prototypes: Prototypes) -> None:
             color=colours[k],
             markersize=11,
             markeredgecolor="white",
-            markeredgewidth=1.2,
             zorder=3,
         )
     # Each number stands beyond its circle, on the side away from the cross, which only the final scale can tell.
@@ -448,6 +387,7 @@ def _draw_prototypes(axes: Axes, title: str, prototypes: Prototypes) -> None:
             va="center",
             fontsize=9.5,
             color="0.25",
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
             zorder=4,
         )
     axes.set_xlabel(f"first principal axis, {100 * shares[0]:.0f} % of the variance")
@@ -466,7 +406,7 @@ def _draw_prototypes(axes: Axes, title: str, prototypes: Prototypes) -> None:
 
 
 def _principal(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Map points `[N, C]` to their first two principal axes `[N, 2]`, with the axes' shares of the variance `[2]`."""
+    """Map points `[N, C]` to two principal axes `[N, 2]`, with the axes' shares of the variance `[2]`."""
     centred = points - points.mean(0)
     _, strengths, axes = np.linalg.svd(centred, full_matrices=False)
     # An axis has no sign of its own; its largest entry is made positive, so that a picture never flips.

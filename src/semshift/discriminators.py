@@ -1,0 +1,267 @@
+"""Discriminators of source against target: over output maps, over class prototypes, over pixels by class.
+
+All return logits, positive for source, and stay in float32 whatever the precision around them. None has batch norm:
+a discriminator sees source and target one after another, and its running statistics would be of neither.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm as _spectral_norm
+
+__all__ = ["ClassPixelDiscriminator", "FCDiscriminator", "PrototypeDiscriminator", "frozen"]
+
+
+class FCDiscriminator(nn.Module):
+    """Tell source from target by a segmenter's output map, with five strided convolutions.
+
+    The layers of AdaptSegNet (Tsai et al. 2018, section 5.1): 4 x 4 kernels, stride 2, `base_channels` times 1, 2, 4,
+    8, then 1; leaky ReLU of slope 0.2 between them.
+
+    Args:
+        in_channels: channels of the map, the number of classes for class probabilities; at least 1.
+        base_channels: of the first layer, at least 1.
+        spectral_norm: divide each kernel by its largest singular value (Miyato et al. 2018).
+
+    Raises:
+        TypeError: a count that is no int.
+        ValueError: a count below 1.
+
+    Example:
+        >>> FCDiscriminator(19)(torch.rand(1, 19, 64, 96)).shape
+        torch.Size([1, 1, 2, 3])
+    """
+
+    def __init__(self, in_channels: int, *, base_channels: int = 64, spectral_norm: bool = False) -> None:
+        super().__init__()
+        _check_count("in_channels", in_channels)
+        _check_count("base_channels", base_channels)
+        self.in_channels = in_channels
+        self.base_channels = base_channels
+        self.spectral_norm = spectral_norm
+        widths = [in_channels, *(base_channels * factor for factor in (1, 2, 4, 8)), 1]
+        layers = [nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, widths[1:])]
+        self.layers = _leaky_stack(layers, spectral_norm)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Judge maps.
+
+        Args:
+            maps: `[B, in_channels, H, W]`, floating point, H and W at least 32.
+
+        Returns:
+            Logits `[B, 1, H // 32, W // 32]` float32, positive for source.
+
+        Raises:
+            ValueError: another shape, or a map that is too small for five halvings.
+        """
+        if maps.dim() != 4 or maps.shape[1] != self.in_channels:
+            raise ValueError(f"expected maps [B, {self.in_channels}, H, W], got {list(maps.shape)}")
+        if min(maps.shape[2:]) < 32:
+            raise ValueError(f"expected maps of at least 32 x 32, got {maps.shape[2]} x {maps.shape[3]}")
+        return _in_float32(self.layers, maps)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"{self.in_channels}, base_channels={self.base_channels}, spectral_norm={self.spectral_norm}"
+
+
+class PrototypeDiscriminator(nn.Module):
+    """Tell source from target by class prototypes, with a multi-layer perceptron that all classes share.
+
+    This is the semantic-level discriminator of Wang et al. 2020 (arXiv 2004.00794), section 3. Its widths and the way
+    in which it knows the class were not published; they are ours.
+
+    Args:
+        in_channels: C, the length of a prototype; at least 1.
+        num_classes: K, at least 1.
+        hidden_channels: widths of the hidden layers.
+        conditioning: how it knows the class. `"per-class"`: one output per class, of which row k takes the k-th, so
+            that each class has a boundary of its own over shared layers. `"none"`: one output for all.
+            `"class-and-domain"`: 2K outputs, source classes then target classes, for the losses
+            `class_discriminator_loss` and `class_confusion_loss` (FADA, Wang et al. 2020, arXiv 2007.09222).
+        spectral_norm: divide each matrix by its largest singular value.
+
+    Raises:
+        TypeError: a count that is no int.
+        ValueError: a count below 1, or an unknown conditioning.
+
+    Example:
+        >>> PrototypeDiscriminator(2048, 19)(torch.rand(19, 2048)).shape
+        torch.Size([19])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        hidden_channels: Sequence[int] = (256, 256),
+        conditioning: Literal["none", "per-class", "class-and-domain"] = "per-class",
+        spectral_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_count("in_channels", in_channels)
+        _check_count("num_classes", num_classes)
+        for width in hidden_channels:
+            _check_count("hidden_channels", width)
+        outputs = {"none": 1, "per-class": num_classes, "class-and-domain": 2 * num_classes}
+        if conditioning not in outputs:
+            raise ValueError(f"expected conditioning to be one of {', '.join(outputs)}, got {conditioning!r}")
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.hidden_channels = tuple(hidden_channels)
+        self.conditioning = conditioning
+        self.spectral_norm = spectral_norm
+        widths = [in_channels, *hidden_channels, outputs[conditioning]]
+        self.layers = _leaky_stack([nn.Linear(a, b) for a, b in zip(widths, widths[1:])], spectral_norm)
+
+    def forward(self, prototypes: Tensor) -> Tensor:
+        """Judge prototypes.
+
+        Args:
+            prototypes: `[..., K, C]`, floating point; row k is class k.
+
+        Returns:
+            Logits `[..., K]` float32, positive for source; `[..., K, 2K]` with `"class-and-domain"`.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if prototypes.dim() < 2 or prototypes.shape[-2:] != (self.num_classes, self.in_channels):
+            raise ValueError(
+                f"expected prototypes [..., {self.num_classes}, {self.in_channels}], got {list(prototypes.shape)}"
+            )
+        logits = _in_float32(self.layers, prototypes)
+        if self.conditioning == "none":
+            return logits.squeeze(-1)
+        return logits.diagonal(dim1=-2, dim2=-1) if self.conditioning == "per-class" else logits
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return (
+            f"{self.in_channels}, {self.num_classes}, hidden_channels={self.hidden_channels}, "
+            f"conditioning={self.conditioning!r}, spectral_norm={self.spectral_norm}"
+        )
+
+
+class ClassPixelDiscriminator(nn.Module):
+    """Tell class and domain of every pixel of a feature map, with 2K outputs.
+
+    The fine-grained discriminator of FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2: the first K outputs are
+    the source's classes, the other K the target's.
+
+    Args:
+        in_channels: C, channels of the features; at least 1.
+        num_classes: K, at least 1.
+        hidden_channels: widths of the hidden layers, 3 x 3 convolutions.
+        spectral_norm: divide each kernel by its largest singular value.
+
+    Raises:
+        TypeError: a count that is no int.
+        ValueError: a count below 1.
+
+    Example:
+        >>> ClassPixelDiscriminator(64, 19)(torch.rand(1, 64, 8, 12)).shape
+        torch.Size([1, 38, 8, 12])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        hidden_channels: Sequence[int] = (256, 128),
+        spectral_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_count("in_channels", in_channels)
+        _check_count("num_classes", num_classes)
+        for width in hidden_channels:
+            _check_count("hidden_channels", width)
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.hidden_channels = tuple(hidden_channels)
+        self.spectral_norm = spectral_norm
+        widths = [in_channels, *hidden_channels, 2 * num_classes]
+        layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:])]
+        self.layers = _leaky_stack(layers, spectral_norm)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Judge feature maps.
+
+        Args:
+            features: `[B, C, H, W]`, floating point.
+
+        Returns:
+            Logits `[B, 2K, H, W]` float32.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if features.dim() != 4 or features.shape[1] != self.in_channels:
+            raise ValueError(f"expected features [B, {self.in_channels}, H, W], got {list(features.shape)}")
+        return _in_float32(self.layers, features)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return (
+            f"{self.in_channels}, {self.num_classes}, hidden_channels={self.hidden_channels}, "
+            f"spectral_norm={self.spectral_norm}"
+        )
+
+
+def frozen(module: nn.Module) -> Callable[..., Any]:
+    """Run a module with its parameters held still: gradients reach its inputs and no parameter.
+
+    For the segmenter's half of the game. Nothing is switched off and on again, so the same module can be trained in
+    the same step. Buffers keep their values too: what the module would write to them is thrown away. A module wrapped
+    by `DistributedDataParallel` is run without the wrapper.
+
+    Args:
+        module: any module.
+
+    Returns:
+        A function of the module's arguments to its results.
+
+    Raises:
+        TypeError: something else than a module.
+
+    Example:
+        >>> critic, features = FCDiscriminator(2), torch.rand(1, 2, 32, 32, requires_grad=True)
+        >>> frozen(critic)(features).sum().backward()
+        >>> features.grad is not None, any(p.grad is not None for p in critic.parameters())
+        (True, False)
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected module to be a torch.nn.Module, got {type(module).__name__}")
+    inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+
+    def run(*arguments: Any) -> Any:
+        held = {name: parameter.detach() for name, parameter in inner.named_parameters()}
+        held |= {name: buffer.detach().clone() for name, buffer in inner.named_buffers()}
+        return torch.func.functional_call(inner, held, arguments)
+
+    return run
+
+
+def _leaky_stack(layers: Sequence[nn.Module], spectral_norm: bool) -> nn.Sequential:
+    stack: list[nn.Module] = []
+    for layer in layers:
+        stack += [_spectral_norm(layer) if spectral_norm else layer, nn.LeakyReLU(0.2)]
+    return nn.Sequential(*stack[:-1])
+
+
+def _in_float32(layers: nn.Module, inputs: Tensor) -> Tensor:
+    with torch.autocast(inputs.device.type, enabled=False):
+        result: Tensor = layers(inputs.float())
+    return result
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"expected {name} to be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"expected {name} to be at least 1, got {value}")

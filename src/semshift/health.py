@@ -1,0 +1,170 @@
+"""Is the adversary alive? Figures to log beside the losses.
+
+A discriminator whose accuracy stays at 1 on both domains teaches the segmenter nothing; one that stays at one half has
+lost, or there is nothing to tell; a term whose gradient at the features is a thousandth of the segmentation loss's
+changes nothing, and one that exceeds it takes over.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+__all__ = ["DomainAccuracy", "class_domain_accuracy", "domain_accuracy", "gradient_norm", "prototype_distance"]
+
+
+class DomainAccuracy(NamedTuple):
+    """Share of a domain's elements that the discriminator places in it."""
+
+    source: Tensor
+    """Scalar in [0, 1], nan where nothing of the source takes part."""
+    target: Tensor
+    """Scalar in [0, 1], nan where nothing of the target takes part."""
+
+
+def domain_accuracy(
+    source_logits: Tensor,
+    target_logits: Tensor,
+    *,
+    source_weight: Optional[Tensor] = None,
+    target_weight: Optional[Tensor] = None,
+) -> DomainAccuracy:
+    """How often a discriminator is right, domain by domain.
+
+    One number for both would hide the usual collapse, in which everything is taken for one domain. A logit of exactly
+    0 is wrong on both sides.
+
+    Args:
+        source_logits: any shape, positive for source.
+        target_logits: any shape.
+        source_weight: bool or floating point in the shape of `source_logits`; elements of weight 0 take no part and
+            the others count alike. None counts all.
+        target_weight: the same for `target_logits`.
+
+    Returns:
+        `DomainAccuracy`, two float32 scalars on the logits' device; nan where nothing takes part.
+
+    Raises:
+        ValueError: a weight of another shape.
+
+    Example:
+        >>> accuracy = domain_accuracy(torch.tensor([1.0, -1.0]), torch.tensor([-2.0, -1.0]))
+        >>> accuracy.source.item(), accuracy.target.item()
+        (0.5, 1.0)
+    """
+    return DomainAccuracy(
+        _share("source_", source_logits > 0, source_weight), _share("target_", target_logits < 0, target_weight)
+    )
+
+
+def class_domain_accuracy(
+    source_logits: Tensor,
+    target_logits: Tensor,
+    *,
+    source_weight: Optional[Tensor] = None,
+    target_weight: Optional[Tensor] = None,
+) -> DomainAccuracy:
+    """`domain_accuracy` of a class-and-domain discriminator, whose domain is the half with the larger probability.
+
+    Args:
+        source_logits: `[..., 2K]`, source classes then target classes.
+        target_logits: `[..., 2K]`.
+        source_weight: `[...]`, as for `domain_accuracy`.
+        target_weight: `[...]`, as for `domain_accuracy`.
+
+    Returns:
+        `DomainAccuracy`, two float32 scalars on the logits' device; nan where nothing takes part.
+
+    Raises:
+        ValueError: logits with an odd last dimension, or a weight of another shape.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, 0.0, 0.0]])
+        >>> class_domain_accuracy(logits, logits).target.item()
+        0.0
+    """
+    halves = []
+    for name, logits in (("source_logits", source_logits), ("target_logits", target_logits)):
+        if logits.dim() < 1 or logits.shape[-1] < 2 or logits.shape[-1] % 2:
+            raise ValueError(f"expected {name} [..., 2K], got {list(logits.shape)}")
+        source_half, target_half = logits.chunk(2, dim=-1)
+        halves.append(source_half.logsumexp(-1) - target_half.logsumexp(-1))
+    return domain_accuracy(halves[0], halves[1], source_weight=source_weight, target_weight=target_weight)
+
+
+def gradient_norm(loss: Tensor, features: Tensor) -> Tensor:
+    """The Euclidean norm of the gradient that a loss term sends to the features.
+
+    The graph is kept and no `.grad` is written, so it can be asked for just before the backward. Multiply by the
+    term's weight to compare terms.
+
+    Args:
+        loss: scalar, a function of `features`.
+        features: any shape, part of the graph.
+
+    Returns:
+        A scalar in the dtype of `features`, at least float32.
+
+    Raises:
+        ValueError: a loss that is no scalar or does not depend on features.
+
+    Example:
+        >>> features = torch.tensor([3.0, 4.0], requires_grad=True)
+        >>> gradient_norm(features.square().sum(), features)
+        tensor(10.)
+    """
+    if loss.dim() != 0:
+        raise ValueError(f"expected loss to be a scalar, got {list(loss.shape)}")
+    linked = loss.requires_grad and features.requires_grad
+    gradient = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)[0] if linked else None
+    if gradient is None:
+        raise ValueError("expected loss to be a function of features, got no gradient between them")
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return torch.linalg.vector_norm(gradient, dtype=wide)
+
+
+def prototype_distance(source_means: Tensor, target_means: Tensor, *, weight: Optional[Tensor] = None) -> Tensor:
+    """How far the two domains' prototypes of a class lie apart, in units of the distance between classes.
+
+    The unit is the mean distance between different classes, each at the middle of its two prototypes. Without it,
+    features that shrink would look like domains that meet.
+
+    Args:
+        source_means: prototypes `[K, C]`.
+        target_means: prototypes `[K, C]`.
+        weight: bool or floating point `[K]`, the classes that are present in both; None takes all.
+
+    Returns:
+        `[K]` in the dtype of the means; nan for classes that take no part, and for all with fewer than two that do.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+
+    Example:
+        >>> source, target = torch.tensor([[0.0], [4.0]]), torch.tensor([[0.0], [2.0]])
+        >>> prototype_distance(source, target)
+        tensor([0.0000, 0.6667])
+    """
+    if source_means.dim() != 2 or source_means.shape != target_means.shape:
+        raise ValueError(
+            f"expected source_means and target_means [K, C], got {list(source_means.shape)} "
+            f"and {list(target_means.shape)}"
+        )
+    if weight is not None and weight.shape != source_means.shape[:1]:
+        raise ValueError(f"expected weight {list(source_means.shape[:1])}, got {list(weight.shape)}")
+    source, target = source_means.detach(), target_means.detach()
+    here = torch.ones_like(source[:, 0], dtype=torch.bool) if weight is None else weight > 0
+    middle = torch.where(here[:, None], (source + target) / 2, 0.0)
+    between = torch.linalg.vector_norm(middle[:, None] - middle, dim=-1)
+    pairs = here[:, None] & here & ~torch.eye(len(here), dtype=torch.bool, device=here.device)
+    unit = torch.where(pairs, between, 0.0).sum() / pairs.sum()
+    apart = torch.linalg.vector_norm(source - target, dim=-1)
+    return torch.where(here, apart / unit, torch.nan)
+
+
+def _share(prefix: str, right: Tensor, weight: Optional[Tensor]) -> Tensor:
+    if weight is None:
+        return right.float().mean()
+    if weight.shape != right.shape:
+        raise ValueError(f"expected {prefix}weight {list(right.shape)}, got {list(weight.shape)}")
+    return (right & (weight > 0)).sum() / (weight > 0).sum()

@@ -1,0 +1,336 @@
+"""Adversarial losses: what discriminators learn by, and what confuses them.
+
+Every function takes logits, never probabilities, positive for source, and the boundary between the domains is 0 in
+every objective. Weights say which elements take part: where the weight is 0, neither the loss nor its gradient sees
+the logit, whatever it holds; where nothing takes part, the loss is 0 with gradient 0.
+"""
+
+import math
+from typing import Any, Literal, Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import TypeAlias
+
+__all__ = [
+    "Objective",
+    "class_confusion_loss",
+    "class_discriminator_loss",
+    "confusion_loss",
+    "discriminator_loss",
+    "entropy_map",
+    "r1_penalty",
+    "reverse_gradient",
+]
+
+Objective: TypeAlias = Literal["bce", "least-squares", "hinge", "wasserstein"]
+"""`bce`: Goodfellow et al. 2014, the non-saturating form. `least-squares`: Mao et al. 2017, towards 1 and -1. `hinge`:
+Lim and Ye 2017. `wasserstein`: Arjovsky et al. 2017, which needs a penalty or spectral norm beside it."""
+
+
+def discriminator_loss(
+    source_logits: Tensor,
+    target_logits: Tensor,
+    *,
+    objective: Objective = "bce",
+    source_weight: Optional[Tensor] = None,
+    target_weight: Optional[Tensor] = None,
+) -> Tensor:
+    """What a discriminator minimises to tell source from target: half the sum of the two domains' weighted means.
+
+    Args:
+        source_logits: any shape, from detached inputs.
+        target_logits: any shape, from detached inputs.
+        objective: see `Objective`.
+        source_weight: bool or floating point in the shape of `source_logits`, not negative; None weighs all alike.
+        target_weight: the same for `target_logits`.
+
+    Returns:
+        A scalar in the logits' dtype.
+
+    Raises:
+        TypeError: logits that are not floating point, or a weight that is neither bool nor floating point.
+        ValueError: a weight of another shape, or an unknown objective.
+
+    Example:
+        >>> discriminator_loss(torch.tensor([2.0]), torch.tensor([-3.0]), objective="hinge")
+        tensor(0.)
+    """
+    _check_objective(objective)
+    _check_weight("source_weight", source_weight, "source_logits", source_logits, source_logits.shape)
+    _check_weight("target_weight", target_weight, "target_logits", target_logits, target_logits.shape)
+    source, source_weight = _taking_part(source_logits, source_weight)
+    target, target_weight = _taking_part(target_logits, target_weight)
+    if objective == "bce":
+        losses = F.softplus(-source), F.softplus(target)
+    elif objective == "least-squares":
+        losses = (source - 1).square(), (target + 1).square()
+    elif objective == "hinge":
+        losses = F.relu(1 - source), F.relu(1 + target)
+    else:
+        losses = -source, target
+    return (_weighted_mean(losses[0], source_weight) + _weighted_mean(losses[1], target_weight)) / 2
+
+
+def confusion_loss(logits: Tensor, *, objective: Objective = "bce", weight: Optional[Tensor] = None) -> Tensor:
+    """What the segmenter minimises to have its target outputs taken for source: a weighted mean.
+
+    Args:
+        logits: any shape, of target inputs, from a discriminator held still (`discriminators.frozen`).
+        objective: see `Objective`; the discriminator's.
+        weight: bool or floating point in the shape of `logits`, not negative; None weighs all alike.
+
+    Returns:
+        A scalar in the logits' dtype.
+
+    Raises:
+        TypeError: logits that are not floating point, or a weight that is neither bool nor floating point.
+        ValueError: a weight of another shape, or an unknown objective.
+
+    Example:
+        >>> confusion_loss(torch.tensor([0.0, float("nan")]), weight=torch.tensor([True, False]))
+        tensor(0.6931)
+    """
+    _check_objective(objective)
+    _check_weight("weight", weight, "logits", logits, logits.shape)
+    logits, weight = _taking_part(logits, weight)
+    if objective == "bce":
+        losses = F.softplus(-logits)
+    elif objective == "least-squares":
+        losses = (logits - 1).square()
+    else:
+        losses = -logits
+    return _weighted_mean(losses, weight)
+
+
+def class_discriminator_loss(
+    source_logits: Tensor,
+    target_logits: Tensor,
+    *,
+    source_classes: Optional[Tensor] = None,
+    target_classes: Optional[Tensor] = None,
+    source_weight: Optional[Tensor] = None,
+    target_weight: Optional[Tensor] = None,
+) -> Tensor:
+    """What a class-and-domain discriminator minimises: cross-entropy of class and domain at once.
+
+    FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2, here with half the sum of the two domains' means.
+
+    Args:
+        source_logits: `[..., 2K]`, source classes then target classes; maps `[B, 2K, H, W]` come as
+            `.movedim(1, -1)`.
+        target_logits: `[..., 2K]`.
+        source_classes: class probabilities `[..., K]`, detached; None says that the logits are `[..., K, 2K]` of
+            prototypes and row k is class k.
+        target_classes: the same for `target_logits`.
+        source_weight: bool or floating point `[...]`, the logits' shape without the last dimension, not negative;
+            None weighs all alike.
+        target_weight: the same for `target_logits`.
+
+    Returns:
+        A scalar in the logits' dtype.
+
+    Raises:
+        TypeError: logits that are not floating point, or a weight that is neither bool nor floating point.
+        ValueError: shapes that do not belong together.
+
+    Example:
+        >>> class_discriminator_loss(torch.zeros(3, 6), torch.zeros(3, 6))
+        tensor(1.7918)
+    """
+    source = _class_domain_losses("source_", source_logits, source_classes, source_weight, of_source=True)
+    target = _class_domain_losses("target_", target_logits, target_classes, target_weight, of_source=False)
+    return (source + target) / 2
+
+
+def class_confusion_loss(
+    logits: Tensor, *, classes: Optional[Tensor] = None, weight: Optional[Tensor] = None
+) -> Tensor:
+    """What the segmenter minimises to have target outputs taken for the same class of the source.
+
+    FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2.
+
+    Args:
+        logits: `[..., 2K]`, of target inputs, source classes then target classes.
+        classes: class probabilities `[..., K]`, detached; None says that the logits are `[..., K, 2K]` of prototypes
+            and row k is class k.
+        weight: bool or floating point `[...]`, not negative; None weighs all alike.
+
+    Returns:
+        A scalar in the logits' dtype.
+
+    Raises:
+        TypeError: logits that are not floating point, or a weight that is neither bool nor floating point.
+        ValueError: shapes that do not belong together.
+
+    Example:
+        >>> class_confusion_loss(torch.zeros(3, 6))
+        tensor(1.7918)
+    """
+    return _class_domain_losses("", logits, classes, weight, of_source=True)
+
+
+def entropy_map(probabilities: Tensor) -> Tensor:
+    """The entropy that each class contributes to each pixel, `-p log p / log K`: what ADVENT's discriminator sees.
+
+    Vu et al. 2019 (arXiv 1811.12833), section 3.2. Summed over classes it is 1 where all are equally likely. The
+    gradient is finite at 0.
+
+    Args:
+        probabilities: `[B, K, *S]`, in [0, 1], K at least 2.
+
+    Returns:
+        `[B, K, *S]` in the dtype of `probabilities`.
+
+    Raises:
+        TypeError: probabilities that are not floating point.
+        ValueError: another shape.
+
+    Example:
+        >>> entropy_map(torch.tensor([[[0.5], [0.5]]])).flatten()
+        tensor([0.5000, 0.5000])
+    """
+    _check_floating("probabilities", probabilities)
+    if probabilities.dim() < 2 or probabilities.shape[1] < 2:
+        raise ValueError(f"expected probabilities [B, K, *S] with K of at least 2, got {list(probabilities.shape)}")
+    smallest = torch.finfo(probabilities.dtype).tiny
+    return -probabilities * probabilities.clamp(min=smallest).log() / math.log(probabilities.shape[1])
+
+
+def r1_penalty(logits: Tensor, inputs: Tensor, *, sample_dims: int = 1, weight: Optional[Tensor] = None) -> Tensor:
+    """Half the mean squared gradient of a discriminator at its source inputs, which steadies the game.
+
+    R1 of Mescheder et al. 2018 (arXiv 1801.04406), equation 9, without its factor gamma. Add it to the
+    discriminator's loss; its own backward goes through the gradient.
+
+    Args:
+        logits: any shape, computed from `inputs`.
+        inputs: detached and then set to require grad.
+        sample_dims: how many leading dimensions of `inputs` count samples: 1 for maps `[B, C, H, W]`, all but the
+            last for prototypes `[..., K, C]`.
+        weight: bool or floating point in the shape of those dimensions, not negative; None weighs all alike.
+
+    Returns:
+        A scalar in the dtype of `inputs`.
+
+    Raises:
+        TypeError: a weight that is neither bool nor floating point.
+        ValueError: logits that do not depend on inputs, a number of dimensions that inputs do not have, or a weight
+            of another shape.
+
+    Example:
+        >>> inputs = torch.ones(2, 3, requires_grad=True)
+        >>> r1_penalty(2 * inputs.sum(1), inputs)
+        tensor(6.)
+    """
+    if not 1 <= sample_dims <= inputs.dim():
+        raise ValueError(f"expected sample_dims in 1 to {inputs.dim()} for inputs {list(inputs.shape)}, got {sample_dims}")
+    _check_weight("weight", weight, "inputs", inputs, inputs.shape[:sample_dims])
+    if not (inputs.requires_grad and logits.requires_grad):
+        raise ValueError("expected logits computed from inputs that require grad, got no gradient between them")
+    (gradient,) = torch.autograd.grad(logits.sum(), inputs, create_graph=True, allow_unused=True)
+    if gradient is None:
+        raise ValueError("expected logits computed from inputs that require grad, got no gradient between them")
+    gradient = gradient.reshape(*inputs.shape[:sample_dims], -1)
+    if weight is not None:
+        gradient = torch.where(weight[..., None] > 0, gradient, 0.0)
+    return _weighted_mean(gradient.square().sum(-1), weight) / 2
+
+
+def reverse_gradient(features: Tensor, *, scale: float = 1.0) -> Tensor:
+    """The features as they are, with the gradient turned round on its way back.
+
+    Ganin and Lempitsky 2015 (arXiv 1409.7495), section 3: minimising the discriminator's loss behind this trains the
+    discriminator and confuses it by the same pass.
+
+    Args:
+        features: any shape, floating point.
+        scale: the gradient is multiplied by minus this; finite, not negative. A schedule's value goes here.
+
+    Returns:
+        A tensor equal to `features`.
+
+    Raises:
+        TypeError: features that are not floating point.
+        ValueError: a scale that is negative or not finite.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> reverse_gradient(x, scale=0.5).sum().backward()
+        >>> x.grad
+        tensor([-0.5000, -0.5000])
+    """
+    _check_floating("features", features)
+    if not (math.isfinite(scale) and scale >= 0):
+        raise ValueError(f"expected scale to be finite and not negative, got {scale}")
+    result: Tensor = _Reverse.apply(features, scale)  # type: ignore[no-untyped-call]  # because torch's apply is untyped
+    return result
+
+
+class _Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return -ctx.scale * gradients[0], None
+
+
+def _class_domain_losses(
+    prefix: str, logits: Tensor, classes: Optional[Tensor], weight: Optional[Tensor], *, of_source: bool
+) -> Tensor:
+    _check_floating(f"{prefix}logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] < 2 or logits.shape[-1] % 2:
+        raise ValueError(f"expected {prefix}logits [..., 2K], got {list(logits.shape)}")
+    num_classes = logits.shape[-1] // 2
+    if classes is None:
+        if logits.dim() < 2 or logits.shape[-2] != num_classes:
+            raise ValueError(
+                f"expected {prefix}logits [..., K, 2K] of prototypes, or {prefix}classes, got {list(logits.shape)}"
+            )
+        classes = torch.eye(num_classes, dtype=logits.dtype, device=logits.device).expand(*logits.shape[:-1], -1)
+    elif classes.shape != (*logits.shape[:-1], num_classes):
+        raise ValueError(
+            f"expected {prefix}classes {[*logits.shape[:-1], num_classes]} for {prefix}logits {list(logits.shape)}, "
+            f"got {list(classes.shape)}"
+        )
+    _check_weight(f"{prefix}weight", weight, f"{prefix}logits", logits, logits.shape[:-1])
+    if weight is not None:
+        logits = torch.where(weight[..., None] > 0, logits, 0.0)
+    log_probabilities = logits.log_softmax(-1)
+    half = log_probabilities[..., :num_classes] if of_source else log_probabilities[..., num_classes:]
+    return _weighted_mean(-(classes * half).sum(-1), weight)
+
+
+def _taking_part(logits: Tensor, weight: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+    # A logit of weight 0 may hold anything: 0 * nan would be nan, in the value or in the gradient.
+    return (logits if weight is None else torch.where(weight > 0, logits, 0.0)), weight
+
+
+def _weighted_mean(losses: Tensor, weight: Optional[Tensor]) -> Tensor:
+    weight = torch.ones_like(losses) if weight is None else weight.to(losses.dtype)
+    total = weight.sum()
+    return (losses * weight).sum() / torch.where(total > 0, total, 1.0)
+
+
+def _check_objective(objective: str) -> None:
+    if objective not in ("bce", "least-squares", "hinge", "wasserstein"):
+        raise ValueError(f"expected objective to be one of bce, least-squares, hinge, wasserstein, got {objective!r}")
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"expected {name} to be floating point, got {tensor.dtype}")
+
+
+def _check_weight(name: str, weight: Optional[Tensor], of: str, tensor: Tensor, shape: torch.Size) -> None:
+    _check_floating(of, tensor)
+    if weight is None:
+        return
+    if weight.dtype != torch.bool and not weight.is_floating_point():
+        raise TypeError(f"expected {name} to be bool or floating point, got {weight.dtype}")
+    if weight.shape != shape:
+        raise ValueError(f"expected {name} {list(shape)} for {of} {list(tensor.shape)}, got {list(weight.shape)}")
