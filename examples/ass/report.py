@@ -373,7 +373,7 @@ def _draw_prototypes(axes: Axes, title: str, prototypes: Prototypes) -> None:
             markeredgecolor="white",
             zorder=3,
         )
-    # Each number stands beyond its circle, on the side away from the cross, which only the final scale can tell.
+    # Each number stands beyond its circle, on the side away from the cross, as only the final scale tells.
     axes.apply_aspect()
     for k, tail, head in zip(present, *ends, strict=True):
         away = axes.transData.transform(tail) - axes.transData.transform(head)
@@ -406,7 +406,7 @@ def _draw_prototypes(axes: Axes, title: str, prototypes: Prototypes) -> None:
 
 
 def _principal(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Map points `[N, C]` to two principal axes `[N, 2]`, with the axes' shares of the variance `[2]`."""
+    """Map points `[N, C]` to two principal axes `[N, 2]`, and tell the share of variance of each `[2]`."""
     centred = points - points.mean(0)
     _, strengths, axes = np.linalg.svd(centred, full_matrices=False)
     # An axis has no sign of its own; its largest entry is made positive, so that a picture never flips.

@@ -155,18 +155,19 @@ def train(
             for name, view in views.items()
         }
         loss = segmentation_loss + sum(weights[name](step) * term for name, term in terms.items())
+        value = float(loss.detach())
         log = step % settings.log_every == 0 or step == settings.steps - 1
-        if not math.isfinite(float(loss)):
+        if not math.isfinite(value):
             raise InputError(
-                f"expected a finite loss, got {float(loss)} at step {step}: lower the learning rate or the "
+                f"expected a finite loss, got {value} at step {step}: lower the learning rate or the "
                 f"adversaries' weights; {out} keeps its last checkpoint"
             )
-        row = {"step": step, "loss/segmentation": float(segmentation_loss)}
+        row = {"step": step, "loss/segmentation": float(segmentation_loss.detach())}
         if log:
             for name, term in terms.items():
                 features = outputs["unlabelled" if name == "global" else "labelled"].features
                 row |= {
-                    f"loss/{name}": float(term),
+                    f"loss/{name}": float(term.detach()),
                     f"weight/{name}": weights[name](step),
                     f"gradient/{name}": weights[name](step) * float(gradient_norm(term, features)),
                 }
@@ -191,7 +192,7 @@ def train(
             if log:
                 accuracy = view.accuracy(source_logits, target_logits, **weighted)
                 row |= {
-                    f"loss/{name}_critic": float(critic_loss),
+                    f"loss/{name}_critic": float(critic_loss.detach()),
                     f"accuracy/{name}_source": float(accuracy.source),
                     f"accuracy/{name}_target": float(accuracy.target),
                 }
@@ -199,7 +200,7 @@ def train(
         if log:
             runs.append_history(out, row)
             fabric.log_dict({name: value for name, value in row.items() if name != "step"}, step)
-            bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if name.startswith("loss/")})
+            bar.set_postfix_str(", ".join(f"{n[5:]} {row[n]:.3f}" for n in row if n.startswith("loss/")), refresh=False)
         bar.update()
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             runs.save_checkpoint(out, step + 1, stateful, seen, settings=settings, resumed_from=resumed_from)

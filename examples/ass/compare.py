@@ -1,0 +1,413 @@
+"""Several methods and seeds side by side: the runs, a table that tells differences from spread, a figure."""
+
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from examples.ass.data import InputError
+from examples.ass.runs import write_whole
+from examples.ass.settings import METHODS
+from examples.ass.style import STYLE, save_figure
+
+__all__ = ["compare", "comparison_table", "draw_comparison"]
+
+_BASELINE = "joint"
+# What starts a run; tests put a program of their own here.
+_TRAIN = [sys.executable, "-m", "examples.ass", "train"]
+_KEYS = {
+    "method",
+    "labelled",
+    "seed",
+    "steps",
+    "num_classes",
+    "miou",
+    "iou",
+    "resumed_from",
+    "seconds",
+    "versions",
+}
+
+
+def compare(
+    train_arguments: Sequence[str],
+    *,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    jobs: int = 2,
+    threads: int = 1,
+) -> list[dict[str, Any]]:
+    """Train each method with each seed, and leave a table and a figure beside the runs.
+
+    A finished run that `out` already holds is taken as it is, and one that was cut short goes on.
+
+    Args:
+        train_arguments: options of `train` that every run gets.
+        methods: names of methods, none twice.
+        seeds: of the runs of each method, none twice.
+        out: folder of the run folders `METHOD-seedS`, their logs, and `comparison.json`, `.md` and `.png`.
+        jobs: runs at a time.
+        threads: of each run.
+
+    Returns:
+        What each run wrote to its `metrics.json`, with its `command`; method by method.
+
+    Raises:
+        InputError: an argument is not fit, `out` holds other runs of the same names, or a run failed.
+    """
+    _check(methods, seeds, jobs, threads)
+    runs = [_Run(method, seed, out, tuple(train_arguments)) for method in methods for seed in seeds]
+    due = [run for run in runs if _finished(run) is None]
+    _run_all(due, jobs, threads, done=len(runs) - len(due))
+    results = []
+    for run in runs:
+        metrics = _finished(run)
+        if metrics is None:
+            raise InputError(
+                f"expected {run.folder} to hold metrics.json after its run, got none; see {run.log}"
+            )
+        results.append(
+            {**metrics, "command": shlex.join(["python", "-m", "examples.ass", "train", *run.options])}
+        )
+    table = comparison_table(results)
+    command = shlex.join(["--method", "METHOD", "--seed", "SEED", *train_arguments])
+    how = f"Each run: `python -m examples.ass train {command}`, {jobs} at a time, OMP_NUM_THREADS={threads}."
+    write_whole(out / "comparison.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
+    write_whole(out / "comparison.md", lambda path: path.write_text(f"{table}\n{how}\n", encoding="utf-8"))
+    draw_comparison(out / "comparison.png", results)
+    return results
+
+
+def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Tabulate runs in Markdown: mIoU by method and seed, paired differences to `joint`, IoU by class.
+
+    Args:
+        results: `metrics.json` of each run, all on the same classes, labelled images and steps.
+
+    Returns:
+        Values in percent; "–" where there is none: an absent class, a missing run, the spread of one seed.
+
+    Raises:
+        InputError: there is no run, two are the same, or two differ in more than method and seed.
+    """
+    miou, seeds = _by_method(results)
+    first = results[0]
+    seed_names = [f"seed {seed}" for seed in seeds]
+    parts = [
+        f"mIoU in percent on the test images: mean ± sample standard deviation over the seeds. "
+        f"{first['labelled']} labelled target images, {first['steps']} steps.",
+        _markdown(
+            ["method", "mIoU", *seed_names],
+            [
+                [m, _spread(list(of.values())), *(_percent(of.get(s)) for s in seeds)]
+                for m, of in miou.items()
+            ],
+        ),
+    ]
+    differences = _differences(miou)
+    if differences:
+        parts += [
+            f"Difference to `{_BASELINE}` with the same seed, in points: mean ± sample standard deviation.",
+            _markdown(
+                ["method", "difference", *seed_names],
+                [
+                    [m, _spread(list(of.values()), sign="+"), *(_percent(of.get(s), sign="+") for s in seeds)]
+                    for m, of in differences.items()
+                ],
+            ),
+        ]
+    parts += [
+        "IoU of each class in percent: mean over the seeds whose test images or predictions hold it.",
+        _markdown(
+            ["class", *miou],
+            [[name, *(_class_mean(results, m, name) for m in miou)] for name in first["iou"]],
+        ),
+        f"{len(results)} runs, {_duration(sum(result['seconds'] for result in results))} in all. "
+        f"Versions: {_versions(results)}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Draw each seed and the mean of every method, and beside them the paired differences to `joint`.
+
+    Args:
+        path: the picture, replaced as a whole.
+        results: as for `comparison_table`.
+
+    Raises:
+        InputError: as `comparison_table`.
+    """
+    miou, seeds = _by_method(results)
+    differences = _differences(miou)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12.0 if differences else 7.5, 1.9 + 0.5 * len(miou)), layout="constrained")
+        panels = figure.subplots(1, 2 if differences else 1, sharey=True, squeeze=False)[0]
+        _draw_panel(panels[0], miou, list(miou), seeds, sign="")
+        panels[0].set(title="mIoU on the test images", xlabel="percent")
+        if differences:
+            panels[1].axvline(0, color="0.5", linewidth=1, zorder=0)
+            _draw_panel(panels[1], differences, list(miou), seeds, sign="+")
+            panels[1].set(title=f"Difference to {_BASELINE}, same seed", xlabel="points of mIoU")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower left", ncols=len(labels))
+        save_figure(figure, path)
+
+
+class _Run(NamedTuple):
+    """One training to be run."""
+
+    method: str
+    seed: int
+    out: Path
+    train_arguments: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        return self.out / f"{self.method}-seed{self.seed}"
+
+    @property
+    def log(self) -> Path:
+        return self.out / f"{self.method}-seed{self.seed}.log"
+
+    @property
+    def options(self) -> list[str]:
+        return [
+            "--method",
+            self.method,
+            "--seed",
+            str(self.seed),
+            "--out",
+            str(self.folder),
+            *self.train_arguments,
+        ]
+
+    @property
+    def heading(self) -> str:
+        """First line of the log, by which a later comparison knows the run as one of its own."""
+        return "train " + shlex.join(
+            ["--method", self.method, "--seed", str(self.seed), *self.train_arguments]
+        )
+
+
+def _check(methods: Sequence[str], seeds: Sequence[int], jobs: int, threads: int) -> None:
+    if not methods or len(set(methods)) < len(methods) or not set(methods) <= set(METHODS):
+        raise InputError(
+            f"expected methods to be different ones of {', '.join(METHODS)}, got {list(methods)}"
+        )
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise InputError(f"expected seeds to be different and not negative, got {list(seeds)}")
+    for name, count in (("jobs", jobs), ("threads", threads)):
+        if count < 1:
+            raise InputError(f"expected {name} of at least 1, got {count}")
+
+
+def _finished(run: _Run) -> dict[str, Any] | None:
+    """Read what a finished run has written; None where there is no run, or half of one."""
+    if run.folder.exists() and run.log.exists():
+        with run.log.open(encoding="utf-8", errors="replace") as log:
+            heading = log.readline().rstrip("\n")
+        if heading != run.heading:
+            raise InputError(
+                f"expected {run.folder} to be a run of `{run.heading}`, {run.log} has `{heading}`"
+            )
+    try:
+        metrics = json.loads((run.folder / "metrics.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    if not isinstance(metrics, dict) or not metrics.keys() >= _KEYS:
+        return None
+    # Also for a run that was started by hand, and so has no log of ours.
+    expected = {"method": run.method, "seed": str(run.seed)}
+    expected |= {
+        name: value for name in ("labelled", "steps") if (value := _option(run.train_arguments, name))
+    }
+    for name, value in expected.items():
+        if str(metrics[name]) != value:
+            raise InputError(f"expected {run.folder} to be a run with {name} {value}, got {metrics[name]}")
+    return metrics
+
+
+def _option(arguments: Sequence[str], name: str) -> str | None:
+    """Find the value of `--NAME value` or `--NAME=value`, the last one given."""
+    found = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == f"--{name}":
+            found = following
+        elif argument.startswith(f"--{name}="):
+            found = argument.partition("=")[2]
+    return found
+
+
+def _run_all(due: Sequence[_Run], jobs: int, threads: int, *, done: int) -> None:
+    waiting = deque(due)
+    running: dict[_Run, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
+    with tqdm(total=len(due) + done, initial=done, desc="compare", unit="run") as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    run = waiting.popleft()
+                    running[run] = _start(run, threads)
+                time.sleep(0.05)
+                for run, (process, log) in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    log.close()
+                    del running[run]
+                    if process.returncode != 0:
+                        raise InputError(
+                            f"expected each run to end with status 0, {_last_words(run, process)}"
+                        )
+                    bar.update()
+        finally:
+            # The others keep their last checkpoint, and the next comparison goes on from it.
+            for process, log in running.values():
+                process.terminate()
+                process.wait()
+                log.close()
+
+
+def _start(run: _Run, threads: int) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+    run.out.mkdir(parents=True, exist_ok=True)
+    resume = run.folder.exists()
+    if not (resume and run.log.exists()):
+        run.log.write_text(run.heading + "\n", encoding="utf-8")
+    log = run.log.open("ab")
+    process = subprocess.Popen(
+        [*_TRAIN, *run.options, *(["--resume"] if resume else [])],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+    )
+    return process, log
+
+
+def _last_words(run: _Run, process: subprocess.Popen[bytes]) -> str:
+    lines = [
+        line for line in run.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+    ]
+    return f"{run.folder.name} ended with {process.returncode} (`{lines[-1].strip()}`); see {run.log}"
+
+
+def _by_method(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[int, float]], list[int]]:
+    """Sort mIoU by method and seed, in the order of the runs."""
+    if not results:
+        raise InputError("expected at least one run to compare, got none")
+    miou: dict[str, dict[int, float]] = {}
+    for result in results:
+        name = f"{result['method']} with seed {result['seed']}"
+        for key in ("labelled", "steps", "num_classes"):
+            if result[key] != results[0][key]:
+                raise InputError(
+                    f"expected runs with the same {key}, got {results[0][key]} and {result[key]}, "
+                    f"the latter of {name}"
+                )
+        if list(result["iou"]) != list(results[0]["iou"]):
+            raise InputError(
+                f"expected runs on the same classes, got {list(results[0]['iou'])} and "
+                f"{list(result['iou'])}, the latter of {name}"
+            )
+        if result["seed"] in miou.setdefault(result["method"], {}):
+            raise InputError(f"expected different runs, got {name} twice")
+        miou[result["method"]][result["seed"]] = result["miou"]
+    return miou, list(dict.fromkeys(result["seed"] for result in results))
+
+
+def _differences(miou: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int, float]]:
+    """Subtract the baseline seed by seed: what a lucky seed gives to both cancels."""
+    base = miou.get(_BASELINE, {})
+    pairs = {
+        method: {seed: value - base[seed] for seed, value in of.items() if seed in base}
+        for method, of in miou.items()
+        if method != _BASELINE
+    }
+    return {method: of for method, of in pairs.items() if of}
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _percent(value: float | None, sign: str = "") -> str:
+    # Adding 0.0 turns the -0.0 of a rounded tiny loss into 0.0.
+    return "–" if value is None else format(round(100 * value, 1) + 0.0, f"{sign}.1f")
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return f"{_percent(statistics.fmean(values), sign)} ± {_percent(spread)}"
+
+
+def _class_mean(results: Sequence[Mapping[str, Any]], method: str, name: str) -> str:
+    values = [result["iou"][name] for result in results if result["method"] == method]
+    present = [value for value in values if value is not None]
+    return _percent(statistics.fmean(present) if present else None)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _versions(results: Sequence[Mapping[str, Any]]) -> str:
+    """List each package's version, or its versions where the runs differ."""
+    versions: dict[str, list[str]] = {}
+    for result in results:
+        for package, version in result["versions"].items():
+            if str(version) not in versions.setdefault(package, []):
+                versions[package].append(str(version))
+    return ", ".join(" ".join([package, " and ".join(found)]) for package, found in versions.items())
+
+
+def _draw_panel(
+    axes: Axes,
+    values: Mapping[str, Mapping[int, float]],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    sign: str,
+) -> None:
+    """Draw a line of marks per method, the first on top."""
+    rows = {method: row for row, method in enumerate(methods)}
+    for index, seed in enumerate(seeds):
+        points = [(100 * of[seed], rows[method] + 0.12) for method, of in values.items() if seed in of]
+        marker = "osD^vP*X"[index % 8]
+        axes.plot(
+            *zip(*points, strict=True), marker, color="#0072B2", markersize=7, alpha=0.8, label=f"seed {seed}"
+        )
+    for method, of in values.items():
+        mean = 100 * statistics.fmean(of.values())
+        label = "mean" if method == next(iter(values)) else None
+        axes.plot(
+            [mean, mean],
+            [rows[method] - 0.18, rows[method] + 0.32],
+            color="#D55E00",
+            linewidth=3,
+            label=label,
+        )
+        axes.text(
+            mean, rows[method] - 0.22, _percent(mean / 100, sign), ha="center", va="bottom", fontsize=10
+        )
+    axes.set_yticks(range(len(methods)), methods)
+    axes.set_ylim(len(methods) - 0.4, -0.75)
+    axes.margins(x=0.08)
+    axes.grid(axis="x", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)

@@ -1,0 +1,297 @@
+"""Batches mixed from several domains, each batch a pure function of the seed and the step."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+
+__all__ = ["MixedBatchSampler", "collate_by_domain", "rare_class_weights"]
+
+_MASK = (1 << 64) - 1
+_ROUNDS = 6
+
+
+class MixedBatchSampler:
+    """Draw every batch from all domains, so many images of each.
+
+    Each domain is one endless stream of draws that passes through the domain again and again, each pass in an order
+    of its own. At step s the ranks in order hold draws `[s * W * n, (s + 1) * W * n)` of it, for n images a batch and
+    W ranks. A batch is a function of (seed, world size, rank, step) and nothing else: resuming is `first_step`, takes
+    no time, and needs no state. Orders are computed, not stored, so a billion images cost what a thousand do. A
+    domain's stream hangs on its name and length, not on which other domains there are.
+
+    It is a `batch_sampler` for `torch.utils.data.DataLoader` over the `ConcatDataset` of the domains in this order.
+    It is a value: it prints, compares and pickles. Each iteration starts at `first_step` again.
+
+    Args:
+        sizes: a domain's name to its number of images, at least 1; the order counts.
+        per_batch: the same names in the same order, to images in a batch on each rank, at least 1.
+        seed: of all streams, at least 0.
+        rank: this process, in `[0, world_size)`.
+        world_size: number of processes, at least 1. A run may go on with another one from the same step if
+            world size times images per batch stays the same; `resume` makes sure.
+        first_step: the step of the first batch, at least 0.
+        steps: number of batches, at least 0; None for endless.
+        weights: a domain's name to a weight for each of its images, not negative; these domains are drawn
+            independently with replacement, in proportion. See `rare_class_weights`.
+
+    Raises:
+        TypeError: a count that is no int.
+        ValueError: an empty domain, names that do not agree, a count out of range, or weights that are no weights.
+
+    Example:
+        >>> sampler = MixedBatchSampler({"source": 1000, "target": 50}, {"source": 2, "target": 1}, seed=0, steps=2)
+        >>> [len(batch) for batch in sampler]
+        [3, 3]
+        >>> all(1000 <= batch[2] < 1050 for batch in sampler)
+        True
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        per_batch: Mapping[str, int],
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        first_step: int = 0,
+        steps: Optional[int] = None,
+        weights: Optional[Mapping[str, Sequence[float] | np.ndarray | torch.Tensor]] = None,
+    ) -> None:
+        if not sizes:
+            raise ValueError("expected sizes to name at least one domain, got none")
+        if list(sizes) != list(per_batch):
+            raise ValueError(f"expected per_batch to name the domains {list(sizes)} in order, got {list(per_batch)}")
+        for name in sizes:
+            _check_count(f"sizes[{name!r}]", sizes[name], 1)
+            _check_count(f"per_batch[{name!r}]", per_batch[name], 1)
+        _check_count("seed", seed, 0)
+        _check_count("world_size", world_size, 1)
+        _check_count("rank", rank, 0)
+        if rank >= world_size:
+            raise ValueError(f"expected rank below world_size {world_size}, got {rank}")
+        _check_count("first_step", first_step, 0)
+        if steps is not None:
+            _check_count("steps", steps, 0)
+        self.sizes = dict(sizes)
+        self.per_batch = dict(per_batch)
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.first_step = first_step
+        self.steps = steps
+        self.weights = {name: tuple(_weights(name, weight, sizes)) for name, weight in (weights or {}).items()}
+        self._cumulative = {name: np.cumsum(weight) for name, weight in self.weights.items()}
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Batches from `first_step` on: indices into the concatenation, domain after domain."""
+        step = self.first_step
+        while self.steps is None or step < self.first_step + self.steps:
+            yield self._batch(step)
+            step += 1
+
+    def __len__(self) -> int:
+        """Number of batches; a TypeError where there is no end."""
+        if self.steps is None:
+            raise TypeError("expected steps to be given for a length, got an endless sampler")
+        return self.steps
+
+    def resume(self, first_step: int, *, rank: int, world_size: int, per_batch: Mapping[str, int]) -> "MixedBatchSampler":
+        """The same streams from a step on, perhaps on another number of ranks.
+
+        Args:
+            first_step: the step to go on with; `steps` counts on from the old first step, so the end stays.
+            rank: this process, in `[0, world_size)`.
+            world_size: number of processes, at least 1.
+            per_batch: images in a batch on each rank; times `world_size` it must be what it was.
+
+        Returns:
+            A sampler.
+
+        Raises:
+            TypeError: a count that is no int.
+            ValueError: draws of a step that are not as many as before, a step outside the run, or what the
+                constructor refuses.
+        """
+        _check_count("world_size", world_size, 1)
+        _check_count("first_step", first_step, 0)
+        for name, images in self.per_batch.items():
+            before, now = images * self.world_size, per_batch.get(name, 0) * world_size
+            if before != now:
+                raise ValueError(
+                    f"expected world_size * per_batch[{name!r}] to stay {before}, so that the stream goes on, got {now}"
+                )
+        end = None if self.steps is None else self.first_step + self.steps
+        if first_step < self.first_step or (end is not None and first_step > end):
+            raise ValueError(f"expected first_step from {self.first_step} to {end or 'any'}, got {first_step}")
+        return MixedBatchSampler(
+            self.sizes,
+            per_batch,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            first_step=first_step,
+            steps=None if end is None else end - first_step,
+            weights=self.weights or None,
+        )
+
+    def _batch(self, step: int) -> list[int]:
+        batch, offset = [], 0
+        for name, size in self.sizes.items():
+            images = self.per_batch[name]
+            first = (step * self.world_size + self.rank) * images
+            batch += [offset + self._draw(name, draw) for draw in range(first, first + images)]
+            offset += size
+        return batch
+
+    def _draw(self, name: str, draw: int) -> int:
+        key = _key(self.seed, name)
+        cumulative = self._cumulative.get(name)
+        if cumulative is not None:
+            # 53 bits make a float in [0, 1); `right` never lands on an image of weight 0.
+            uniform = (_mix(key, draw) >> 11) / (1 << 53)
+            return int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+        turn, place = divmod(draw, self.sizes[name])
+        return _permuted(place, self.sizes[name], _mix(key, turn))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MixedBatchSampler) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash((self.seed, self.rank, self.world_size, self.first_step, self.steps, tuple(self.sizes.items())))
+
+    def __repr__(self) -> str:
+        weighted = f", weights=<{', '.join(self.weights)}>" if self.weights else ""
+        return (
+            f"MixedBatchSampler({self.sizes}, {self.per_batch}, seed={self.seed}, rank={self.rank}, "
+            f"world_size={self.world_size}, first_step={self.first_step}, steps={self.steps}{weighted})"
+        )
+
+    def _values(self) -> tuple[Any, ...]:
+        # Dicts compare without their order, but the order of domains is the meaning of an index.
+        ordered = tuple(self.sizes.items()), tuple(self.per_batch.items())
+        return (*ordered, self.seed, self.rank, self.world_size, self.first_step, self.steps, self.weights)
+
+
+def collate_by_domain(samples: Sequence[Any], per_batch: Mapping[str, int]) -> dict[str, Any]:
+    """Collate the samples of a mixed batch domain by domain, since domains differ in size and some have no masks.
+
+    Args:
+        samples: as `MixedBatchSampler` draws them, domain after domain.
+        per_batch: the sampler's; give it with `functools.partial`.
+
+    Returns:
+        A domain's name to its samples under `torch.utils.data.default_collate`.
+
+    Raises:
+        ValueError: another number of samples.
+
+    Example:
+        >>> collate_by_domain([1, 2, 3.5], {"source": 2, "target": 1})
+        {'source': tensor([1, 2]), 'target': tensor([3.5000], dtype=torch.float64)}
+    """
+    expected = sum(per_batch.values())
+    if len(samples) != expected:
+        raise ValueError(f"expected {expected} samples for per_batch {dict(per_batch)}, got {len(samples)}")
+    remaining = iter(samples)
+    return {name: default_collate([next(remaining) for _ in range(images)]) for name, images in per_batch.items()}
+
+
+def rare_class_weights(class_counts: np.ndarray | torch.Tensor, *, temperature: float = 0.01) -> np.ndarray:
+    """Weights for images such that rare classes are seen more often.
+
+    DAFormer's rare class sampling (Hoyer et al. 2022, arXiv 2111.14887), section 3.2: a class of frequency f is chosen
+    with probability proportional to `exp((1 - f) / temperature)`, then one of the images that hold it. This is the
+    probability of each image under that.
+
+    Args:
+        class_counts: `[N, K]`, pixels of each class in each image, not negative.
+        temperature: the smaller, the more the rarest class is favoured; positive.
+
+    Returns:
+        `float64 [N]`, summing to 1; 0 for images without any class.
+
+    Raises:
+        ValueError: another shape, counts that are negative or all 0, or a temperature that is not positive.
+
+    Example:
+        >>> rare_class_weights(np.array([[90, 0], [90, 10]]), temperature=0.5).round(2)
+        array([0.07, 0.93])
+    """
+    counts = np.asarray(class_counts, dtype=np.float64)
+    if counts.ndim != 2:
+        raise ValueError(f"expected class_counts [N, K], got {list(counts.shape)}")
+    if not (np.isfinite(counts).all() and (counts >= 0).all() and counts.sum() > 0):
+        raise ValueError("expected class_counts to be finite, not negative and not all 0, got others")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"expected temperature to be finite and positive, got {temperature}")
+    frequency = counts.sum(0) / counts.sum()
+    held = counts > 0
+    occurs = held.any(0)
+    # The largest exponent is taken out before exp, which would overflow at small temperatures.
+    exponent = (1 - frequency) / temperature
+    chosen = np.where(occurs, np.exp(exponent - exponent[occurs].max()), 0.0)
+    weights: np.ndarray = (held / np.maximum(held.sum(0), 1)) @ (chosen / chosen.sum())
+    return weights
+
+
+def _permuted(place: int, size: int, key: int) -> int:
+    """The image at a place of a keyed order of `[0, size)`.
+
+    A Feistel network permutes `[0, 4 ** bits)`, the smallest such range that holds `size`; a result past the end is
+    sent through again until it falls inside, which permutes what is left, and takes fewer than four rounds on average.
+    """
+    bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    half = (1 << bits) - 1
+    keys = [_mix(key, number) for number in range(_ROUNDS)]
+    while True:
+        left, right = place >> bits, place & half
+        for round_key in keys:
+            left, right = right, left ^ (_mix(round_key, right) & half)
+        place = (left << bits) | right
+        if place < size:
+            return place
+
+
+def _key(seed: int, name: str) -> int:
+    key = seed & _MASK
+    rest = seed >> 64
+    while rest:
+        key, rest = _mix(key, rest & _MASK), rest >> 64
+    data = name.encode()
+    for start in range(0, len(data), 8):
+        key = _mix(key, int.from_bytes(data[start : start + 8], "little"))
+    return _mix(key, len(data))
+
+
+def _mix(key: int, value: int) -> int:
+    """A 64-bit hash of two integers: the finaliser of SplitMix64 (Steele et al. 2014), twice."""
+    mixed = (key + (value + 1) * 0x9E3779B97F4A7C15) & _MASK
+    for _ in range(2):
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
+        mixed ^= mixed >> 31
+    return mixed
+
+
+def _weights(name: str, weights: Any, sizes: Mapping[str, int]) -> list[float]:
+    if name not in sizes:
+        raise ValueError(f"expected weights for domains among {list(sizes)}, got {name!r}")
+    values = np.asarray(weights, dtype=np.float64)
+    if values.shape != (sizes[name],):
+        raise ValueError(f"expected weights[{name!r}] [{sizes[name]}], got {list(values.shape)}")
+    if not (np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0):
+        raise ValueError(f"expected weights[{name!r}] to be finite, not negative and not all 0, got others")
+    result: list[float] = values.tolist()
+    return result
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"expected {name} to be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"expected {name} to be at least {least}, got {value}")
