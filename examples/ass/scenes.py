@@ -147,9 +147,7 @@ class Scenes:
         if not 0 <= index < self.count:
             raise IndexError(f"expected an index in [0, {self.count}), got {index}")
         if index not in self._drawn:
-            image, label = draw(
-                self.domain, self.split, index, seed=self.seed, size=self.size, severity=self.severity
-            )
+            image, label = draw(self.domain, self.split, index, seed=self.seed, size=self.size, severity=self.severity)
             self._drawn[index] = Sample(image, label, f"{self.domain}-{self.split}-{index:05d}")
         return self._drawn[index]
 
@@ -233,7 +231,7 @@ def _lay_out(rng: np.random.Generator, size: tuple[int, int], severity: Severity
     # Things on the ground, far ones first.
     things = [(CAR, rng.random()) for _ in range(int(rng.integers(0, 3)))]
     things += [(POLE, rng.random()) for _ in range(int(rng.integers(1, 4)))]
-    things += [(PERSON, rng.random()) for _ in range(int(rng.integers(1, 3)))] if rng.random() < 0.45 else []
+    things += [(PERSON, rng.random()) for _ in range(int(rng.integers(1, 3)))] if rng.random() < 0.6 else []
     for kind, nearness in sorted(things, key=lambda thing: thing[1]):
         near = 0.12 + 0.68 * nearness
         foot = horizon + near * (1 - horizon)
@@ -248,11 +246,11 @@ def _lay_out(rng: np.random.Generator, size: tuple[int, int], severity: Severity
             thing = body | roof
         elif kind == POLE:
             at = axis_here + side * (kerb + _between(rng, 0.03, 0.10))
-            half = max(0.004 + 0.010 * near, 0.55 / width)
+            half = max(0.004 + 0.010 * near, 0.9 / width)
             thing = (np.abs(x - at) < half) & (y < foot) & (y > foot - (0.16 + 0.55 * near))
         else:
             at = axis_here + side * (kerb + 1.6 * near * _between(rng, -0.06, 0.16))
-            half, tall = 0.014 + 0.028 * near, 0.09 + 0.26 * near
+            half, tall = 0.018 + 0.032 * near, 0.10 + 0.28 * near
             body = (np.abs(x - at) < half) & (y < foot) & (y > foot - 0.8 * tall)
             head = ((x - at) / (0.7 * half)) ** 2 + ((y - foot + 0.88 * tall) / (0.13 * tall)) ** 2 < 1
             thing = body | head
@@ -295,7 +293,8 @@ def _paint(
     # The sum of three uniform numbers is close to a Gaussian, and Generator.random is stable across NumPy versions.
     noise = rng.random((3, *image.shape)).sum(0) - 1.5
     image += (0.02 + 0.06 * severity.noise) * 2 * noise
-    return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    painted: np.ndarray = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    return painted
 
 
 def _grain(rng: np.random.Generator, size: tuple[int, ...], cell: int) -> np.ndarray:
