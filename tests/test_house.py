@@ -43,7 +43,9 @@ def test_arrows(path):
 @pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda path: path.stem)
 def test_dependencies(path):
     roots = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
-    allowed = {"torch", "numpy", "typing_extensions", "semshift"} | ({"triton"} if path.stem == "_pooling_triton" else set())
+    allowed = {"torch", "numpy", "typing_extensions", "semshift"} | (
+        {"triton"} if path.stem == "_pooling_triton" else set()
+    )
     assert roots <= allowed
 
 

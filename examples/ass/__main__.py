@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import yaml
 
 from examples.ass import runs
 from examples.ass.compare import compare, comparison_table

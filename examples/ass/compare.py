@@ -1,23 +1,19 @@
 """Several methods and seeds side by side: the runs, a table that tells differences from spread, a figure."""
 
 import json
-import os
 import shlex
 import statistics
-import subprocess
-import sys
-import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tqdm import tqdm
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from examples.ass.data import InputError
+from examples.ass.run_queue import Run, finished, run_all
 from examples.ass.runs import write_whole
 from examples.ass.settings import METHODS
 from examples.ass.style import STYLE, save_figure
@@ -25,20 +21,6 @@ from examples.ass.style import STYLE, save_figure
 __all__ = ["compare", "comparison_table", "draw_comparison"]
 
 _BASELINE = "joint"
-# What starts a run; tests put a program of their own here.
-_TRAIN = [sys.executable, "-m", "examples.ass", "train"]
-_KEYS = {
-    "method",
-    "labelled",
-    "seed",
-    "steps",
-    "num_classes",
-    "miou",
-    "iou",
-    "resumed_from",
-    "seconds",
-    "versions",
-}
 
 
 def compare(
@@ -69,19 +51,15 @@ def compare(
         InputError: an argument is not fit, `out` holds other runs of the same names, or a run failed.
     """
     _check(methods, seeds, jobs, threads)
-    runs = [_Run(method, seed, out, tuple(train_arguments)) for method in methods for seed in seeds]
-    due = [run for run in runs if _finished(run) is None]
-    _run_all(due, jobs, threads, done=len(runs) - len(due))
+    runs = [Run(method, seed, out, tuple(train_arguments)) for method in methods for seed in seeds]
+    due = [run for run in runs if finished(run) is None]
+    run_all(due, jobs, threads, done=len(runs) - len(due))
     results = []
     for run in runs:
-        metrics = _finished(run)
+        metrics = finished(run)
         if metrics is None:
-            raise InputError(
-                f"expected {run.folder} to hold metrics.json after its run, got none; see {run.log}"
-            )
-        results.append(
-            {**metrics, "command": shlex.join(["python", "-m", "examples.ass", "train", *run.options])}
-        )
+            raise InputError(f"expected {run.folder} to hold metrics.json after its run, got none; see {run.log}")
+        results.append({**metrics, "command": shlex.join(["python", "-m", "examples.ass", "train", *run.options])})
     table = comparison_table(results)
     command = shlex.join(["--method", "METHOD", "--seed", "SEED", *train_arguments])
     how = f"Each run: `python -m examples.ass train {command}`, {jobs} at a time, OMP_NUM_THREADS={threads}."
@@ -111,10 +89,7 @@ def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
         f"{first['labelled']} labelled target images, {first['steps']} steps.",
         _markdown(
             ["method", "mIoU", *seed_names],
-            [
-                [m, _spread(list(of.values())), *(_percent(of.get(s)) for s in seeds)]
-                for m, of in miou.items()
-            ],
+            [[m, _spread(list(of.values())), *(_percent(of.get(s)) for s in seeds)] for m, of in miou.items()],
         ),
     ]
     differences = _differences(miou)
@@ -154,7 +129,8 @@ def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     miou, seeds = _by_method(results)
     differences = _differences(miou)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12.0 if differences else 7.5, 1.9 + 0.5 * len(miou)), layout="constrained")
+        layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)
+        figure = Figure(figsize=(12.0 if differences else 7.5, 1.9 + 0.5 * len(miou)), layout=layout)
         panels = figure.subplots(1, 2 if differences else 1, sharey=True, squeeze=False)[0]
         _draw_panel(panels[0], miou, list(miou), seeds, sign="")
         panels[0].set(title="mIoU on the test images", xlabel="percent")
@@ -167,140 +143,14 @@ def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
         save_figure(figure, path)
 
 
-class _Run(NamedTuple):
-    """One training to be run."""
-
-    method: str
-    seed: int
-    out: Path
-    train_arguments: tuple[str, ...]
-
-    @property
-    def folder(self) -> Path:
-        return self.out / f"{self.method}-seed{self.seed}"
-
-    @property
-    def log(self) -> Path:
-        return self.out / f"{self.method}-seed{self.seed}.log"
-
-    @property
-    def options(self) -> list[str]:
-        return [
-            "--method",
-            self.method,
-            "--seed",
-            str(self.seed),
-            "--out",
-            str(self.folder),
-            *self.train_arguments,
-        ]
-
-    @property
-    def heading(self) -> str:
-        """First line of the log, by which a later comparison knows the run as one of its own."""
-        return "train " + shlex.join(
-            ["--method", self.method, "--seed", str(self.seed), *self.train_arguments]
-        )
-
-
 def _check(methods: Sequence[str], seeds: Sequence[int], jobs: int, threads: int) -> None:
     if not methods or len(set(methods)) < len(methods) or not set(methods) <= set(METHODS):
-        raise InputError(
-            f"expected methods to be different ones of {', '.join(METHODS)}, got {list(methods)}"
-        )
+        raise InputError(f"expected methods to be different ones of {', '.join(METHODS)}, got {list(methods)}")
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise InputError(f"expected seeds to be different and not negative, got {list(seeds)}")
     for name, count in (("jobs", jobs), ("threads", threads)):
         if count < 1:
             raise InputError(f"expected {name} of at least 1, got {count}")
-
-
-def _finished(run: _Run) -> dict[str, Any] | None:
-    """Read what a finished run has written; None where there is no run, or half of one."""
-    if run.folder.exists() and run.log.exists():
-        with run.log.open(encoding="utf-8", errors="replace") as log:
-            heading = log.readline().rstrip("\n")
-        if heading != run.heading:
-            raise InputError(
-                f"expected {run.folder} to be a run of `{run.heading}`, {run.log} has `{heading}`"
-            )
-    try:
-        metrics = json.loads((run.folder / "metrics.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    if not isinstance(metrics, dict) or not metrics.keys() >= _KEYS:
-        return None
-    # Also for a run that was started by hand, and so has no log of ours.
-    expected = {"method": run.method, "seed": str(run.seed)}
-    expected |= {
-        name: value for name in ("labelled", "steps") if (value := _option(run.train_arguments, name))
-    }
-    for name, value in expected.items():
-        if str(metrics[name]) != value:
-            raise InputError(f"expected {run.folder} to be a run with {name} {value}, got {metrics[name]}")
-    return metrics
-
-
-def _option(arguments: Sequence[str], name: str) -> str | None:
-    """Find the value of `--NAME value` or `--NAME=value`, the last one given."""
-    found = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if argument == f"--{name}":
-            found = following
-        elif argument.startswith(f"--{name}="):
-            found = argument.partition("=")[2]
-    return found
-
-
-def _run_all(due: Sequence[_Run], jobs: int, threads: int, *, done: int) -> None:
-    waiting = deque(due)
-    running: dict[_Run, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
-    with tqdm(total=len(due) + done, initial=done, desc="compare", unit="run") as bar:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    run = waiting.popleft()
-                    running[run] = _start(run, threads)
-                time.sleep(0.05)
-                for run, (process, log) in list(running.items()):
-                    if process.poll() is None:
-                        continue
-                    log.close()
-                    del running[run]
-                    if process.returncode != 0:
-                        raise InputError(
-                            f"expected each run to end with status 0, {_last_words(run, process)}"
-                        )
-                    bar.update()
-        finally:
-            # The others keep their last checkpoint, and the next comparison goes on from it.
-            for process, log in running.values():
-                process.terminate()
-                process.wait()
-                log.close()
-
-
-def _start(run: _Run, threads: int) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-    run.out.mkdir(parents=True, exist_ok=True)
-    resume = run.folder.exists()
-    if not (resume and run.log.exists()):
-        run.log.write_text(run.heading + "\n", encoding="utf-8")
-    log = run.log.open("ab")
-    process = subprocess.Popen(
-        [*_TRAIN, *run.options, *(["--resume"] if resume else [])],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-    )
-    return process, log
-
-
-def _last_words(run: _Run, process: subprocess.Popen[bytes]) -> str:
-    lines = [
-        line for line in run.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-    ]
-    return f"{run.folder.name} ended with {process.returncode} (`{lines[-1].strip()}`); see {run.log}"
 
 
 def _by_method(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[int, float]], list[int]]:
@@ -313,8 +163,7 @@ def _by_method(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[int
         for key in ("labelled", "steps", "num_classes"):
             if result[key] != results[0][key]:
                 raise InputError(
-                    f"expected runs with the same {key}, got {results[0][key]} and {result[key]}, "
-                    f"the latter of {name}"
+                    f"expected runs with the same {key}, got {results[0][key]} and {result[key]}, the latter of {name}"
                 )
         if list(result["iou"]) != list(results[0]["iou"]):
             raise InputError(
@@ -388,9 +237,7 @@ def _draw_panel(
     for index, seed in enumerate(seeds):
         points = [(100 * of[seed], rows[method] + 0.12) for method, of in values.items() if seed in of]
         marker = "osD^vP*X"[index % 8]
-        axes.plot(
-            *zip(*points, strict=True), marker, color="#0072B2", markersize=7, alpha=0.8, label=f"seed {seed}"
-        )
+        axes.plot(*zip(*points, strict=True), marker, color="#0072B2", markersize=7, alpha=0.8, label=f"seed {seed}")
     for method, of in values.items():
         mean = 100 * statistics.fmean(of.values())
         label = "mean" if method == next(iter(values)) else None
@@ -401,9 +248,7 @@ def _draw_panel(
             linewidth=3,
             label=label,
         )
-        axes.text(
-            mean, rows[method] - 0.22, _percent(mean / 100, sign), ha="center", va="bottom", fontsize=10
-        )
+        axes.text(mean, rows[method] - 0.22, _percent(mean / 100, sign), ha="center", va="bottom", fontsize=10)
     axes.set_yticks(range(len(methods)), methods)
     axes.set_ylim(len(methods) - 0.4, -0.75)
     axes.margins(x=0.08)

@@ -22,6 +22,7 @@ __all__ = [
     "InputError",
     "Sample",
     "Samples",
+    "Some",
     "TrainingSet",
     "augment",
     "batches",
@@ -53,6 +54,20 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class Some:
+    """Some of a set of images."""
+
+    samples: Samples
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[self.indices[index]]
 
 
 @dataclass(frozen=True)
@@ -88,10 +103,14 @@ class FolderPair:
         masks = _list(root, folder.labels, (".png",))
         for name in images:
             if name not in masks:
-                raise InputError(f"expected a mask for every image, got none in {root / folder.labels} for {images[name]}")
+                raise InputError(
+                    f"expected a mask for every image, got none in {root / folder.labels} for {images[name]}"
+                )
         for name in masks:
             if name not in images:
-                raise InputError(f"expected an image for every mask, got none in {root / folder.images} for {masks[name]}")
+                raise InputError(
+                    f"expected an image for every mask, got none in {root / folder.images} for {masks[name]}"
+                )
         self.names = sorted(images)
         self.num_classes = num_classes
         self.ignore_index = ignore_index
@@ -111,7 +130,9 @@ class FolderPair:
         image = np.asarray(_read(image_file, convert="RGB"))
         mask = _read(mask_file)
         if mask.mode not in ("L", "P", "I", "I;16"):
-            raise InputError(f"expected {mask_file} to be an index mask of one channel, got an image of mode {mask.mode}")
+            raise InputError(
+                f"expected {mask_file} to be an index mask of one channel, got an image of mode {mask.mode}"
+            )
         label = np.asarray(mask)
         if label.shape != image.shape[:2]:
             sizes = [f"{array.shape[1]} x {array.shape[0]}" for array in (image, label)]
@@ -152,7 +173,9 @@ class Augmentation:
     def __post_init__(self) -> None:
         low, high = self.scale
         if not 0 < low <= high < float("inf"):
-            raise InputError(f"expected augmentation.scale to be two positive numbers, the smaller first, got {self.scale}")
+            raise InputError(
+                f"expected augmentation.scale to be two positive numbers, the smaller first, got {self.scale}"
+            )
         if not 0 <= self.flip <= 1:
             raise InputError(f"expected augmentation.flip in [0, 1], got {self.flip}")
         if not 0 <= self.colour < 1:
@@ -227,10 +250,11 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
     def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Tensor]:
         """The image at an index of the concatenation, as it looks at a place of a step's batch."""
         step, place, index = key
-        for name, samples in self.domains.items():
-            if index < len(samples):
-                break
+        remaining = iter(self.domains.items())
+        name, samples = next(remaining)
+        while index >= len(samples):
             index -= len(samples)
+            name, samples = next(remaining)
         rng = np.random.default_rng((self.seed, step, place))
         sample = augment(samples[index], self.size, rng, self.augmentation, ignore_index=self.ignore_index)
         image = {"image": image_tensor(sample.image)}
@@ -287,6 +311,7 @@ def _read(file: Path, *, convert: str | None = None) -> Image.Image:
     try:
         with Image.open(file) as image:
             image.load()
-            return image.convert(convert) if convert else image.copy()
+            whole: Image.Image = image.convert(convert) if convert else image.copy()
+            return whole
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"expected {file} to be a whole image, got one that does not read: {error}") from error

@@ -1,5 +1,7 @@
 """Evaluation: one confusion matrix over a whole set, intersection over union per class, prototypes per domain."""
 
+import functools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,11 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Subset
 from torchmetrics.classification import MulticlassConfusionMatrix
 from tqdm import tqdm
 
-from examples.ass.data import InputError, Sample, fit, image_tensor
+from examples.ass.data import InputError, Sample, Samples, Some, fit, image_tensor
 from examples.ass.report import Prototypes, Shown, draw_report
 from examples.ass.settings import Images, Settings
 from semshift.pooling import class_sums
@@ -58,7 +59,7 @@ def predict(segmenter: nn.Module, sample: Sample, size: tuple[int, int]) -> np.n
 
 def evaluate(
     segmenter: nn.Module,
-    samples: Sequence[Sample],
+    samples: Samples,
     *,
     classes: Sequence[str],
     size: tuple[int, int],
@@ -86,17 +87,15 @@ def evaluate(
     counts = matrix.compute().double()
     intersection = counts.diagonal()
     union = counts.sum(0) + counts.sum(1) - intersection
-    iou = {
-        name: float(intersection[k] / union[k]) if union[k] > 0 else None for k, name in enumerate(classes)
-    }
+    iou = {name: float(intersection[k] / union[k]) if union[k] > 0 else None for k, name in enumerate(classes)}
     return Scores(iou, mean_iou(iou, classes))
 
 
 @torch.no_grad()
 def prototypes(
     segmenter: nn.Module,
-    source: Sequence[Sample],
-    target: Sequence[Sample],
+    source: Samples,
+    target: Samples,
     *,
     num_classes: int,
     size: tuple[int, int],
@@ -105,16 +104,19 @@ def prototypes(
     """Prototypes of two domains, each pooled over all its images: sums are added, then divided once."""
     device = next(segmenter.parameters()).device
 
-    def pool(samples: Sequence[Sample]) -> np.ndarray:
-        pooled = sum(
-            class_sums(
-                segmenter(image_tensor(fit(sample, size))[None].to(device)).features,
-                torch.from_numpy(sample.label)[None].to(device),
-                num_classes,
-                ignore_index=ignore_index,
-                resample="bilinear",
-            )
-            for sample in _each(samples)
+    def pool(samples: Samples) -> np.ndarray:
+        pooled = functools.reduce(
+            operator.add,
+            (
+                class_sums(
+                    segmenter(image_tensor(fit(sample, size))[None].to(device)).features,
+                    torch.from_numpy(sample.label)[None].to(device),
+                    num_classes,
+                    ignore_index=ignore_index,
+                    resample="bilinear",
+                )
+                for sample in _each(samples)
+            ),
         )
         means: Tensor = torch.where(pooled.present[:, None], pooled.means, torch.nan)
         result: np.ndarray = means.cpu().numpy()
@@ -155,11 +157,12 @@ def illustrate(
         sample = images.validation[int(i)]
         predictions = [predict(segmenter, sample, data.size) for _, segmenter in (before, after)]
         rows.append(Shown(sample.name, sample.image, sample.label, *predictions))
-    some = [Subset(part, range(min(pooled, len(part)))) for part in (images.source, images.validation)]
+    source, target = (Some(part, range(min(pooled, len(part)))) for part in (images.source, images.validation))
     drawn = [
         prototypes(
             segmenter,
-            *some,
+            source,
+            target,
             num_classes=len(data.classes),
             size=data.size,
             ignore_index=data.ignore_index,
@@ -198,6 +201,6 @@ def score_table(scores: Scores, *, subset: str = "all classes", classes: Sequenc
     return "\n".join([*lines, f"{f'mean over {subset}':<{width}}  {100 * mean_iou(scores.iou, names):6.1f}"])
 
 
-def _each(samples: Sequence[Sample]) -> Iterator[Sample]:
-    # Sequence of ours has len() and [i] only; iteration by index never asks one past the end.
+def _each(samples: Samples) -> Iterator[Sample]:
+    # What is made when asked for has len() and [i] only.
     return (samples[i] for i in range(len(samples)))

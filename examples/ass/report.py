@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+from examples.ass.prototype_plot import draw_prototypes
 from examples.ass.style import IGNORED, STRIPE, STYLE, class_colours, save_figure
 
 __all__ = ["Prototypes", "Shown", "draw_report"]
@@ -85,13 +85,13 @@ def draw_report(
     _check(shown, classes, history, {"before": before, "after": after}, ignore_index)
     with matplotlib.rc_context(STYLE):
         page = _Page(width=14.0, shown=shown, classes=classes)
-        page.figure.text(
-            page.left / page.width, 1 - 0.32 / page.height, title, fontsize=16, weight="bold", va="center"
-        )
+        page.figure.text(page.left / page.width, 1 - 0.32 / page.height, title, fontsize=16, weight="bold", va="center")
         _draw_images(page, shown, (before_name, after_name), classes, ignore_index)
         _draw_curves(page, history)
         for column, (name, prototypes) in enumerate([(before_name, before), (after_name, after)]):
-            _draw_prototypes(page.half(column), f"Prototypes, {name}", prototypes)
+            panel = page.half(column)
+            panel.set_title(f"Prototypes, {name}")
+            draw_prototypes(panel, *prototypes)
         page.figure.legend(
             handles=[
                 Line2D(
@@ -151,9 +151,7 @@ class _Page:
     def half(self, column: int) -> Axes:
         """Add the left or the right prototype panel."""
         width = (self.width - self.left - self.right - 0.7) / 2
-        return self.axes(
-            self.left + column * (width + 0.7), self.prototypes_top, width, self.prototypes_height
-        )
+        return self.axes(self.left + column * (width + 0.7), self.prototypes_top, width, self.prototypes_height)
 
 
 def _check(
@@ -180,8 +178,7 @@ def _check(
             wrong = ids[((ids < 0) | (ids >= len(classes))) & (ids != ignore_index)]
             if wrong.size:
                 raise ValueError(
-                    f"expected {name} of {item.name} to hold ids below {len(classes)} or {ignore_index}, "
-                    f"got {wrong[0]}"
+                    f"expected {name} of {item.name} to hold ids below {len(classes)} or {ignore_index}, got {wrong[0]}"
                 )
     for row in history:
         if row.get("step") is None:
@@ -259,10 +256,7 @@ def _draw_curves(page: _Page, history: Sequence[Mapping[str, float | None]]) -> 
 
     losses = page.axes(page.left, top, width, height)
     losses.set_title("Losses")
-    drawn = [
-        _draw_curve(losses, history, key, label, colour, style)
-        for key, (label, colour, style) in _LOSSES.items()
-    ]
+    drawn = [_draw_curve(losses, history, key, label, colour, style) for key, (label, colour, style) in _LOSSES.items()]
     if any(drawn):
         # Room above the curves, so that the legend hides none.
         low, high = losses.get_ylim()
@@ -272,9 +266,7 @@ def _draw_curves(page: _Page, history: Sequence[Mapping[str, float | None]]) -> 
         _say(losses, "no loss in the log")
     _steps(losses, last)
 
-    present = [
-        name for name in _CRITICS if any(_series(history, f"accuracy/{name}_{d}")[0].size for d in _DOMAINS)
-    ]
+    present = [name for name in _CRITICS if any(_series(history, f"accuracy/{name}_{d}")[0].size for d in _DOMAINS)]
     left = page.left + width + 0.7
     if not present:
         axes = page.axes(left, top, 2 * width + 0.7, height)
@@ -309,9 +301,7 @@ _DOMAINS = {"source": "-", "target": "--"}
 
 
 def _series(history: Sequence[Mapping[str, float | None]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    rows = [
-        (row["step"], value) for row in history if (value := row.get(key)) is not None and np.isfinite(value)
-    ]
+    rows = [(row["step"], value) for row in history if (value := row.get(key)) is not None and np.isfinite(value)]
     table = np.array(rows, dtype=float).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
@@ -346,88 +336,6 @@ def _steps(axes: Axes, last: float, *, labelled: bool = True) -> None:
     axes.tick_params(labelbottom=labelled)
     if labelled:
         axes.set_xlabel("step")
-
-
-def _draw_prototypes(axes: Axes, title: str, prototypes: Prototypes) -> None:
-    axes.set_title(title)
-    source, target = (np.asarray(domain, dtype=np.float64) for domain in prototypes)
-    present = np.flatnonzero(np.isfinite(source).all(1) & np.isfinite(target).all(1))
-    if not present.size:
-        _say(axes, "no class has a prototype in both domains")
-        axes.set(xticks=[], yticks=[])
-        return
-    points, shares = _principal(np.concatenate([source[present], target[present]]))
-    ends = points.reshape(2, len(present), 2)
-    colours = class_colours(len(source)) / 255
-    axes.set_aspect("equal", adjustable="datalim")
-    axes.margins(0.12)
-    for k, tail, head in zip(present, *ends, strict=True):
-        axes.plot(*np.stack([tail, head]).T, color=colours[k], linewidth=1.8, zorder=1)
-        axes.plot(*tail, "o", color=colours[k], markersize=13, zorder=2)
-        # The white rim shows a cross that lies on its circle, as well-aligned ones do.
-        axes.plot(
-            *head,
-            "X",
-            color=colours[k],
-            markersize=11,
-            markeredgecolor="white",
-            zorder=3,
-        )
-    # Each number stands beyond its circle, on the side away from the cross, as only the final scale tells.
-    axes.apply_aspect()
-    for k, tail, head in zip(present, *ends, strict=True):
-        away = axes.transData.transform(tail) - axes.transData.transform(head)
-        distance = float(np.hypot(*away))
-        axes.annotate(
-            str(k),
-            tail,
-            xytext=tuple(13 * away / distance) if distance > 1 else (9, 9),
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=9.5,
-            color="0.25",
-            path_effects=[withStroke(linewidth=2.5, foreground="white")],
-            zorder=4,
-        )
-    axes.set_xlabel(f"first principal axis, {100 * shares[0]:.0f} % of the variance")
-    axes.set_ylabel(f"second, {100 * shares[1]:.0f} %")
-    axes.set(xticks=[], yticks=[])
-    ratio = _domain_gap(source[present], target[present])
-    if ratio is not None:
-        axes.text(
-            0.01,
-            0.015,
-            f"domain gap {ratio:.2f} of class gap",
-            transform=axes.transAxes,
-            fontsize=10,
-            color="0.35",
-        )
-
-
-def _principal(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Map points `[N, C]` to two principal axes `[N, 2]`, and tell the share of variance of each `[2]`."""
-    centred = points - points.mean(0)
-    _, strengths, axes = np.linalg.svd(centred, full_matrices=False)
-    # An axis has no sign of its own; its largest entry is made positive, so that a picture never flips.
-    signs = np.sign(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1))
-    flat = np.zeros((len(points), 2))
-    count = min(2, len(axes))
-    flat[:, :count] = centred @ (axes * signs)[:count].T
-    variances = np.zeros(2)
-    variances[:count] = strengths[:count] ** 2
-    total = (strengths**2).sum()
-    return flat, variances / total if total > 0 else variances
-
-
-def _domain_gap(source: np.ndarray, target: np.ndarray) -> float | None:
-    """Mean distance between the domains of a class, over that between the classes; None below two classes."""
-    centres = (source + target) / 2
-    first, second = np.triu_indices(len(centres), 1)
-    between = np.linalg.norm(centres[first] - centres[second], axis=1)
-    if not between.any():
-        return None
-    return float(np.linalg.norm(source - target, axis=1).mean() / between.mean())
 
 
 def _say(axes: Axes, text: str) -> None:

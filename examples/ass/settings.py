@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from examples.ass.data import Augmentation, Folder, FolderPair, InputError, Sample
+from examples.ass.data import Augmentation, Folder, FolderPair, InputError, Samples
 from examples.ass.scenes import CLASSES, Scenes, Severity
 
 __all__ = [
@@ -116,7 +115,7 @@ class Optimiser:
     """
 
     name: Literal["sgd", "adamw"] = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 1e-4
     power: float = 0.9
     images: int = 4
@@ -205,7 +204,7 @@ class Settings:
 
     method: Method = "ass"
     labelled: int = 4
-    steps: int = 1000
+    steps: int = 800
     seed: int = 0
     log_every: int = 20
     save_every: int = 200
@@ -221,10 +220,10 @@ class Settings:
 class Images(NamedTuple):
     """Every image of a run, by what it is for."""
 
-    source: Sequence[Sample]
-    target: Sequence[Sample]
-    validation: Sequence[Sample]
-    test: Sequence[Sample]
+    source: Samples
+    target: Samples
+    validation: Samples
+    test: Samples
 
 
 def check(settings: Settings) -> None:
@@ -295,7 +294,10 @@ def check(settings: Settings) -> None:
         unknown = [member for member in members if member not in data.classes]
         if unknown or not members:
             raise InputError(f"expected data.subsets.{name} to list names of data.classes, got {members}")
-    if settings.semantic_adversary.conditioning == "class-and-domain" and settings.semantic_adversary.objective != "bce":
+    if (
+        settings.semantic_adversary.conditioning == "class-and-domain"
+        and settings.semantic_adversary.objective != "bce"
+    ):
         raise InputError(
             "expected semantic_adversary.objective bce with semantic_adversary.conditioning class-and-domain, "
             f"got {settings.semantic_adversary.objective}"
@@ -328,7 +330,9 @@ def open_images(settings: Settings, data_root: Path | None) -> Images:
     else:
         missing = [name for name in Images._fields if name not in given]
         if missing:
-            raise InputError(f"expected a folder for each of data.{', data.'.join(Images._fields)}, got none for {missing[0]}")
+            raise InputError(
+                f"expected a folder for each of data.{', data.'.join(Images._fields)}, got none for {missing[0]}"
+            )
         if data_root is None:
             raise InputError("expected --data-root, below which the settings' folders lie, got none")
         k, ignore = len(data.classes), data.ignore_index
@@ -337,8 +341,7 @@ def open_images(settings: Settings, data_root: Path | None) -> Images:
         )
     if settings.labelled > len(images.target):
         raise InputError(
-            f"expected labelled to be at most the {len(images.target)} target training images, "
-            f"got {settings.labelled}"
+            f"expected labelled to be at most the {len(images.target)} target training images, got {settings.labelled}"
         )
     return images
 

@@ -10,20 +10,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.loggers import TensorBoardLogger
+from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Subset
 from tqdm import tqdm
 
 import semshift
 from examples.ass import runs
-from examples.ass.data import InputError, TrainingSet, batches, labelled_subset
+from examples.ass.data import InputError, Samples, Some, TrainingSet, batches, labelled_subset
 from examples.ass.evaluate import evaluate, illustrate
 from examples.ass.models import Segmentation, SmallSegmenter
 from examples.ass.settings import METHODS, GlobalAdversary, SemanticAdversary, Settings, check, open_images
 from semshift.discriminators import FCDiscriminator, PrototypeDiscriminator, frozen
-from semshift.health import DomainAccuracy, class_domain_accuracy, domain_accuracy, gradient_norm, prototype_distance
+from semshift.health import DomainAccuracy, class_domain_accuracy, domain_accuracy, gradient_norm
 from semshift.losses import (
     class_confusion_loss,
     class_discriminator_loss,
@@ -34,7 +33,7 @@ from semshift.losses import (
 )
 from semshift.pooling import ClassSums, class_sums
 from semshift.sampling import MixedBatchSampler
-from semshift.schedules import Constant, Polynomial, Sigmoid, Then
+from semshift.schedules import Constant, Polynomial, Schedule, Sigmoid, Then
 
 __all__ = ["build_segmenter", "train"]
 
@@ -109,9 +108,9 @@ def train(
     runs.read_history(out, before=first_step)
     model, optimiser = fabric.setup(segmenter, optimiser)
 
-    domains = {
+    domains: dict[str, Samples] = {
         "source": images.source,
-        "labelled": Subset(images.target, labelled),
+        "labelled": Some(images.target, labelled),
         "unlabelled": images.target,
     }
     counts = {
@@ -140,11 +139,10 @@ def train(
 
         # Segmenter: cross-entropy on every labelled image, and the discriminators, frozen, confused by the target.
         outputs = {domain: model(part["image"]) for domain, part in batch.items()}
-        segmentation_loss = sum(
-            cross_entropy(outputs[domain].logits, part["label"], settings.data.ignore_index)
-            for domain, part in batch.items()
-            if "label" in part
-        )
+        segmentation_loss = torch.zeros((), device=fabric.device)
+        for domain, part in batch.items():
+            if "label" in part:
+                segmentation_loss = segmentation_loss + cross_entropy(outputs[domain].logits, part["label"], settings)
         views: dict[str, View] = {}
         if "global" in critics:
             views["global"] = global_view(outputs, settings)
@@ -154,7 +152,9 @@ def train(
             name: view.confusion_loss(frozen(critics[name])(view.target), weight=view.target_weight)
             for name, view in views.items()
         }
-        loss = segmentation_loss + sum(weights[name](step) * term for name, term in terms.items())
+        loss = segmentation_loss
+        for name, term in terms.items():
+            loss = loss + weights[name](step) * term
         value = float(loss.detach())
         log = step % settings.log_every == 0 or step == settings.steps - 1
         if not math.isfinite(value):
@@ -187,7 +187,7 @@ def train(
             if adversary.r1 > 0:
                 critic_loss = critic_loss + adversary.r1 * r1_penalty(source_logits, source, weight=view.source_weight)
             critic_optimisers[name].zero_grad()
-            critic_loss.backward()
+            torch.autograd.backward(critic_loss)
             critic_optimisers[name].step()
             if log:
                 accuracy = view.accuracy(source_logits, target_logits, **weighted)
@@ -272,21 +272,20 @@ def build_critic(name: str, settings: Settings, segmenter: SmallSegmenter) -> nn
     torch.manual_seed(settings.seed + 2)
     s = settings.semantic_adversary
     channels = segmenter.feature_channels
-    return PrototypeDiscriminator(
-        channels, classes, conditioning=s.conditioning, spectral_norm=s.spectral_norm
-    )
+    return PrototypeDiscriminator(channels, classes, conditioning=s.conditioning, spectral_norm=s.spectral_norm)
 
 
-def weight_schedule(adversary: GlobalAdversary | SemanticAdversary, steps: int) -> Then:
+def weight_schedule(adversary: GlobalAdversary | SemanticAdversary, steps: int) -> Schedule:
     """The weight of an adversary: zero while its discriminator learns, then a rise to its plateau."""
     start, ramp = round(adversary.start * steps), round(adversary.ramp * steps)
     risen = Sigmoid(adversary.weight, ramp) if ramp else Constant(adversary.weight)
     return Then(Constant(0.0), start, risen) if start else risen
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, settings: Settings) -> Tensor:
     """Mean cross-entropy over the pixels that have a class, at the labels' size; 0 where none has."""
     logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    ignore_index = settings.data.ignore_index
     total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
     return total / (labels != ignore_index).sum().clamp(min=1)
 

@@ -120,7 +120,8 @@ def gradient_norm(loss: Tensor, features: Tensor) -> Tensor:
     if gradient is None:
         raise ValueError("expected loss to be a function of features, got no gradient between them")
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.linalg.vector_norm(gradient, dtype=wide)
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
+    return norm
 
 
 def prototype_distance(source_means: Tensor, target_means: Tensor, *, weight: Optional[Tensor] = None) -> Tensor:

@@ -39,7 +39,7 @@ def check_labels(labels: Tensor, num_classes: int, *, ignore_index: Optional[int
     if ignore_index is not None:
         wrong &= wide != ignore_index
     if wrong.any():
-        values, counts = wide[wrong].unique(return_counts=True)
+        values, counts = torch.unique(wide[wrong], return_counts=True)
         came = ", ".join(f"{v} ({c} pixel{'s' if c > 1 else ''})" for v, c in zip(values[:5].tolist(), counts.tolist()))
         more = f" and {len(values) - 5} more values" if len(values) > 5 else ""
         or_ignored = "" if ignore_index is None else f" or ignore_index {ignore_index}"
@@ -83,7 +83,7 @@ def remap_labels(labels: Tensor, table: Mapping[int, int]) -> Tensor:
     place = torch.searchsorted(olds, wide).clamp(max=len(olds) - 1)
     unknown = olds[place] != wide
     if unknown.any():
-        values = wide[unknown].unique()
+        values = torch.unique(wide[unknown])
         more = f" and {len(values) - 5} more" if len(values) > 5 else ""
         came = f"{', '.join(map(str, values[:5].tolist()))}{more} ({int(unknown.sum())} pixels)"
         raise ValueError(f"expected labels to be ids of table, got {came}")
@@ -130,11 +130,14 @@ def resize_labels(
     if not 0 <= min_share <= 1:
         raise ValueError(f"expected min_share in [0, 1], got {min_share}")
     if min_share > 0 and (mode != "majority" or ignore_index is None):
-        raise ValueError(f"expected min_share only with mode 'majority' and an ignore_index, got {mode!r} and {ignore_index}")
+        raise ValueError(
+            f"expected min_share only with mode 'majority' and an ignore_index, got {mode!r} and {ignore_index}"
+        )
     if mode == "nearest":
         rows, columns = (_centres(n, to, labels.device) for n, to in zip(labels.shape[1:], size))
         return labels[:, rows][:, :, columns]
-    if min_share > 0 and not torch.iinfo(labels.dtype).min <= ignore_index <= torch.iinfo(labels.dtype).max:
+    info = torch.iinfo(labels.dtype)
+    if min_share > 0 and ignore_index is not None and not info.min <= ignore_index <= info.max:
         raise ValueError(f"expected an ignore_index that {labels.dtype} can hold, got {ignore_index}")
     votes = _shares(labels, list(size), num_classes, "area", False, ignore_index)
     share, winner = votes.max(1).values, votes.argmax(1)
@@ -188,7 +191,7 @@ def class_shares(
         raise ValueError(f"expected mode to be 'area' or 'bilinear', got {mode!r}")
     if align_corners and mode != "bilinear":
         raise ValueError(f"expected align_corners only with mode 'bilinear', got {mode!r}")
-    shares = _shares(labels, list(size), num_classes, mode, align_corners, ignore_index)[:, :num_classes]
+    shares: Tensor = _shares(labels, list(size), num_classes, mode, align_corners, ignore_index)[:, :num_classes]
     if mode == "area":
         # An empty label map covers no part of any cell; its shares are zeros already.
         shares = shares / max(labels.shape[1] * labels.shape[2], 1)
@@ -241,9 +244,13 @@ def _overlaps(
     if mode == "area":
         # In units in which a pixel is `cells` long and a cell `pixels` long, every border is an integer: the
         # overlaps are exact. Pairs are the pieces between neighbouring borders of either kind.
-        borders = torch.cat(
-            [torch.arange(pixels + 1, device=device) * cells, torch.arange(cells + 1, device=device) * pixels]
-        ).sort().values
+        borders = (
+            torch.cat(
+                [torch.arange(pixels + 1, device=device) * cells, torch.arange(cells + 1, device=device) * pixels]
+            )
+            .sort()
+            .values
+        )
         length = borders.diff()
         left = borders[:-1][length > 0]
         return left // cells, left // pixels, length[length > 0].double()

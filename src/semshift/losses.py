@@ -6,12 +6,11 @@ the logit, whatever it holds; where nothing takes part, the loss is 0 with gradi
 """
 
 import math
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from typing_extensions import TypeAlias
 
 __all__ = [
     "Objective",
@@ -225,7 +224,9 @@ def r1_penalty(logits: Tensor, inputs: Tensor, *, sample_dims: int = 1, weight: 
         tensor(6.)
     """
     if not 1 <= sample_dims <= inputs.dim():
-        raise ValueError(f"expected sample_dims in 1 to {inputs.dim()} for inputs {list(inputs.shape)}, got {sample_dims}")
+        raise ValueError(
+            f"expected sample_dims in 1 to {inputs.dim()} for inputs {list(inputs.shape)}, got {sample_dims}"
+        )
     _check_weight("weight", weight, "inputs", inputs, inputs.shape[:sample_dims])
     if not (inputs.requires_grad and logits.requires_grad):
         raise ValueError("expected logits computed from inputs that require grad, got no gradient between them")

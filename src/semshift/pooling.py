@@ -181,7 +181,10 @@ def weighted_class_sums(features: Tensor, weights: Tensor, *, per_image: bool = 
     _check_features(features)
     if weights.dtype not in _DTYPES:
         raise TypeError(f"expected weights of dtype float16, bfloat16, float32 or float64, got {weights.dtype}")
-    if weights.dim() != features.dim() or weights.shape[:1] + weights.shape[2:] != features.shape[:1] + features.shape[2:]:
+    if (
+        weights.dim() != features.dim()
+        or weights.shape[:1] + weights.shape[2:] != features.shape[:1] + features.shape[2:]
+    ):
         raise ValueError(
             f"expected weights [B, K, *S] for features [B, C, *S], got {list(weights.shape)} for {list(features.shape)}"
         )
@@ -261,9 +264,7 @@ def _hard_backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Optional[Ten
     return grad.to(ctx.dtype), None, None, None, None
 
 
-def _spread(
-    rows: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
-) -> Tensor:
+def _spread(rows: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool) -> Tensor:
     """The adjoint of pooling: give each pixel the row of its class, and 0 to the others; `[B, C, *S]`."""
     wide = labels.long()
     taking_part = (wide >= 0) & (wide < num_classes)
@@ -301,7 +302,7 @@ def _soft_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None
     ctx.save_for_backward(*inputs)
 
 
-def _soft_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _soft_backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], Optional[Tensor]]:
     features, weights = ctx.saved_tensors
     needs_features, needs_weights = ctx.needs_input_grad
     return (grad.mT @ weights if needs_features else None), (grad @ features if needs_weights else None)

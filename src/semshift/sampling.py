@@ -100,7 +100,9 @@ class MixedBatchSampler:
             raise TypeError("expected steps to be given for a length, got an endless sampler")
         return self.steps
 
-    def resume(self, first_step: int, *, rank: int, world_size: int, per_batch: Mapping[str, int]) -> "MixedBatchSampler":
+    def resume(
+        self, first_step: int, *, rank: int, world_size: int, per_batch: Mapping[str, int]
+    ) -> "MixedBatchSampler":
         """The same streams from a step on, perhaps on another number of ranks.
 
         Args:

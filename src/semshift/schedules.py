@@ -8,8 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from typing_extensions import TypeAlias
+from typing import TypeAlias
 
 __all__ = ["Constant", "Cosine", "Linear", "Polynomial", "Schedule", "Sigmoid", "Then"]
 

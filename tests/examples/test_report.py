@@ -1,0 +1,235 @@
+import re
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from examples.ass.prototype_plot import draw_prototypes
+from examples.ass.report import Prototypes, Shown, draw_report
+
+CLASSES = ["road", "sky_", "$ign"]
+KEYS = [
+    f"{kind}/{view}{suffix}"
+    for view in ("global", "semantic")
+    for kind, suffixes in (("loss", ["", "_critic"]), ("accuracy", ["_source", "_target"]), ("weight", [""]))
+    for suffix in suffixes
+]
+
+
+def shown(name="a", *, height=12, width=16):
+    random = np.random.default_rng(0)
+    label = random.integers(0, len(CLASSES), (height, width))
+    label[:3] = 255
+    image = random.integers(0, 256, (height, width, 3)).astype(np.uint8)
+    return Shown(name, image, label, np.zeros_like(label), np.where(label == 255, 1, label))
+
+
+def prototypes(seed=0, *, channels=5):
+    random = np.random.default_rng(seed)
+    source, target = random.normal(size=(2, len(CLASSES), channels)).astype(np.float32)
+    return Prototypes(source, target)
+
+
+def history(keys=KEYS, rows=60):
+    random = np.random.default_rng(0)
+    return [{"step": 10 * i, "loss/segmentation": 1.0} | {key: random.random() for key in keys} for i in range(rows)]
+
+
+def draw(path, **changes):
+    arguments = {
+        "title": "A run",
+        "before_name": "source-only",
+        "after_name": "ass",
+        "shown": [shown()],
+        "classes": CLASSES,
+        "history": history(),
+        "before": prototypes(0),
+        "after": prototypes(1),
+    }
+    draw_report(path, **(arguments | changes))
+    return path.read_bytes()
+
+
+def texts(monkeypatch, path, **changes):
+    """Every text of the report."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    draw(path, **changes)
+    return [text.get_text() for text in figures[0].findobj(lambda artist: hasattr(artist, "get_text"))]
+
+
+def whole(message):
+    return f"^{re.escape(message)}$"
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    data = draw(tmp_path / "a.png")
+    assert data.startswith(b"\x89PNG")
+    assert data == draw(tmp_path / "b.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shown": [shown()._replace(before=shown().after)]},
+        {"shown": [shown()._replace(after=shown().before)]},
+        {"shown": [shown()._replace(label=np.full((12, 16), 1))]},
+        {"shown": [shown(), shown("b")]},
+        {"before": prototypes(2)},
+        {"after": prototypes(2)},
+        {"after": prototypes(1)._replace(target=prototypes(3).target)},
+        *({"history": history([other for other in KEYS if other != key])} for key in KEYS),
+        {"title": "Another run"},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_whatever_changes_can_be_seen(tmp_path, changes):
+    assert draw(tmp_path / "a.png") != draw(tmp_path / "b.png", **changes)
+
+
+def test_another_ignore_index_draws_the_same(tmp_path):
+    moved = shown()._replace(label=np.where(shown().label == 255, 7, shown().label))
+    assert draw(tmp_path / "a.png") == draw(tmp_path / "b.png", shown=[moved], ignore_index=7)
+
+
+def test_gaps_in_the_history_leave_gaps(tmp_path):
+    rows = history()
+    for row in rows[::2]:
+        row |= {"loss/global": float("nan"), "accuracy/global_source": None, "loss/semantic": float("inf")}
+        del row["loss/semantic_critic"]
+    without = [{key: value for key, value in row.items() if value is not None and np.isfinite(value)} for row in rows]
+    assert draw(tmp_path / "a.png", history=rows) == draw(tmp_path / "b.png", history=without)
+
+
+def test_rows_of_absent_classes_are_not_drawn(tmp_path):
+    some = prototypes()
+    some.source[0], some.target[2] = np.nan, np.nan
+    other = Prototypes(some.source.copy(), some.target.copy())
+    other.target[0], other.source[2] = 9.0, 9.0
+    assert draw(tmp_path / "a.png", before=some) == draw(tmp_path / "b.png", before=other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "unsaid"),
+    [
+        ({}, ["Accuracy of the global discriminator", "Accuracy of the semantic discriminator", "chance"], ["no adversary in this method"]),
+        ({"history": history([])}, ["no adversary in this method", "segmentation"], ["chance"]),
+        ({"history": history([key for key in KEYS if "semantic" in key])}, ["Accuracy of the semantic discriminator"], ["Accuracy of the global discriminator"]),
+        ({"history": history([key for key in KEYS if "accuracy" in key])}, ["not in the log"], []),
+        ({"history": []}, ["no loss in the log", "no adversary in this method"], []),
+        ({"history": history(rows=1)}, ["chance"], []),
+        ({"before": Prototypes(np.full((3, 5), np.nan), np.ones((3, 5)))}, ["no class has a prototype in both domains"], []),
+        ({"shown": [shown()._replace(label=np.full((12, 16), 255))]}, ["no labelled pixel"], []),
+        ({"shown": [shown()._replace(after=shown().label)]}, ["100 % of pixels right"], []),
+        ({"shown": [shown("x" * 30 + "y" * 30)]}, ["x" * 12 + "…" + "y" * 25], []),
+        ({}, ["0 road", "1 sky_", "2 $ign", "no class", "source-only", "ass", "A run"], []),
+    ],
+)  # fmt: skip
+def test_the_report_says(monkeypatch, tmp_path, changes, said, unsaid):
+    found = texts(monkeypatch, tmp_path / "a.png", **changes)
+    assert set(said) <= set(found)
+    assert not set(unsaid) & set(found)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 8), (8, 80), (1, 1)])
+def test_images_of_any_shape(tmp_path, height, width):
+    assert draw(tmp_path / "a.png", shown=[shown(height=height, width=width), shown()])
+
+
+def test_nineteen_classes(tmp_path):
+    names = [f"class of a name that is very long {k}" for k in range(19)]
+    none = np.full((19, 2), np.nan)
+    assert draw(tmp_path / "a.png", classes=names, before=Prototypes(none, none), after=Prototypes(none, none))
+
+
+def test_prototypes_lie_on_their_principal_axes():
+    # Four classes of two domains on a plane in a space of six: all variance is in two.
+    random = np.random.default_rng(0)
+    plane, _ = np.linalg.qr(random.normal(size=(6, 2)))
+    flat = random.normal(size=(2, 4, 2)) * [5, 1]
+    source, target = flat @ plane.T + 3
+    axes = Figure().add_subplot()
+    draw_prototypes(axes, source, target)
+    drawn = np.array([line.get_xydata()[0] for line in axes.lines if line.get_marker() == "o"])
+    crosses = np.array([line.get_xydata()[0] for line in axes.lines if line.get_marker() == "X"])
+    before, after = np.concatenate([flat[0], flat[1]]), np.concatenate([drawn, crosses])
+
+    def distances(points):
+        return np.linalg.norm(points[:, None] - points, axis=-1)
+
+    # An isometry of the plane keeps every distance; eight points of size ten, a handful of roundings each.
+    np.testing.assert_allclose(distances(after), distances(before), atol=1e-12)
+    assert np.var(after[:, 0]) > np.var(after[:, 1])
+    assert np.abs(np.cov(after.T)[0, 1]) < 1e-12
+    shares = np.var(after, axis=0) / np.var(after, axis=0).sum()
+    assert axes.get_xlabel() == f"first principal axis, {100 * shares[0]:.0f} % of the variance"
+    assert axes.get_ylabel() == f"second, {100 * shares[1]:.0f} %"
+    assert [text.get_text() for text in axes.texts][:4] == ["0", "1", "2", "3"]
+
+
+def test_domain_gap_by_hand():
+    # Each class's domains are 2 apart; the classes' centres 3, 4 and 5, a mean of 4.
+    source = np.array([[0.0, 0.0, 0.0], [3.0, 0.0, 0.0], [0.0, 4.0, 0.0], [9.0, 9.0, 9.0]])
+    target = source + [0.0, 0.0, 2.0]
+    target[3] = np.nan
+    axes = Figure().add_subplot()
+    draw_prototypes(axes, source, target)
+    assert axes.texts[-1].get_text() == "domain gap 0.50 of class gap"
+    assert [text.get_text() for text in axes.texts[:-1]] == ["0", "1", "2"]
+
+
+def test_one_class_and_one_channel_are_drawn():
+    axes = Figure().add_subplot()
+    draw_prototypes(axes, np.array([[1.0], [np.nan]]), np.array([[3.0], [0.0]]))
+    assert [text.get_text() for text in axes.texts] == ["0"]
+    ends = axes.lines[0].get_xydata()
+    np.testing.assert_array_equal(np.abs(ends[1] - ends[0]), [2.0, 0.0])
+
+
+def test_equal_prototypes_are_drawn():
+    axes = Figure().add_subplot()
+    draw_prototypes(axes, np.ones((2, 3)), np.ones((2, 3)))
+    assert [text.get_text() for text in axes.texts] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shown": []}, "expected shown to hold at least one image, got none"),
+        (
+            {"shown": [shown()._replace(image=np.zeros((12, 16), np.uint8))]},
+            "expected the image of a to be uint8 [H, W, 3], got uint8 [12, 16]",
+        ),
+        (
+            {"shown": [shown()._replace(image=np.zeros((12, 16, 3)))]},
+            "expected the image of a to be uint8 [H, W, 3], got float64 [12, 16, 3]",
+        ),
+        (
+            {"shown": [shown()._replace(after=np.zeros((11, 16), int))]},
+            "expected after of a to be [12, 16] as its image is, got [11, 16]",
+        ),
+        (
+            {"shown": [shown()._replace(before=np.full((12, 16), 3))]},
+            "expected before of a to hold ids below 3 or 255, got 3",
+        ),
+        (
+            {"shown": [shown()._replace(label=np.full((12, 16), -1))]},
+            "expected label of a to hold ids below 3 or 255, got -1",
+        ),
+        ({"history": [{"loss/global": 1.0}]}, "expected each row of history to have a step, got {'loss/global': 1.0}"),
+        (
+            {"before": Prototypes(np.ones((2, 5)), np.ones((2, 5)))},
+            "expected the prototypes before to be [3, C] in both domains, got [2, 5] and [2, 5]",
+        ),
+        (
+            {"after": Prototypes(np.ones((3, 5)), np.ones((3, 4)))},
+            "expected the prototypes after to be [3, C] in both domains, got [3, 5] and [3, 4]",
+        ),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=whole(message)):
+        draw(tmp_path / "a.png", **changes)
+    assert not list(tmp_path.iterdir())
