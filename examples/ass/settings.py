@@ -281,6 +281,10 @@ def check(settings: Settings) -> None:
     for name, share in shares.items():
         if not 0 <= share <= 1:
             raise InputError(f"expected {name} to be a share of the steps in [0, 1], got {share}")
+    if settings.network.width < 8 or settings.network.width % 8:
+        raise InputError(f"expected network.width to be a positive multiple of 8, got {settings.network.width}")
+    if settings.accelerator not in ("auto", "cpu", "cuda", "mps"):
+        raise InputError(f"expected accelerator to be one of auto, cpu, cuda, mps, got {settings.accelerator}")
     if min(data.size) < 32:
         raise InputError(f"expected data.size of at least 32 each way, got {list(data.size)}")
     if not 2 <= len(data.classes) <= 255 or len(set(data.classes)) < len(data.classes):
@@ -294,13 +298,11 @@ def check(settings: Settings) -> None:
         unknown = [member for member in members if member not in data.classes]
         if unknown or not members:
             raise InputError(f"expected data.subsets.{name} to list names of data.classes, got {members}")
-    if (
-        settings.semantic_adversary.conditioning == "class-and-domain"
-        and settings.semantic_adversary.objective != "bce"
-    ):
+    semantic = settings.semantic_adversary
+    if semantic.conditioning == "class-and-domain" and (semantic.objective != "bce" or semantic.r1 > 0):
         raise InputError(
-            "expected semantic_adversary.objective bce with semantic_adversary.conditioning class-and-domain, "
-            f"got {settings.semantic_adversary.objective}"
+            "expected semantic_adversary.objective bce and r1 0 with semantic_adversary.conditioning class-and-domain, "
+            f"got {semantic.objective} and {semantic.r1}"
         )
 
 

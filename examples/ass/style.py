@@ -29,6 +29,8 @@ _PALETTE = np.array(
     ]
 )
 
+_DPI = 120
+
 IGNORED, STRIPE = np.array([0xDD, 0xDD, 0xDD]), np.array([0xF7, 0xF7, 0xF7])
 """The two colours of the hatching where a pixel has no class."""
 
@@ -68,4 +70,4 @@ def class_colours(num_classes: int) -> np.ndarray:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG that depends on the figure alone, at once or not at all."""
     # The file would name the version of Matplotlib.
-    write_whole(path, lambda to: figure.savefig(to, format="png", dpi=120, metadata={"Software": None}))
+    write_whole(path, lambda to: figure.savefig(to, format="png", dpi=_DPI, metadata={"Software": None}))

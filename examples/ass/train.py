@@ -48,6 +48,8 @@ class View(NamedTuple):
     confusion_loss: Callable[..., Tensor]
     discriminator_loss: Callable[..., Tensor]
     accuracy: Callable[..., DomainAccuracy]
+    sample_dims: int
+    """How many leading dimensions of `source` count samples."""
 
 
 def train(
@@ -83,7 +85,7 @@ def train(
     fabric.launch()
 
     # The networks and how they learn. Which of them exist is all that tells the methods apart.
-    segmenter = build_segmenter(settings)
+    segmenter = build_segmenter(settings).to(fabric.device)
     optimiser = build_optimiser(settings, segmenter)
     learning_rate = Polynomial(settings.optimiser.learning_rate, settings.steps, power=settings.optimiser.power)
     adversaries: dict[str, GlobalAdversary | SemanticAdversary] = {
@@ -106,7 +108,7 @@ def train(
         stateful |= {f"{name} critic": critics[name], f"{name} critic optimiser": critic_optimisers[name]}
     first_step, resumed_from = runs.load_checkpoint(out, stateful, seen)
     runs.read_history(out, before=first_step)
-    model, optimiser = fabric.setup(segmenter, optimiser)
+    optimiser = fabric.setup_optimizers(optimiser)
 
     domains: dict[str, Samples] = {
         "source": images.source,
@@ -129,82 +131,88 @@ def train(
     training = TrainingSet(domains, settings.data.size, settings.data.augmentation, settings.seed)
     adaptation_starts = min((round(a.start * settings.steps) for a in adversaries.values()), default=0)
 
-    bar = tqdm(total=settings.steps, initial=first_step, desc=settings.method, unit="step")
-    for step, batch in batches(training, sampler, workers=settings.data.workers):
-        if step == adaptation_starts:
-            runs.save_before(out, segmenter)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step)
-        batch = fabric.to_device(batch)
+    with tqdm(total=settings.steps, initial=first_step, desc=settings.method, unit="step") as bar:
+        for step, batch in batches(training, sampler, workers=settings.data.workers):
+            if step == adaptation_starts:
+                runs.save_before(out, segmenter)
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(step)
+            batch = fabric.to_device(batch)
 
-        # Segmenter: cross-entropy on every labelled image, and the discriminators, frozen, confused by the target.
-        outputs = {domain: model(part["image"]) for domain, part in batch.items()}
-        segmentation_loss = torch.zeros((), device=fabric.device)
-        for domain, part in batch.items():
-            if "label" in part:
-                segmentation_loss = segmentation_loss + cross_entropy(outputs[domain].logits, part["label"], settings)
-        views: dict[str, View] = {}
-        if "global" in critics:
-            views["global"] = global_view(outputs, settings)
-        if "semantic" in critics:
-            views["semantic"] = semantic_view(outputs, batch, seen, settings)
-        terms = {
-            name: view.confusion_loss(frozen(critics[name])(view.target), weight=view.target_weight)
-            for name, view in views.items()
-        }
-        loss = segmentation_loss
-        for name, term in terms.items():
-            loss = loss + weights[name](step) * term
-        value = float(loss.detach())
-        log = step % settings.log_every == 0 or step == settings.steps - 1
-        if not math.isfinite(value):
-            raise InputError(
-                f"expected a finite loss, got {value} at step {step}: lower the learning rate or the "
-                f"adversaries' weights; {out} keeps its last checkpoint"
-            )
-        row = {"step": step, "loss/segmentation": float(segmentation_loss.detach())}
-        if log:
+            # Segmenter: cross-entropy on every labelled image, and the discriminators, frozen, confused by the target.
+            with fabric.autocast():
+                outputs = {domain: segmenter(part["image"]) for domain, part in batch.items()}
+            segmentation_loss = torch.zeros((), device=fabric.device)
+            for domain, part in batch.items():
+                if "label" in part:
+                    segmentation_loss = segmentation_loss + cross_entropy(
+                        outputs[domain].logits, part["label"], settings
+                    )
+            views: dict[str, View] = {}
+            if "global" in critics:
+                views["global"] = global_view(outputs, settings)
+            if "semantic" in critics:
+                views["semantic"] = semantic_view(outputs, batch, seen, settings)
+            terms = {
+                name: view.confusion_loss(frozen(critics[name])(view.target), weight=view.target_weight)
+                for name, view in views.items()
+            }
+            loss = segmentation_loss
             for name, term in terms.items():
-                features = outputs["unlabelled" if name == "global" else "labelled"].features
-                row |= {
-                    f"loss/{name}": float(term.detach()),
-                    f"weight/{name}": weights[name](step),
-                    f"gradient/{name}": weights[name](step) * float(gradient_norm(term, features)),
-                }
-        optimiser.zero_grad()
-        fabric.backward(loss)
-        optimiser.step()
-
-        # Discriminators: source against target, on detached inputs.
-        for name, view in views.items():
-            adversary = adversaries[name]
-            if step % adversary.every:
-                continue
-            source = view.source.detach().requires_grad_(adversary.r1 > 0)
-            source_logits, target_logits = critics[name](source), critics[name](view.target.detach())
-            weighted = {"source_weight": view.source_weight, "target_weight": view.target_weight}
-            critic_loss = view.discriminator_loss(source_logits, target_logits, **weighted)
-            if adversary.r1 > 0:
-                critic_loss = critic_loss + adversary.r1 * r1_penalty(source_logits, source, weight=view.source_weight)
-            critic_optimisers[name].zero_grad()
-            torch.autograd.backward(critic_loss)
-            critic_optimisers[name].step()
+                loss = loss + weights[name](step) * term
+            value = float(loss.detach())
+            log = step % settings.log_every == 0 or step == settings.steps - 1
+            if not math.isfinite(value):
+                raise InputError(
+                    f"expected a finite loss, got {value} at step {step}: lower the learning rate or the "
+                    f"adversaries' weights; {out} keeps its last checkpoint"
+                )
+            row = {"step": step, "loss/segmentation": float(segmentation_loss.detach())}
             if log:
-                accuracy = view.accuracy(source_logits, target_logits, **weighted)
-                row |= {
-                    f"loss/{name}_critic": float(critic_loss.detach()),
-                    f"accuracy/{name}_source": float(accuracy.source),
-                    f"accuracy/{name}_target": float(accuracy.target),
-                }
+                for name, term in terms.items():
+                    features = outputs["unlabelled" if name == "global" else "labelled"].features
+                    row |= {
+                        f"loss/{name}": float(term.detach()),
+                        f"weight/{name}": weights[name](step),
+                        f"gradient/{name}": weights[name](step) * float(gradient_norm(term, features)),
+                    }
+            optimiser.zero_grad()
+            fabric.backward(loss)
+            optimiser.step()
 
-        if log:
-            runs.append_history(out, row)
-            fabric.log_dict({name: value for name, value in row.items() if name != "step"}, step)
-            bar.set_postfix_str(", ".join(f"{n[5:]} {row[n]:.3f}" for n in row if n.startswith("loss/")), refresh=False)
-        bar.update()
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-            runs.save_checkpoint(out, step + 1, stateful, seen, settings=settings, resumed_from=resumed_from)
-    bar.close()
+            # Discriminators: source against target, on detached inputs.
+            for name, view in views.items():
+                adversary = adversaries[name]
+                if step % adversary.every:
+                    continue
+                source = view.source.detach().requires_grad_(adversary.r1 > 0)
+                source_logits, target_logits = critics[name](source), critics[name](view.target.detach())
+                weighted = {"source_weight": view.source_weight, "target_weight": view.target_weight}
+                critic_loss = view.discriminator_loss(source_logits, target_logits, **weighted)
+                if adversary.r1 > 0:
+                    critic_loss = critic_loss + adversary.r1 * r1_penalty(
+                        source_logits, source, sample_dims=view.sample_dims, weight=view.source_weight
+                    )
+                critic_optimisers[name].zero_grad()
+                torch.autograd.backward(critic_loss)
+                critic_optimisers[name].step()
+                if log:
+                    accuracy = view.accuracy(source_logits, target_logits, **weighted)
+                    row |= {
+                        f"loss/{name}_critic": float(critic_loss.detach()),
+                        f"accuracy/{name}_source": float(accuracy.source),
+                        f"accuracy/{name}_target": float(accuracy.target),
+                    }
+
+            if log:
+                runs.append_history(out, row)
+                fabric.log_dict({name: value for name, value in row.items() if name != "step"}, step)
+                bar.set_postfix_str(
+                    ", ".join(f"{n[5:]} {row[n]:.3f}" for n in row if n.startswith("loss/")), refresh=False
+                )
+            bar.update()
+            if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+                runs.save_checkpoint(out, step + 1, stateful, seen, settings=settings, resumed_from=resumed_from)
 
     scores = {
         split: evaluate(
@@ -301,13 +309,14 @@ def global_view(outputs: dict[str, Segmentation], settings: Settings) -> View:
         return entropy_map(probabilities) if adversary.inputs == "entropy" else probabilities
 
     return View(
-        output_map(outputs["source"].logits),
-        output_map(outputs["unlabelled"].logits),
-        None,
-        None,
-        functools.partial(confusion_loss, objective=adversary.objective),
-        functools.partial(discriminator_loss, objective=adversary.objective),
-        domain_accuracy,
+        source=output_map(outputs["source"].logits),
+        target=output_map(outputs["unlabelled"].logits),
+        source_weight=None,
+        target_weight=None,
+        confusion_loss=functools.partial(confusion_loss, objective=adversary.objective),
+        discriminator_loss=functools.partial(discriminator_loss, objective=adversary.objective),
+        accuracy=domain_accuracy,
+        sample_dims=1,
     )
 
 
@@ -333,13 +342,16 @@ def semantic_view(
     }
     for domain, sums in pooled.items():
         seen[domain] |= sums.present.reshape(-1, len(seen[domain])).any(0)
-    by_class = adversary.conditioning == "class-and-domain"
+    by_class, objective = adversary.conditioning == "class-and-domain", adversary.objective
     return View(
-        pooled["source"].means,
-        pooled["labelled"].means,
-        pooled["source"].present & seen["labelled"],
-        pooled["labelled"].present & seen["source"],
-        class_confusion_loss if by_class else functools.partial(confusion_loss, objective=adversary.objective),
-        class_discriminator_loss if by_class else functools.partial(discriminator_loss, objective=adversary.objective),
-        class_domain_accuracy if by_class else domain_accuracy,
+        source=pooled["source"].means,
+        target=pooled["labelled"].means,
+        source_weight=pooled["source"].present & seen["labelled"],
+        target_weight=pooled["labelled"].present & seen["source"],
+        confusion_loss=class_confusion_loss if by_class else functools.partial(confusion_loss, objective=objective),
+        discriminator_loss=class_discriminator_loss
+        if by_class
+        else functools.partial(discriminator_loss, objective=objective),
+        accuracy=class_domain_accuracy if by_class else domain_accuracy,
+        sample_dims=pooled["source"].means.dim() - 1,
     )

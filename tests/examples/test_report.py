@@ -3,7 +3,10 @@ import re
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
+from examples.ass import report, style
 from examples.ass.prototype_plot import draw_prototypes
 from examples.ass.report import Prototypes, Shown, draw_report
 
@@ -14,6 +17,19 @@ KEYS = [
     for kind, suffixes in (("loss", ["", "_critic"]), ("accuracy", ["_source", "_target"]), ("weight", [""]))
     for suffix in suffixes
 ]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(style, "_DPI", 30)
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    """The bytes of the report without changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "_DPI", 30)
+        return draw(tmp_path_factory.mktemp("usual") / "a.png")
 
 
 def shown(name="a", *, height=12, width=16):
@@ -50,24 +66,28 @@ def draw(path, **changes):
     return path.read_bytes()
 
 
-def texts(monkeypatch, path, **changes):
-    """Every text of the report."""
-    figures = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
-    draw(path, **changes)
-    return [text.get_text() for text in figures[0].findobj(lambda artist: hasattr(artist, "get_text"))]
+@pytest.fixture
+def figure_of(monkeypatch, tmp_path):
+    """The figure of a report, not rendered."""
+
+    def drawn(**changes):
+        figures = []
+        monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
+        (tmp_path / "a.png").touch()
+        draw(tmp_path / "a.png", **changes)
+        return figures[0]
+
+    return drawn
 
 
 def whole(message):
     return f"^{re.escape(message)}$"
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path):
-    data = draw(tmp_path / "a.png")
-    assert data.startswith(b"\x89PNG")
-    assert data == draw(tmp_path / "b.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+def test_the_same_run_gives_the_same_bytes(tmp_path, usual):
+    assert usual.startswith(b"\x89PNG")
+    assert draw(tmp_path / "b.png") == usual
+    assert [path.name for path in tmp_path.iterdir()] == ["b.png"]
 
 
 @pytest.mark.parametrize(
@@ -80,18 +100,35 @@ def test_the_same_run_gives_the_same_bytes(tmp_path):
         {"before": prototypes(2)},
         {"after": prototypes(2)},
         {"after": prototypes(1)._replace(target=prototypes(3).target)},
-        *({"history": history([other for other in KEYS if other != key])} for key in KEYS),
+        {"history": history(rows=50)},
         {"title": "Another run"},
     ],
     ids=lambda changes: ",".join(changes),
 )
-def test_whatever_changes_can_be_seen(tmp_path, changes):
-    assert draw(tmp_path / "a.png") != draw(tmp_path / "b.png", **changes)
+def test_whatever_changes_can_be_seen(tmp_path, usual, changes):
+    assert draw(tmp_path / "b.png", **changes) != usual
 
 
-def test_another_ignore_index_draws_the_same(tmp_path):
+@pytest.mark.parametrize("key", ["loss/segmentation", *KEYS])
+def test_every_key_of_the_history_is_a_curve(figure_of, key):
+    rows = history()
+    values = np.linspace(0, 1, len(rows))
+    for row, value in zip(rows, values, strict=True):
+        row[key] = value
+    curves = [line.get_ydata() for line in figure_of(history=rows).findobj(Line2D)]
+    assert sum(np.array_equal(curve, values) for curve in curves) == 1
+
+
+def test_curves_are_running_means_of_two_batches(figure_of):
+    # Of 60 rows, 60 // 25 = 2 make a point: itself and the one before; the first has none before it.
+    rows = [{"step": i, "loss/segmentation": float(i % 2)} for i in range(60)]
+    curves = [list(line.get_ydata()) for line in figure_of(history=rows).findobj(Line2D)]
+    assert [0.0] + [0.5] * 59 in curves
+
+
+def test_another_ignore_index_draws_the_same(tmp_path, usual):
     moved = shown()._replace(label=np.where(shown().label == 255, 7, shown().label))
-    assert draw(tmp_path / "a.png") == draw(tmp_path / "b.png", shown=[moved], ignore_index=7)
+    assert draw(tmp_path / "b.png", shown=[moved], ignore_index=7) == usual
 
 
 def test_gaps_in_the_history_leave_gaps(tmp_path):
@@ -111,24 +148,31 @@ def test_rows_of_absent_classes_are_not_drawn(tmp_path):
     assert draw(tmp_path / "a.png", before=some) == draw(tmp_path / "b.png", before=other)
 
 
+SEMANTIC_ONLY = history([key for key in KEYS if "semantic" in key])
+NO_WEIGHTS = history([key for key in KEYS if "accuracy" in key])
+NO_SOURCE = Prototypes(np.full((3, 5), np.nan), np.ones((3, 5)))
+GLOBAL, SEMANTIC = "Accuracy of the global discriminator", "Accuracy of the semantic discriminator"
+NONE = "no adversary in this method"
+
+
 @pytest.mark.parametrize(
     ("changes", "said", "unsaid"),
     [
-        ({}, ["Accuracy of the global discriminator", "Accuracy of the semantic discriminator", "chance"], ["no adversary in this method"]),
-        ({"history": history([])}, ["no adversary in this method", "segmentation"], ["chance"]),
-        ({"history": history([key for key in KEYS if "semantic" in key])}, ["Accuracy of the semantic discriminator"], ["Accuracy of the global discriminator"]),
-        ({"history": history([key for key in KEYS if "accuracy" in key])}, ["not in the log"], []),
-        ({"history": []}, ["no loss in the log", "no adversary in this method"], []),
+        ({}, ["0 road", "1 sky_", "2 $ign", "no class", "source-only", "ass", "A run"], []),
+        ({}, [GLOBAL, SEMANTIC, "chance"], [NONE]),
+        ({"history": history([])}, [NONE, "segmentation"], ["chance"]),
+        ({"history": SEMANTIC_ONLY}, [SEMANTIC], [GLOBAL, NONE]),
+        ({"history": NO_WEIGHTS}, ["not in the log"], []),
+        ({"history": []}, ["no loss in the log", NONE], []),
         ({"history": history(rows=1)}, ["chance"], []),
-        ({"before": Prototypes(np.full((3, 5), np.nan), np.ones((3, 5)))}, ["no class has a prototype in both domains"], []),
+        ({"before": NO_SOURCE}, ["no class has a prototype in both domains"], []),
         ({"shown": [shown()._replace(label=np.full((12, 16), 255))]}, ["no labelled pixel"], []),
         ({"shown": [shown()._replace(after=shown().label)]}, ["100 % of pixels right"], []),
         ({"shown": [shown("x" * 30 + "y" * 30)]}, ["x" * 12 + "…" + "y" * 25], []),
-        ({}, ["0 road", "1 sky_", "2 $ign", "no class", "source-only", "ass", "A run"], []),
     ],
-)  # fmt: skip
-def test_the_report_says(monkeypatch, tmp_path, changes, said, unsaid):
-    found = texts(monkeypatch, tmp_path / "a.png", **changes)
+)
+def test_the_report_says(figure_of, changes, said, unsaid):
+    found = [text.get_text() for text in figure_of(**changes).findobj(Text)]
     assert set(said) <= set(found)
     assert not set(unsaid) & set(found)
 
@@ -172,7 +216,7 @@ def test_prototypes_lie_on_their_principal_axes():
 def test_domain_gap_by_hand():
     # Each class's domains are 2 apart; the classes' centres 3, 4 and 5, a mean of 4.
     source = np.array([[0.0, 0.0, 0.0], [3.0, 0.0, 0.0], [0.0, 4.0, 0.0], [9.0, 9.0, 9.0]])
-    target = source + [0.0, 0.0, 2.0]
+    target = source + np.array([0.0, 0.0, 2.0])
     target[3] = np.nan
     axes = Figure().add_subplot()
     draw_prototypes(axes, source, target)

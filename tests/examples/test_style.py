@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 
 from examples.ass.style import IGNORED, STYLE, class_colours, save_figure
 
-# How the three kinds of colour blindness see linear RGB, at full severity: Machado, Oliveira and Fernandes 2009, table 1.
+# How colour-blind eyes see linear RGB, at full severity: Machado, Oliveira and Fernandes 2009, table 1.
 SIGHTS = {
     "ordinary": np.eye(3),
     "protanopia": [
@@ -40,7 +40,7 @@ def test_twelve_colours_and_the_grey_differ_for_every_eye():
     for sight in SIGHTS.values():
         points = lab(colours, sight)
         distances = np.linalg.norm(points[:, None] - points, axis=-1) + 1000 * np.eye(13)
-        # Twice the two units that the eye can tell apart would be visible; this is visible at a glance.
+        # Two units are just noticeable; 18 are told apart without comparing.
         assert distances.min() >= 18
 
 

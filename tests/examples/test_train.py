@@ -1,0 +1,379 @@
+"""The trainer: methods, run folder, resuming, evaluation, bad input. Runs are tiny: a few steps at 32 x 32."""
+
+import dataclasses
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from examples.ass import runs
+from examples.ass import train as train_module
+from examples.ass.__main__ import main
+from examples.ass.data import InputError
+from examples.ass.models import Segmentation, SmallSegmenter
+from examples.ass.settings import METHODS, Data, Network, Optimiser, SceneSettings, Settings, check
+from examples.ass.train import semantic_view, train, weight_schedule
+from semshift.sampling import MixedBatchSampler
+
+# Libraries under the trainer warn of things that are not ours to mend.
+pytestmark = pytest.mark.filterwarnings("default")
+
+SCENES = SceneSettings(source=6, target=6, validation=2, test=3)
+TINY = Settings(
+    steps=6,
+    labelled=2,
+    log_every=2,
+    save_every=3,
+    data=Data(size=(32, 32), scenes=SCENES),
+    network=Network(width=8),
+    optimiser=Optimiser(images=2, unlabelled=2),
+)
+
+
+def tiny(**changes):
+    return dataclasses.replace(TINY, **changes)
+
+
+def checkpoint(out):
+    return torch.load(out / "checkpoints" / "last.pt", weights_only=True)
+
+
+def equal(a, b):
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=[] if method == "ass" else pytest.mark.slow) for method in METHODS]
+)
+def test_every_method_leaves_a_run_folder(method, tmp_path):
+    out = tmp_path / "run"
+    metrics = train(tiny(method=method), out, save_predictions=True)
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    expected = {"method": method, "labelled": 2, "seed": 0, "steps": 6, "num_classes": 8, "resumed_from": []}
+    assert {name: metrics[name] for name in expected} == expected
+    values = [value for value in metrics["iou"].values() if value is not None]
+    assert metrics["miou"] == pytest.approx(sum(values) / len(values))
+    assert yaml.safe_load((out / "settings.yaml").read_text())["method"] == method
+    assert len((out / "labelled.txt").read_text().split()) == 2
+    assert (out / "report.png").stat().st_size > 10_000
+    assert list((out / "tensorboard").glob("events*"))
+    assert len(list((out / "predictions").glob("*.png"))) == 3
+    adversaries = METHODS[method] & {"global", "semantic"}
+    state = checkpoint(out)
+    assert {name.split()[0] for name in state["stateful"] if "critic" in name} == adversaries
+    assert state["step"] == 6
+    last = runs.read_history(out)[-1]
+    assert {name.split("/")[1] for name in last if name.startswith("weight/")} == adversaries
+    for name in adversaries:
+        assert last[f"weight/{name}"] > 0
+        assert last[f"gradient/{name}"] > 0
+        assert 0 <= last[f"accuracy/{name}_source"] <= 1
+
+
+@pytest.mark.slow
+def test_methods_share_their_start_and_adversaries_matter(tmp_path):
+    weights = {}
+    for method in ("joint", "global", "semantic", "ass"):
+        train(tiny(method=method, steps=3), tmp_path / method)
+        weights[method] = checkpoint(tmp_path / method)["stateful"]["segmenter"]
+        before = torch.load(tmp_path / method / "checkpoints" / "before.pt", weights_only=True)
+        if method == "joint":
+            start = before["stateful"]["segmenter"]
+            assert equal(start, dict(train_module.build_segmenter(TINY).state_dict()))
+    methods = list(weights)
+    assert not any(equal(weights[a], weights[b]) for i, a in enumerate(methods) for b in methods[:i])
+
+
+@pytest.mark.slow
+def test_same_seed_same_bits(tmp_path):
+    for name in ("a", "b"):
+        train(TINY, tmp_path / name)
+    assert equal(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
+    train(tiny(seed=1), tmp_path / "c")
+    assert not equal(checkpoint(tmp_path / "a")["stateful"], checkpoint(tmp_path / "c")["stateful"])
+
+
+def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+    whole = train(TINY, tmp_path / "whole")
+
+    append = runs.append_history
+
+    def interrupted(out, row):
+        append(out, row)
+        if row["step"] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "append_history", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, tmp_path / "cut")
+    monkeypatch.undo()
+    assert checkpoint(tmp_path / "cut")["step"] == 3
+    resumed = train(TINY, tmp_path / "cut", resume=True)
+    assert resumed["resumed_from"] == [3]
+    assert equal(checkpoint(tmp_path / "whole")["stateful"], checkpoint(tmp_path / "cut")["stateful"])
+    assert equal(checkpoint(tmp_path / "whole")["seen"], checkpoint(tmp_path / "cut")["seen"])
+    assert runs.read_history(tmp_path / "whole") == runs.read_history(tmp_path / "cut")
+    assert (resumed["miou"], resumed["iou"]) == (whole["miou"], whole["iou"])
+
+
+def test_resume_in_a_folder_without_a_checkpoint_starts_at_step_0(tmp_path):
+    (tmp_path / "run").mkdir()
+    assert train(tiny(steps=1), tmp_path / "run", resume=True)["resumed_from"] == []
+    assert [row["step"] for row in runs.read_history(tmp_path / "run")] == [0]
+
+
+def test_run_folders_are_not_mixed_up(tmp_path):
+    out = tmp_path / "run"
+    train(tiny(steps=1), out)
+    with pytest.raises(InputError, match=r"expected --out to be a new folder, or --resume, got .*, which holds a run"):
+        train(tiny(steps=1), out)
+    with pytest.raises(InputError, match=r"got labelled 3 where .*settings\.yaml has 2"):
+        train(tiny(steps=1, labelled=3), out, resume=True)
+    (out / "checkpoints" / "last.pt").write_bytes(b"cut short")
+    with pytest.raises(
+        InputError, match=r"expected .*last\.pt to be a whole checkpoint, got a file that does not load"
+    ):
+        train(tiny(steps=1), out, resume=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="expected --out to be a folder, got the file"):
+        train(TINY, tmp_path / "file")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    entropy = train_module.cross_entropy
+
+    def poisoned(logits, labels, settings):
+        poisoned.calls += 1
+        return entropy(logits, labels, settings) * (math.nan if poisoned.calls > 8 else 1.0)
+
+    poisoned.calls = 0
+    monkeypatch.setattr(train_module, "cross_entropy", poisoned)
+    with pytest.raises(InputError, match="expected a finite loss, got nan at step 4: lower the learning rate"):
+        train(TINY, tmp_path / "run")
+    assert checkpoint(tmp_path / "run")["step"] == 3
+
+
+def test_a_class_that_the_source_never_showed_takes_no_part():
+    features = torch.randn(1, 4, 8, 8)
+    outputs = {domain: Segmentation(features, features) for domain in ("source", "labelled")}
+    labels = {"source": torch.zeros(1, 8, 8, dtype=torch.long), "labelled": torch.zeros(1, 8, 8, dtype=torch.long)}
+    labels["labelled"][:, 4:] = 5
+    batch = {domain: {"label": label} for domain, label in labels.items()}
+    seen = {domain: torch.zeros(8, dtype=torch.bool) for domain in labels}
+    view = semantic_view(outputs, batch, seen, TINY)
+    assert view.target_weight.flatten().nonzero().flatten().tolist() == [0]
+    batch["source"]["label"] = torch.full((1, 8, 8), 5)
+    view = semantic_view(outputs, batch, seen, TINY)
+    assert view.target_weight.flatten().nonzero().flatten().tolist() == [0, 5]
+    assert view.source_weight.flatten().nonzero().flatten().tolist() == [5]
+
+
+def test_weights_wait_then_rise():
+    schedule = weight_schedule(dataclasses.replace(TINY.semantic_adversary, weight=0.5, start=0.2, ramp=0.3), 100)
+    assert [schedule(step) for step in (0, 19, 20)] == [0, 0, 0]
+    assert 0 < schedule(21) < schedule(40) < 0.5
+    assert schedule(99) == pytest.approx(0.5, rel=1e-3)
+    at_once = weight_schedule(dataclasses.replace(TINY.semantic_adversary, weight=0.5, start=0, ramp=0), 100)
+    assert at_once(0) == 0.5
+
+
+@pytest.mark.parametrize("conditioning", ["none", "per-class", "class-and-domain"])
+@pytest.mark.parametrize("per_image", [True, False])
+def test_semantic_variants_train(conditioning, per_image, tmp_path):
+    adversary = dataclasses.replace(
+        TINY.semantic_adversary, conditioning=conditioning, per_image=per_image, spectral_norm=per_image
+    )
+    train(tiny(method="semantic", steps=2, semantic_adversary=adversary), tmp_path / "run")
+
+
+def test_global_variants_train(tmp_path):
+    adversary = dataclasses.replace(TINY.global_adversary, inputs="entropy", r1=1.0, every=2, objective="hinge")
+    train(tiny(method="global", steps=2, precision="bf16-mixed", global_adversary=adversary), tmp_path / "run")
+
+
+def test_r1_on_prototypes(tmp_path):
+    adversary = dataclasses.replace(TINY.semantic_adversary, r1=1.0)
+    train(tiny(method="semantic", steps=2, semantic_adversary=adversary), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labelled": 0}, "expected labelled of at least 1, got 0"),
+        ({"labelled": 7}, "expected labelled to be at most the 6 target training images, got 7"),
+        ({"steps": -1}, "expected steps of at least 1, got -1"),
+        ({"seed": -1}, "expected seed to be finite and not negative, got -1"),
+        ({"data": Data(size=(16, 32))}, "expected data.size of at least 32 each way, got [16, 32]"),
+        (
+            {"data": Data(ignore_index=3)},
+            "expected data.ignore_index between the number of classes, 8, and 255, got 3",
+        ),
+        (
+            {"data": Data(subsets={"some": ["tram"]})},
+            "expected data.subsets.some to list names of data.classes, got ['tram']",
+        ),
+        ({"network": Network(width=10)}, "expected network.width to be a positive multiple of 8, got 10"),
+        ({"accelerator": "abacus"}, "expected accelerator to be one of auto, cpu, cuda, mps, got abacus"),
+    ],
+)
+def test_bad_settings(changes, message, tmp_path):
+    with pytest.raises(InputError, match="^" + re.escape(message) + "$"):
+        train(tiny(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_adversaries():
+    for name, value, message in [
+        ("weight", math.nan, "expected semantic_adversary.weight to be finite and not negative, got nan"),
+        ("start", 1.5, "expected semantic_adversary.start to be a share of the steps in [0, 1], got 1.5"),
+        ("learning_rate", 0.0, "expected semantic_adversary.learning_rate to be finite and positive, got 0.0"),
+        ("every", 0, "expected semantic_adversary.every of at least 1, got 0"),
+    ]:
+        adversary = dataclasses.replace(TINY.semantic_adversary, **{name: value})
+        with pytest.raises(InputError, match="^" + re.escape(message) + "$"):
+            check(tiny(semantic_adversary=adversary))
+
+
+def test_network_shapes_and_errors():
+    segmenter = SmallSegmenter(5, width=8)
+    features, logits = segmenter(torch.rand(2, 3, 32, 64))
+    assert features.shape == (2, 32, 4, 8)
+    assert logits.shape == (2, 5, 16, 32)
+    assert SmallSegmenter(5, width=8, feature_layer="decoder")(torch.rand(1, 3, 32, 32)).features.shape == (
+        1,
+        8,
+        16,
+        16,
+    )
+    with pytest.raises(ValueError, match="expected num_classes of at least 2, got 1"):
+        SmallSegmenter(1)
+    with pytest.raises(ValueError, match="expected feature_layer to be 'encoder' or 'decoder', got 'neck'"):
+        SmallSegmenter(2, feature_layer="neck")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A data root with four splits of small images, and a file of settings that names them."""
+    rng = np.random.default_rng(0)
+    for split in ("source", "target", "validation", "test"):
+        for kind in ("images", "labels"):
+            (tmp_path / "data" / split / kind).mkdir(parents=True)
+        for i in range(3):
+            label = np.repeat(rng.integers(0, 3, (40, 1)), 48, axis=1).astype(np.uint8)
+            image = (60 * label[..., None] + rng.integers(0, 40, (40, 48, 3))).astype(np.uint8)
+            label[:3] = 255
+            Image.fromarray(image).save(tmp_path / "data" / split / "images" / f"{i}.png")
+            Image.fromarray(label).save(tmp_path / "data" / split / "labels" / f"{i}.png")
+    names = ("source", "target", "validation", "test")
+    data = {name: {"images": f"{name}/images", "labels": f"{name}/labels"} for name in names}
+    data |= {"classes": ["a", "b", "c"], "size": [32, 32], "subsets": {"ends": ["a", "c"]}}
+    settings = {"labelled": 2, "steps": 2, "data": data, "network": {"width": 8}}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path
+
+
+def test_folders_from_the_command_line(folders, capsys):
+    out, config = folders / "run", str(folders / "settings.yaml")
+    arguments = ["train", "--config", config, "--data-root", str(folders / "data"), "--out", str(out)]
+    assert main([*arguments, "--save-predictions", "--method", "joint"]) == 0
+    assert f"report: {out / 'report.png'}" in capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+
+    # An independent count over the saved masks.
+    shared, either = np.zeros(3), np.zeros(3)
+    for file in (folders / "data" / "test" / "labels").iterdir():
+        label, predicted = np.asarray(Image.open(file)), np.asarray(Image.open(out / "predictions" / file.name))
+        assert label.shape == predicted.shape
+        for k in range(3):
+            a, b = (label == k), (predicted == k) & (label != 255)
+            shared[k] += (a & b).sum()
+            either[k] += (a | b).sum()
+    iou = {name: shared[k] / either[k] if either[k] else None for k, name in enumerate("abc")}
+    assert metrics["iou"] == pytest.approx(iou)
+    assert metrics["miou"] == pytest.approx(np.mean([value for value in iou.values() if value is not None]))
+
+    assert main(["evaluate", "--out", str(out), "--data-root", str(folders / "data"), "--subset", "ends"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    mean = 50 * sum(iou[name] for name in "ac")
+    assert lines[-1].split() == ["mean", "over", "ends", f"{mean:.1f}"]
+    assert main(["evaluate", "--out", str(out), "--data-root", str(folders / "data"), "--subset", "all"]) == 2
+    assert capsys.readouterr().err == "error: expected --subset to be one of ['ends'], got all\n"
+
+
+def test_an_image_cut_short_ends_the_run_and_keeps_the_checkpoint(folders, capsys):
+    # The image that the sampler draws last.
+    *_, last = MixedBatchSampler({"source": 3}, {"source": 1}, seed=0, steps=3)
+    out, image = folders / "run", folders / "data" / "source" / "images" / f"{last[0]}.png"
+    arguments = ["train", "--config", str(folders / "settings.yaml"), "--data-root", str(folders / "data")]
+    arguments += ["--out", str(out), "--method", "source-only", "--steps", "3", "--save_every", "1"]
+    arguments += ["--optimiser.images", "1"]
+    image.write_bytes(image.read_bytes()[:300])
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.split("error: ")[-1].startswith(f"expected {image} to be a whole image, got one that does not read")
+    assert checkpoint(out)["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "expected a command, one of train, demo, evaluate, compare, got fly"),
+        (["train", "--preset", "none"], "expected --preset to be one of airsim-camvid, idd-camvid, got none"),
+        (["train", "--config", "/none.yaml"], "expected --config to be a file, got /none.yaml"),
+        (
+            ["train", "--preset", "idd-camvid", "--config", "x"],
+            "expected --preset or --config, got both, idd-camvid and x",
+        ),
+        (["train", "--preset", "idd-camvid"], "expected --data-root, below which the settings' folders lie, got none"),
+        (["train", "--method", "magic"], "'ass']. Got value: magic"),
+        (["train", "--steps", "many"], "Expected a <class 'int'>. Got value: many"),
+        (["train", "--speed", "9"], "unrecognized arguments: --speed 9"),
+        (["evaluate", "--out", "/none"], "expected --out to be a run folder, got /none, which has no settings.yaml"),
+        (
+            ["compare", "--seed", "1"],
+            "expected compare to choose method, seed, out and resume of its runs, got one of them",
+        ),
+    ],
+)
+def test_bad_command_lines(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ")
+    assert captured.err.endswith(f"{message}\n")
+
+
+def test_options_come_over_the_preset(tmp_path, capsys):
+    config = tmp_path / "settings.yaml"
+    config.write_text("steps: 5\nstepz: 3\n")
+    assert main(["train", "--config", str(config)]) == 2
+    assert "Option 'stepz' is not accepted" in capsys.readouterr().err
+    config.write_text(
+        f"steps: 5\nlabelled: 2\ndata: {{size: [32, 32], scenes: {json.dumps(vars(SCENES) | {'severity': {}})}}}\n"
+    )
+    out = tmp_path / "run"
+    assert main(["train", "--steps", "1", "--config", str(config), "--method", "labelled-only", "--out", str(out)]) == 0
+    settings = yaml.safe_load((out / "settings.yaml").read_text())
+    assert (settings["steps"], settings["labelled"], settings["data"]["size"]) == (1, 2, [32, 32])
+
+
+def test_demo(tmp_path, capsys):
+    config = tmp_path / "settings.yaml"
+    data = {"size": [32, 32], "scenes": {"source": 4, "target": 4, "validation": 2, "test": 2}}
+    config.write_text(yaml.safe_dump({"steps": 2, "labelled": 2, "data": data}))
+    assert main(["demo", "--config", str(config), "--out", str(tmp_path / "demo")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rsplit(" ", 1)[0] for line in lines] == ["mIoU source-only:", "mIoU ass:", "report:"]
+    assert (tmp_path / "demo" / "report.png").stat().st_size > 10_000
