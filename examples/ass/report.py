@@ -19,8 +19,7 @@ from examples.ass.style import IGNORED, STRIPE, STYLE, class_colours, save_figur
 __all__ = ["Prototypes", "Shown", "draw_report"]
 
 _SEGMENTATION, _GLOBAL, _SEMANTIC = "#222222", "#0072B2", "#D55E00"
-_LOSSES = {
-    "loss/segmentation": ("segmentation", _SEGMENTATION, "-"),
+_ADVERSARIAL = {
     "loss/global": ("global, segmenter's", _GLOBAL, "-"),
     "loss/global_critic": ("global, critic's", _GLOBAL, ":"),
     "loss/semantic": ("semantic, segmenter's", _SEMANTIC, "-"),
@@ -127,7 +126,7 @@ class _Page:
     """The layout in inches from the top left corner: a heading, images, their legend, curves, prototypes."""
 
     left, right, gap = 0.75, 0.3, 0.15
-    images_top, curves_height, prototypes_height = 1.0, 3.6, 4.6
+    images_top, curves_height, prototypes_height = 1.0, 4.2, 4.6
 
     def __init__(self, *, width: float, shown: Sequence[Shown], classes: Sequence[str]) -> None:
         self.width = width
@@ -254,17 +253,23 @@ def _draw_curves(page: _Page, history: Sequence[Mapping[str, float | None]]) -> 
     width = (page.width - page.left - page.right - 2 * 0.7) / 3
     top, height = page.curves_top, page.curves_height
 
-    losses = page.axes(page.left, top, width, height)
-    losses.set_title("Losses")
-    drawn = [_draw_curve(losses, history, key, label, colour, style) for key, (label, colour, style) in _LOSSES.items()]
-    if any(drawn):
+    # Apart, for the adversarial losses move by hundredths and the other by units.
+    adversarial = any(_series(history, key)[0].size for key in _ADVERSARIAL)
+    losses = page.axes(page.left, top, width, 0.42 * height if adversarial else height)
+    losses.set_title("Segmentation loss")
+    if not _draw_curve(losses, history, "loss/segmentation", "segmentation", _SEGMENTATION, "-"):
+        _say(losses, "not in the log")
+    _steps(losses, last, labelled=not adversarial)
+    if adversarial:
+        losses = page.axes(page.left, top + 0.53 * height, width, 0.47 * height)
+        losses.set_title("Adversarial losses")
+        for key, (label, colour, style) in _ADVERSARIAL.items():
+            _draw_curve(losses, history, key, label, colour, style)
         # Room above the curves, so that the legend hides none.
         low, high = losses.get_ylim()
-        losses.set_ylim(low, high + 0.3 * (high - low))
+        losses.set_ylim(low, high + 0.45 * (high - low))
         losses.legend(fontsize=9.5, loc="upper right", ncols=2, columnspacing=1.2)
-    else:
-        _say(losses, "no loss in the log")
-    _steps(losses, last)
+        _steps(losses, last)
 
     present = [name for name in _CRITICS if any(_series(history, f"accuracy/{name}_{d}")[0].size for d in _DOMAINS)]
     left = page.left + width + 0.7
@@ -292,7 +297,7 @@ def _draw_curves(page: _Page, history: Sequence[Mapping[str, float | None]]) -> 
             _say(weight, "not in the log")
         highest = _series(history, f"weight/{name}")[1].max(initial=0) or 1.0
         weight.set_ylim(-0.08 * highest, 1.15 * highest)
-        weight.set_yticks([0, highest], ["0", f"{highest:g}"])
+        weight.set_yticks([0, highest], ["0", f"{highest:.2g}"])
         _steps(weight, last)
         left += wide + 0.7
 

@@ -139,11 +139,11 @@ class GlobalAdversary:
         inputs: class probabilities (AdaptSegNet) or their entropy map (ADVENT).
     """
 
-    weight: float = 0.001
+    weight: float = 0.03
     start: float = 0.2
     ramp: float = 0.2
     objective: Objective = "bce"
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-4
     every: int = 1
     r1: float = 0.0
     spectral_norm: bool = False
@@ -173,7 +173,7 @@ class SemanticAdversary:
     start: float = 0.2
     ramp: float = 0.2
     objective: Objective = "bce"
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-4
     every: int = 1
     r1: float = 0.0
     spectral_norm: bool = False

@@ -139,7 +139,7 @@ def resize_labels(
     info = torch.iinfo(labels.dtype)
     if min_share > 0 and ignore_index is not None and not info.min <= ignore_index <= info.max:
         raise ValueError(f"expected an ignore_index that {labels.dtype} can hold, got {ignore_index}")
-    votes = _shares(labels, list(size), num_classes, "area", False, ignore_index)
+    votes = _shares(labels, size[0], size[1], num_classes, "area", False, ignore_index)
     share, winner = votes.max(1).values, votes.argmax(1)
     ignored = 0 if ignore_index is None else ignore_index
     result = torch.where(winner < num_classes, winner, ignored)
@@ -191,7 +191,7 @@ def class_shares(
         raise ValueError(f"expected mode to be 'area' or 'bilinear', got {mode!r}")
     if align_corners and mode != "bilinear":
         raise ValueError(f"expected align_corners only with mode 'bilinear', got {mode!r}")
-    shares: Tensor = _shares(labels, list(size), num_classes, mode, align_corners, ignore_index)[:, :num_classes]
+    shares: Tensor = _shares(labels, size[0], size[1], num_classes, mode, align_corners, ignore_index)[:, :num_classes]
     if mode == "area":
         # An empty label map covers no part of any cell; its shares are zeros already.
         shares = shares / max(labels.shape[1] * labels.shape[2], 1)
@@ -200,11 +200,16 @@ def class_shares(
 
 @torch.library.custom_op("semshift::label_shares", mutates_args=())
 def _shares(
-    labels: Tensor, size: list[int], num_classes: int, mode: str, align_corners: bool, ignore_index: Optional[int]
+    labels: Tensor,
+    height: int,
+    width: int,
+    num_classes: int,
+    mode: str,
+    align_corners: bool,
+    ignore_index: Optional[int],
 ) -> Tensor:
     """Weights `[B, K + 1, h, w]` in float64, the last row of ignored pixels; area in units of 1 / (h * w) pixels."""
     slots = _slots(labels, num_classes, ignore_index)
-    height, width = size
     device = labels.device
     rows, in_row, row_weights = _overlaps(labels.shape[1], height, mode, align_corners, device)
     columns, in_column, column_weights = _overlaps(labels.shape[2], width, mode, align_corners, device)
@@ -218,9 +223,15 @@ def _shares(
 
 @_shares.register_fake
 def _(
-    labels: Tensor, size: list[int], num_classes: int, mode: str, align_corners: bool, ignore_index: Optional[int]
+    labels: Tensor,
+    height: int,
+    width: int,
+    num_classes: int,
+    mode: str,
+    align_corners: bool,
+    ignore_index: Optional[int],
 ) -> Tensor:
-    return labels.new_empty((labels.shape[0], num_classes + 1, *size), dtype=torch.float64)
+    return labels.new_empty((labels.shape[0], num_classes + 1, height, width), dtype=torch.float64)
 
 
 def _slots(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> Tensor:

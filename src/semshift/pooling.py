@@ -5,6 +5,7 @@ Sums and masses add up over images, batches, shards and ranks, so a prototype ov
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
@@ -65,7 +66,10 @@ class ClassSums:
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
 
-torch.export.register_dataclass(ClassSums)
+with warnings.catch_warnings():
+    # In torch 2.4 this calls a function that torch 2.4 itself deprecates; importing semshift is to be silent.
+    warnings.simplefilter("ignore", FutureWarning)
+    torch.export.register_dataclass(ClassSums)
 
 
 def class_sums(
@@ -179,6 +183,8 @@ def weighted_class_sums(features: Tensor, weights: Tensor, *, per_image: bool = 
         tensor([[7.]])
     """
     _check_features(features)
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"expected weights to be a tensor, got {type(weights).__name__}")
     if weights.dtype not in _DTYPES:
         raise TypeError(f"expected weights of dtype float16, bfloat16, float32 or float64, got {weights.dtype}")
     if (
@@ -191,9 +197,9 @@ def weighted_class_sums(features: Tensor, weights: Tensor, *, per_image: bool = 
     if weights.device != features.device:
         raise ValueError(f"expected features and weights on one device, got {features.device} and {weights.device}")
     dtype = torch.promote_types(_sum_dtype(features.dtype), _sum_dtype(weights.dtype))
-    wide = weights.flatten(2).to(dtype)
+    wide = weights.unsqueeze(-1).flatten(2).to(dtype)
     mass = wide.sum(2)
-    sums = _soft_sums(features.flatten(2).to(dtype), wide)
+    sums = _soft_sums(features.unsqueeze(-1).flatten(2).to(dtype), wide)
     return ClassSums(sums, mass) if per_image else ClassSums(sums.sum(0), mass.sum(0))
 
 
@@ -206,8 +212,8 @@ def _resampled(
     align_corners: bool,
     per_image: bool,
 ) -> ClassSums:
-    size = list(features.shape[2:])
-    shares = _shares(labels, size, num_classes, resample, align_corners, ignore_index)[:, :num_classes]
+    height, width = features.shape[2:]
+    shares = _shares(labels, height, width, num_classes, resample, align_corners, ignore_index)[:, :num_classes]
     if resample == "area":
         shares = shares / math.prod(labels.shape[1:])
     pooled = weighted_class_sums(features, shares.to(_sum_dtype(features.dtype)), per_image=per_image)
@@ -225,7 +231,8 @@ def _hard_sums(
 ) -> tuple[Tensor, Tensor]:
     """The definition: add the feature of each pixel to the row of its class."""
     images, channels = features.shape[:2]
-    slots = _slots(labels, num_classes, ignore_index).flatten(1)
+    # A last axis of one, so that there is something to flatten in features `[B, C]` too.
+    slots = _slots(labels, num_classes, ignore_index).unsqueeze(-1).flatten(1)
     dtype = _sum_dtype(features.dtype)
     # One row more than classes swallows the pixels that take no part, so that they need no masking.
     groups = images if per_image else 1
@@ -234,7 +241,7 @@ def _hard_sums(
     for image, slot in enumerate(slots):
         group = image if per_image else 0
         # One image at a time: what is widened to float32 is never more than that.
-        pixels = features[image].flatten(1).to(dtype)
+        pixels = features[image].unsqueeze(-1).flatten(1).to(dtype)
         sums[group].index_add_(0, slot, pixels.mT)
         mass[group].index_add_(0, slot, torch.ones_like(slot))
     sums, mass = sums[:, :-1].contiguous(), mass[:, :-1].contiguous()
@@ -275,7 +282,7 @@ def _spread(rows: Tensor, labels: Tensor, num_classes: int, ignore_index: Option
     if per_image:
         offsets = torch.arange(labels.shape[0], device=labels.device) * (num_classes + 1)
         slots = slots + offsets.view(-1, *[1] * (labels.dim() - 1))
-    spread = padded.reshape(-1, rows.shape[-1]).index_select(0, slots.flatten())
+    spread = padded.flatten(0, -2).index_select(0, slots.flatten())
     return spread.view(*labels.shape, rows.shape[-1]).movedim(-1, 1)
 
 

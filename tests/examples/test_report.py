@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
@@ -109,14 +110,13 @@ def test_whatever_changes_can_be_seen(tmp_path, usual, changes):
     assert draw(tmp_path / "b.png", **changes) != usual
 
 
-@pytest.mark.parametrize("key", ["loss/segmentation", *KEYS])
-def test_every_key_of_the_history_is_a_curve(figure_of, key):
-    rows = history()
-    values = np.linspace(0, 1, len(rows))
-    for row, value in zip(rows, values, strict=True):
-        row[key] = value
+def test_every_key_of_the_history_is_a_curve(figure_of):
+    keys = ["loss/segmentation", *KEYS]
+    values = np.random.default_rng(0).random((40, len(keys)))
+    rows = [{"step": i} | dict(zip(keys, row, strict=True)) for i, row in enumerate(values)]
     curves = [line.get_ydata() for line in figure_of(history=rows).findobj(Line2D)]
-    assert sum(np.array_equal(curve, values) for curve in curves) == 1
+    for key, column in zip(keys, values.T, strict=True):
+        assert sum(np.array_equal(curve, column) for curve in curves) == 1, key
 
 
 def test_curves_are_running_means_of_two_batches(figure_of):
@@ -129,6 +129,18 @@ def test_curves_are_running_means_of_two_batches(figure_of):
 def test_another_ignore_index_draws_the_same(tmp_path, usual):
     moved = shown()._replace(label=np.where(shown().label == 255, 7, shown().label))
     assert draw(tmp_path / "b.png", shown=[moved], ignore_index=7) == usual
+
+
+def test_masks_are_painted_in_the_colours_of_their_classes(figure_of):
+    item = shown()
+    image, label, before, after = (picture.get_array() for picture in figure_of(shown=[item]).findobj(AxesImage))
+    np.testing.assert_array_equal(image, item.image)
+    colours = style.class_colours(len(CLASSES))
+    classed = item.label != 255
+    for painted, ids in ((label, item.label), (before, item.before), (after, item.after)):
+        np.testing.assert_array_equal(painted[classed], colours[ids[classed]])
+    hatching = {tuple(colour) for colour in label[~classed]}
+    assert hatching == {tuple(style.IGNORED), tuple(style.STRIPE)}
 
 
 def test_gaps_in_the_history_leave_gaps(tmp_path):
@@ -160,10 +172,11 @@ NONE = "no adversary in this method"
     [
         ({}, ["0 road", "1 sky_", "2 $ign", "no class", "source-only", "ass", "A run"], []),
         ({}, [GLOBAL, SEMANTIC, "chance"], [NONE]),
-        ({"history": history([])}, [NONE, "segmentation"], ["chance"]),
+        ({}, ["Segmentation loss", "Adversarial losses"], ["not in the log"]),
+        ({"history": history([])}, [NONE, "Segmentation loss"], ["chance", "Adversarial losses"]),
         ({"history": SEMANTIC_ONLY}, [SEMANTIC], [GLOBAL, NONE]),
         ({"history": NO_WEIGHTS}, ["not in the log"], []),
-        ({"history": []}, ["no loss in the log", NONE], []),
+        ({"history": []}, ["not in the log", NONE], []),
         ({"history": history(rows=1)}, ["chance"], []),
         ({"before": NO_SOURCE}, ["no class has a prototype in both domains"], []),
         ({"shown": [shown()._replace(label=np.full((12, 16), 255))]}, ["no labelled pixel"], []),
@@ -211,6 +224,16 @@ def test_prototypes_lie_on_their_principal_axes():
     assert axes.get_xlabel() == f"first principal axis, {100 * shares[0]:.0f} % of the variance"
     assert axes.get_ylabel() == f"second, {100 * shares[1]:.0f} %"
     assert [text.get_text() for text in axes.texts][:4] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_axes_never_flip(seed):
+    # Along a line on which every channel grows, further is to the right.
+    steps = np.random.default_rng(seed).normal(size=(2, 5, 1))
+    axes = Figure().add_subplot()
+    draw_prototypes(axes, *(steps * [1.0, 2.0, 3.0]))
+    right = [line.get_xydata()[0, 0] for line in axes.lines if line.get_marker() == "o"]
+    np.testing.assert_array_equal(np.argsort(right), np.argsort(steps[0, :, 0]))
 
 
 def test_domain_gap_by_hand():
