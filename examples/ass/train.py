@@ -108,7 +108,8 @@ def train(
         stateful |= {f"{name} critic": critics[name], f"{name} critic optimiser": critic_optimisers[name]}
     first_step, resumed_from = runs.load_checkpoint(out, stateful, seen)
     runs.read_history(out, before=first_step)
-    optimiser = fabric.setup_optimizers(optimiser)
+    fabric_optimiser = fabric.setup_optimizers(optimiser)
+    assert not isinstance(fabric_optimiser, tuple)  # one in, one out
 
     domains: dict[str, Samples] = {
         "source": images.source,
@@ -176,9 +177,9 @@ def train(
                         f"weight/{name}": weights[name](step),
                         f"gradient/{name}": weights[name](step) * float(gradient_norm(term, features)),
                     }
-            optimiser.zero_grad()
+            fabric_optimiser.zero_grad()
             fabric.backward(loss)
-            optimiser.step()
+            fabric_optimiser.step()
 
             # Discriminators: source against target, on detached inputs.
             for name, view in views.items():

@@ -278,7 +278,7 @@ def _spread(rows: Tensor, labels: Tensor, num_classes: int, ignore_index: Option
     if ignore_index is not None:
         taking_part &= wide != ignore_index
     slots = torch.where(taking_part, wide, num_classes)
-    padded = torch.nn.functional.pad(rows, (0, 0, 0, 1))
+    padded = torch.cat([rows, rows.new_zeros((*rows.shape[:-2], 1, rows.shape[-1]))], dim=-2)
     if per_image:
         offsets = torch.arange(labels.shape[0], device=labels.device) * (num_classes + 1)
         slots = slots + offsets.view(-1, *[1] * (labels.dim() - 1))
