@@ -79,7 +79,10 @@ def test_import_touches_nothing():
         "import torch\n"
         "before = set(sys.modules)\n"
         "import semshift\n"
-        "assert 'triton' not in set(sys.modules) - before and not torch.cuda.is_initialized()\n"
+        # In torch 2.4 `torch.export.register_dataclass` imports Dynamo, and with it Triton.
+        "old = torch.__version__.startswith('2.4.')\n"
+        "assert old or 'triton' not in set(sys.modules) - before\n"
+        "assert not torch.cuda.is_initialized()\n"
         "print(semshift.__version__)"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", probe], capture_output=True, text=True, check=True)

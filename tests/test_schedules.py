@@ -1,0 +1,82 @@
+"""Schedules: values, monotony, what bad arguments say."""
+
+import math
+import pickle
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semshift.schedules import Constant, Cosine, Linear, Polynomial, Sigmoid, Then
+
+RISING = [Linear(0.0, 2.0, 10), Cosine(0.0, 2.0, 10), Polynomial(0.0, 10, stop=2.0), Sigmoid(2.0, 10)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "value"),
+    [
+        (Constant(0.3), 7, 0.3),
+        (Linear(1.0, 3.0, 4), 1, 1.5),
+        (Cosine(1.0, 0.0, 4), 1, (1 + math.cos(math.pi / 4)) / 2),
+        (Polynomial(2.5e-4, 250_000), 150_000, 2.5e-4 * (1 - 150 / 250) ** 0.9),
+        (Polynomial(1.0, 10, power=0.0), 9, 1.0),
+        (Polynomial(1.0, 10, power=0.0), 10, 0.0),
+        (Polynomial(3.0, 4, power=1.0, stop=1.0), 2, 2.0),
+        (Sigmoid(0.5, 100), 50, 0.5 * (2 / (1 + math.exp(-5)) - 1)),
+        (Sigmoid(1.0, 10, gain=2.0), 10, 2 / (1 + math.exp(-2)) - 1),
+        (Then(Constant(1.0), 3, Linear(5.0, 6.0, 2)), 2, 1.0),
+        (Then(Constant(1.0), 3, Linear(5.0, 6.0, 2)), 3, 5.0),
+        (Then(Constant(1.0), 3, Linear(5.0, 6.0, 2)), 4, 5.5),
+    ],
+)
+def test_values(schedule, step, value):
+    result = schedule(step)
+    assert type(result) is float
+    assert result == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", RISING)
+@given(a=st.integers(0, 30), b=st.integers(0, 30))
+def test_rising_then_held(schedule, a, b):
+    low, high = sorted((a, b))
+    assert schedule(low) <= schedule(high)
+    assert schedule(0) == 0
+    assert schedule(10) == schedule(10**12) == pytest.approx(2.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("schedule", [*RISING, Constant(1.0), Then(Constant(0.0), 2, Sigmoid(1.0, 3))])
+def test_is_a_value(schedule):
+    assert pickle.loads(pickle.dumps(schedule)) == schedule
+    assert eval(repr(schedule)) == schedule
+    assert len({schedule, pickle.loads(pickle.dumps(schedule))}) == 1
+    assert Linear(0.0, 2.0, 10) != Linear(0.0, 2.0, 11)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Constant(math.nan), ValueError, "expected value to be finite, got nan"),
+        (lambda: Constant("1"), TypeError, "expected value to be a number, got '1'"),
+        (lambda: Constant(True), TypeError, "expected value to be a number, got True"),
+        (lambda: Linear(math.inf, 0.0, 1), ValueError, "expected start to be finite, got inf"),
+        (lambda: Linear(0.0, 0.0, 0), ValueError, "expected steps to be at least 1, got 0"),
+        (lambda: Cosine(0.0, 1.0, 2.0), TypeError, "expected steps to be an int, got 2.0"),
+        (lambda: Cosine(0.0, 1.0, True), TypeError, "expected steps to be an int, got True"),
+        (lambda: Polynomial(1.0, 2, power=-1.0), ValueError, "expected power to be at least 0, got -1.0"),
+        (lambda: Sigmoid(1.0, 2, gain=0.0), ValueError, "expected gain to be positive, got 0.0"),
+        (
+            lambda: Then(0.5, 2, Constant(1.0)),
+            TypeError,
+            "expected first to be a schedule, a function of the step, got 0.5",
+        ),
+        (lambda: Then(Constant(0.0), -1, Constant(1.0)), ValueError, "expected steps to be at least 1, got -1"),
+        (lambda: Constant(1.0)(-1), ValueError, "expected step to be at least 0, got -1"),
+        (lambda: Then(Constant(0.0), 1, Constant(1.0))(-1), ValueError, "expected step to be at least 0, got -1"),
+        (lambda: Sigmoid(1.0, 2)(0.5), TypeError, "expected step to be an int, got 0.5"),
+        (lambda: Linear(0.0, 1.0, 2)(True), TypeError, "expected step to be an int, got True"),
+    ],
+)
+def test_errors(make, error, message):
+    with pytest.raises(error, match="^" + re.escape(message) + "$"):
+        make()
