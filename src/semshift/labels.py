@@ -1,7 +1,7 @@
 """Label maps on the feature grid, and the checks that belong where labels are loaded."""
 
 from collections.abc import Mapping
-from typing import Literal, Optional
+from typing import Literal, Optional, Union
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def check_labels(labels: Tensor, num_classes: int, *, ignore_index: Optional[int
         raise ValueError(f"expected labels in [0, {num_classes}){or_ignored}, got {came}{more}")
 
 
-def remap_labels(labels: Tensor, table: Mapping[int, int]) -> Tensor:
+def remap_labels(labels: Tensor, table: Union[Mapping[int, int], Tensor]) -> Tensor:
     """Give every label its new id by a table.
 
     An id that the table lacks is an error, not a guess: a data set whose ids are not what one thinks scores 1 %.
@@ -54,29 +54,41 @@ def remap_labels(labels: Tensor, table: Mapping[int, int]) -> Tensor:
 
     Args:
         labels: any shape, uint8, int8, int16, int32 or int64.
-        table: old id to new id, for every id that occurs, the ignored one included.
+        table: old id to new id, for every id that occurs, the ignored one included; or `[N]` of such a dtype, the
+            new ids of 0 to N - 1.
 
     Returns:
-        Labels of the same shape and dtype.
+        Labels of the same shape and dtype. Widen uint8 first where a new id does not fit.
 
     Raises:
-        TypeError: labels of another dtype, or an id in the table that is no int.
-        ValueError: a label that the table lacks, an empty table, or a new id that the dtype cannot hold.
+        TypeError: labels or a table of another dtype, or an id in the table that is no int.
+        ValueError: a label that the table lacks, an empty table or one of another shape, or a new id that the dtype
+            of the labels cannot hold.
 
     Example:
         >>> remap_labels(torch.tensor([7, 8, 0], dtype=torch.uint8), {0: 255, 7: 0, 8: 1})
         tensor([  0,   1, 255], dtype=torch.uint8)
     """
     _check_dtype(labels)
+    if isinstance(table, Tensor):
+        if table.dtype not in _DTYPES:
+            raise TypeError(f"expected table of dtype uint8, int8, int16, int32 or int64, got {table.dtype}")
+        if table.dim() != 1:
+            raise ValueError(f"expected table [N], got {list(table.shape)}")
+        table = dict(enumerate(table.tolist()))
+    if not isinstance(table, Mapping):
+        raise TypeError(f"expected table to be a mapping or a tensor, got {type(table).__name__}")
     if not table:
         raise ValueError("expected table to map at least one id, got an empty one")
     for old, new in table.items():
-        _check_int("the ids of table", old)
-        _check_int("the ids of table", new)
-    info = torch.iinfo(labels.dtype)
-    unfit = sorted(new for new in table.values() if not info.min <= new <= info.max)
+        for value in (old, new):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"expected the ids of table to be ints, got {value!r}")
+            if not _holds(torch.int64, value):
+                raise ValueError(f"expected the ids of table to fit int64, got {value}")
+    unfit = sorted(new for new in table.values() if not _holds(labels.dtype, new))
     if unfit:
-        raise ValueError(f"expected new ids that {labels.dtype} can hold, got {unfit[0]}")
+        raise ValueError(f"expected table to hold new ids that {labels.dtype} can hold, got {unfit[0]}")
     olds = torch.tensor(sorted(table), device=labels.device)
     news = torch.tensor([table[old] for old in sorted(table)], device=labels.device)
     wide = labels.long()
@@ -85,7 +97,8 @@ def remap_labels(labels: Tensor, table: Mapping[int, int]) -> Tensor:
     if unknown.any():
         values = torch.unique(wide[unknown])
         more = f" and {len(values) - 5} more" if len(values) > 5 else ""
-        came = f"{', '.join(map(str, values[:5].tolist()))}{more} ({int(unknown.sum())} pixels)"
+        count = int(unknown.sum())
+        came = f"{', '.join(map(str, values[:5].tolist()))}{more} ({count} pixel{'s' if count > 1 else ''})"
         raise ValueError(f"expected labels to be ids of table, got {came}")
     return news[place].to(labels.dtype)
 
@@ -116,7 +129,7 @@ def resize_labels(
 
     Raises:
         TypeError: labels of another dtype.
-        ValueError: a wrong shape, size, mode or share; on the CPU with `"majority"`, a label out of range.
+        ValueError: a wrong shape, size, mode or share; on the CPU, a label out of range.
 
     Example:
         >>> labels = torch.tensor([[[0, 0, 1, 1], [0, 1, 1, 255]]])
@@ -133,20 +146,54 @@ def resize_labels(
         raise ValueError(
             f"expected min_share only with mode 'majority' and an ignore_index, got {mode!r} and {ignore_index}"
         )
-    if mode == "nearest":
-        rows, columns = (_centres(n, to, labels.device) for n, to in zip(labels.shape[1:], size))
-        return labels[:, rows][:, :, columns]
-    info = torch.iinfo(labels.dtype)
-    if min_share > 0 and ignore_index is not None and not info.min <= ignore_index <= info.max:
+    if min_share > 0 and ignore_index is not None and not _holds(labels.dtype, ignore_index):
         raise ValueError(f"expected an ignore_index that {labels.dtype} can hold, got {ignore_index}")
-    votes = _shares(labels, size[0], size[1], num_classes, "area", False, ignore_index)
+    resized: Tensor = _resize(labels, size[0], size[1], mode, num_classes, ignore_index, float(min_share))
+    return resized
+
+
+@torch.library.custom_op("semshift::resize_labels", mutates_args=())
+def _resize(
+    labels: Tensor,
+    height: int,
+    width: int,
+    mode: str,
+    num_classes: int,
+    ignore_index: Optional[int],
+    min_share: float,
+) -> Tensor:
+    """The definition of either mode; `[B, h, w]` in the dtype of the labels."""
+    if mode == "nearest":
+        if labels.device.type == "cpu":
+            # The pixels that no cell takes are looked at too: a wrong label is wrong wherever it lies.
+            check_labels(labels, num_classes, ignore_index=ignore_index)
+        rows, columns = (_centres(n, to, labels.device) for n, to in zip(labels.shape[1:], (height, width)))
+        return labels[:, rows][:, :, columns]
+    votes = _shares(labels, height, width, num_classes, "area", False, ignore_index)
     share, winner = votes.max(1).values, votes.argmax(1)
-    ignored = 0 if ignore_index is None else ignore_index
-    result = torch.where(winner < num_classes, winner, ignored)
-    if min_share > 0:
-        cell = labels.shape[1] * labels.shape[2]
-        result = torch.where(share < min_share * cell, ignored, result)
-    return result.to(labels.dtype)
+    if ignore_index is not None and _holds(labels.dtype, ignore_index):
+        ignored = ignore_index
+    else:
+        # Only unchecked labels on CUDA come here; they are to stay out of range.
+        info = torch.iinfo(labels.dtype)
+        ignored = info.max if info.max >= num_classes else info.min
+    # Votes count in integers, and a quotient is rounded as the decimal that a user writes.
+    pixels = max(1, labels.shape[1] * labels.shape[2])
+    kept = (winner < num_classes) & (share / pixels >= min_share)
+    return torch.where(kept, winner, ignored).to(labels.dtype)
+
+
+@_resize.register_fake
+def _(
+    labels: Tensor,
+    height: int,
+    width: int,
+    mode: str,
+    num_classes: int,
+    ignore_index: Optional[int],
+    min_share: float,
+) -> Tensor:
+    return labels.new_empty((labels.shape[0], height, width))
 
 
 def class_shares(
@@ -281,6 +328,11 @@ def _centres(pixels: int, cells: int, device: torch.device) -> Tensor:
     return (2 * torch.arange(cells, device=device) + 1) * pixels // (2 * max(cells, 1))
 
 
+def _holds(dtype: torch.dtype, value: int) -> bool:
+    info = torch.iinfo(dtype)
+    return info.min <= value <= info.max
+
+
 def _check_arguments(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> None:
     _check_dtype(labels)
     _check_int("num_classes", num_classes)
@@ -311,8 +363,8 @@ def _check_int(name: str, value: int) -> None:
 def _check_map(labels: Tensor, size: tuple[int, int]) -> None:
     if labels.dim() != 3:
         raise ValueError(f"expected labels [B, H, W], got {list(labels.shape)}")
-    if len(size) != 2:
-        raise ValueError(f"expected size (h, w), got {tuple(size)}")
+    if not isinstance(size, tuple | list) or len(size) != 2:
+        raise ValueError(f"expected size (h, w), got {size!r}")
     for extent in size:
         _check_int("size", extent)
     if min(size) < 0:

@@ -276,8 +276,8 @@ class _Reverse(torch.autograd.Function):
         return features.view_as(features)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return -ctx.scale * gradients[0], None
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return -ctx.scale * gradient, None
 
 
 def _class_domain_losses(

@@ -17,6 +17,7 @@ from semshift.labels import _check_arguments, _shares, _slots, resize_labels
 __all__ = ["ClassSums", "class_sums", "weighted_class_sums"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BLOCK = 2**18
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,10 +197,10 @@ def weighted_class_sums(features: Tensor, weights: Tensor, *, per_image: bool = 
         )
     if weights.device != features.device:
         raise ValueError(f"expected features and weights on one device, got {features.device} and {weights.device}")
-    dtype = torch.promote_types(_sum_dtype(features.dtype), _sum_dtype(weights.dtype))
-    wide = weights.unsqueeze(-1).flatten(2).to(dtype)
-    mass = wide.sum(2)
-    sums = _soft_sums(features.unsqueeze(-1).flatten(2).to(dtype), wide)
+    # A last axis of one, so that there is something to flatten in `[B, C]` too.
+    weights = weights.unsqueeze(-1).flatten(2)
+    sums = _soft_sums(features.unsqueeze(-1).flatten(2), weights)
+    mass = weights.sum(2, dtype=sums.dtype)
     return ClassSums(sums, mass) if per_image else ClassSums(sums.sum(0), mass.sum(0))
 
 
@@ -234,16 +235,26 @@ def _hard_sums(
     # A last axis of one, so that there is something to flatten in features `[B, C]` too.
     slots = _slots(labels, num_classes, ignore_index).unsqueeze(-1).flatten(1)
     dtype = _sum_dtype(features.dtype)
+    # Half precision is widened a block of pixels at a time, which stays in the cache; the others are read as they lie.
+    block = max(1, slots.shape[1] if features.dtype == dtype else _BLOCK // max(1, channels))
     # One row more than classes swallows the pixels that take no part, so that they need no masking.
     groups = images if per_image else 1
-    sums = features.new_zeros((groups, num_classes + 1, channels), dtype=dtype)
     mass = labels.new_zeros((groups, num_classes + 1), dtype=torch.int64)
+    # The accumulator lies as the features do: adding across the grain takes three times as long.
+    by_pixel = _channels_last(features)
+    shape = (num_classes + 1, channels) if by_pixel else (channels, num_classes + 1)
+    sums = features.new_zeros((groups, *shape), dtype=dtype)
     for image, slot in enumerate(slots):
         group = image if per_image else 0
-        # One image at a time: what is widened to float32 is never more than that.
-        pixels = features[image].unsqueeze(-1).flatten(1).to(dtype)
-        sums[group].index_add_(0, slot, pixels.mT)
         mass[group].index_add_(0, slot, torch.ones_like(slot))
+        pixels = features[image].unsqueeze(-1).flatten(1)
+        for part, to in zip(pixels.split(block, dim=1), slot.split(block)):
+            wide = part.to(dtype)
+            if by_pixel:
+                sums[group].index_add_(0, to, wide.mT)
+            else:
+                sums[group].index_add_(1, to, wide)
+    sums = sums if by_pixel else sums.mT
     sums, mass = sums[:, :-1].contiguous(), mass[:, :-1].contiguous()
     return (sums, mass) if per_image else (sums[0], mass[0])
 
@@ -261,29 +272,43 @@ def _hard_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     features, labels, ctx.num_classes, ctx.ignore_index, ctx.per_image = inputs
     ctx.save_for_backward(labels)
     ctx.shape, ctx.dtype = features.shape, features.dtype
-    ctx.channels_last = features.dim() > 2 and features.stride(1) == 1
+    ctx.channels_last = _channels_last(features)
     ctx.mark_non_differentiable(output[1])
 
 
 def _hard_backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
     (labels,) = ctx.saved_tensors
-    grad = _spread(grad_sums, labels, ctx.num_classes, ctx.ignore_index, ctx.per_image)
-    return grad.to(ctx.dtype), None, None, None, None
+    # Rounding the rows is rounding each pixel's copy of them, at a fraction of the memory.
+    rows = grad_sums.to(ctx.dtype)
+    grad = _spread(rows, labels, ctx.num_classes, ctx.ignore_index, ctx.per_image, ctx.channels_last)
+    return grad, None, None, None, None
 
 
-def _spread(rows: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool) -> Tensor:
+def _spread(
+    rows: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    ignore_index: Optional[int],
+    per_image: bool,
+    channels_last: bool,
+) -> Tensor:
     """The adjoint of pooling: give each pixel the row of its class, and 0 to the others; `[B, C, *S]`."""
     wide = labels.long()
     taking_part = (wide >= 0) & (wide < num_classes)
     if ignore_index is not None:
         taking_part &= wide != ignore_index
     slots = torch.where(taking_part, wide, num_classes)
-    padded = torch.cat([rows, rows.new_zeros((*rows.shape[:-2], 1, rows.shape[-1]))], dim=-2)
-    if per_image:
-        offsets = torch.arange(labels.shape[0], device=labels.device) * (num_classes + 1)
-        slots = slots + offsets.view(-1, *[1] * (labels.dim() - 1))
-    spread = padded.flatten(0, -2).index_select(0, slots.flatten())
-    return spread.view(*labels.shape, rows.shape[-1]).movedim(-1, 1)
+    images, channels = labels.shape[0], rows.shape[-1]
+    padded = torch.cat([rows, rows.new_zeros((*rows.shape[:-2], 1, channels))], dim=-2)
+    if channels_last:
+        if per_image:
+            offsets = torch.arange(images, device=labels.device) * (num_classes + 1)
+            slots = slots + offsets.view(-1, *[1] * (labels.dim() - 1))
+        spread = padded.flatten(0, -2).index_select(0, slots.flatten())
+        return spread.view(*labels.shape, channels).movedim(-1, 1)
+    slots = slots.unsqueeze(-1).flatten(1)[:, None].expand(images, channels, -1)
+    table = padded.mT.contiguous().expand(images, channels, num_classes + 1)
+    return table.gather(2, slots).view(images, channels, *labels.shape[1:])
 
 
 _hard_sums.register_autograd(_hard_backward, setup_context=_hard_setup)
@@ -291,18 +316,25 @@ _hard_sums.register_autograd(_hard_backward, setup_context=_hard_setup)
 
 @torch.library.custom_op("semshift::soft_class_sums", mutates_args=())
 def _soft_sums(features: Tensor, weights: Tensor) -> Tensor:
-    """`[B, C, N]` and `[B, K, N]` of one dtype to `[B, K, C]`."""
-    sums = weights @ features.mT
-    if sums.device.type == "cpu" and not sums.isfinite().all():
-        # A second look: in a product, a place that no class weighs still gives 0 * inf.
-        weighed = (weights != 0).any(1, keepdim=True)
-        sums = weights @ torch.where(weighed, features, 0).mT
+    """The definition: `[B, C, N]` and `[B, K, N]`, multiplied and added up over N, to `[B, K, C]`."""
+    dtype = _soft_dtype(features, weights)
+    sums = features.new_empty((features.shape[0], weights.shape[1], features.shape[1]), dtype=dtype)
+    # Autocast would take the product, and so the sum, down to half precision.
+    with torch.autocast(features.device.type, enabled=False):
+        # One image at a time: what is widened to float32 is never more than that.
+        for pooled, feature, weight in zip(sums, features, weights):
+            wide, by = feature.to(dtype), weight.to(dtype)
+            torch.mm(by, wide.mT, out=pooled)
+            if features.device.type == "cpu" and not pooled.isfinite().all():
+                # A second look: in a product, a place that no class weighs still gives 0 * inf.
+                torch.mm(by, torch.where((by != 0).any(0), wide, 0).mT, out=pooled)
     return sums
 
 
 @_soft_sums.register_fake
 def _(features: Tensor, weights: Tensor) -> Tensor:
-    return features.new_empty((features.shape[0], weights.shape[1], features.shape[1]))
+    shape = (features.shape[0], weights.shape[1], features.shape[1])
+    return features.new_empty(shape, dtype=_soft_dtype(features, weights))
 
 
 def _soft_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -312,7 +344,10 @@ def _soft_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None
 def _soft_backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], Optional[Tensor]]:
     features, weights = ctx.saved_tensors
     needs_features, needs_weights = ctx.needs_input_grad
-    return (grad.mT @ weights if needs_features else None), (grad @ features if needs_weights else None)
+    # Both are products of the same kind, so the op is its own backward, to any order.
+    to_features = _soft_sums(weights.mT, grad.mT).to(features.dtype) if needs_features else None
+    to_weights = _soft_sums(features.mT, grad).to(weights.dtype) if needs_weights else None
+    return to_features, to_weights
 
 
 _soft_sums.register_autograd(_soft_backward, setup_context=_soft_setup)
@@ -320,6 +355,14 @@ _soft_sums.register_autograd(_soft_backward, setup_context=_soft_setup)
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _soft_dtype(features: Tensor, weights: Tensor) -> torch.dtype:
+    return torch.promote_types(_sum_dtype(features.dtype), _sum_dtype(weights.dtype))
+
+
+def _channels_last(features: Tensor) -> bool:
+    return features.dim() > 2 and features.stride(1) == 1
 
 
 def _check_features(features: Tensor) -> None:

@@ -235,8 +235,8 @@ def rare_class_weights(class_counts: np.ndarray | torch.Tensor, *, temperature: 
     held = counts > 0
     occurs = held.any(0)
     # The largest exponent is taken out before exp, which would overflow at small temperatures.
-    exponent = (1 - frequency) / temperature
-    chosen = np.where(occurs, np.exp(exponent - exponent[occurs].max()), 0.0)
+    exponent = np.where(occurs, (1 - frequency) / temperature, -np.inf)
+    chosen = np.exp(exponent - exponent.max())
     weights: np.ndarray = (held / np.maximum(held.sum(0), 1)) @ (chosen / chosen.sum())
     return weights
 

@@ -1,0 +1,238 @@
+"""The mixed sampler: every stream a permutation pass by pass, ranks disjoint, batches a function of seed and step."""
+
+import functools
+import itertools
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import ConcatDataset, DataLoader
+
+from semshift.sampling import MixedBatchSampler, collate_by_domain, rare_class_weights
+
+GOLDEN = [[2, 3, 7], [4, 5, 8], [1, 0, 9]]
+GOLDEN_BILLION = [436586524, 614363223, 963612788]
+SIZES, PER_BATCH = {"source": 7, "target": 3}, {"source": 2, "target": 1}
+
+
+def make(**changes):
+    arguments = {"sizes": SIZES, "per_batch": PER_BATCH, "seed": 0, "steps": 6} | changes
+    return MixedBatchSampler(arguments.pop("sizes"), arguments.pop("per_batch"), **arguments)
+
+
+def stream(size, seed=0, draws=None, name="only"):
+    sampler = MixedBatchSampler({name: size}, {name: 1}, seed=seed, steps=draws or size)
+    return [batch[0] for batch in sampler]
+
+
+@given(size=st.integers(1, 70), seed=st.integers(0, 2**70))
+def test_every_pass_is_a_permutation(size, seed):
+    draws = stream(size, seed, 3 * size)
+    for turn in range(3):
+        assert sorted(draws[turn * size : (turn + 1) * size]) == list(range(size))
+
+
+def test_passes_seeds_and_names_differ():
+    draws = stream(50, draws=100)
+    assert draws[:50] != draws[50:]
+    assert stream(50) != stream(50, seed=1)
+    assert stream(50) != stream(50, seed=2**64)
+    assert stream(50) != stream(50, name="other")
+
+
+def test_orders_look_random():
+    size, passes = 16, 400
+    table = np.array(stream(size, draws=size * passes)).reshape(passes, size)
+    # Each image at each place: chi-squared with 16 * 15 free cells of a doubly stochastic table, 6 deviations wide.
+    counts = np.stack([np.bincount(column, minlength=size) for column in table.T])
+    free = (size - 1) ** 2
+    chi = ((counts - passes / size) ** 2 / (passes / size)).sum()
+    assert abs(chi - free) < 6 * (2 * free) ** 0.5
+    # Neighbours in an order are no closer than chance: correlation within 5 deviations of -1 / (n - 1).
+    pairs = np.corrcoef(table[:, :-1].ravel(), table[:, 1:].ravel())[0, 1]
+    assert abs(pairs + 1 / (size - 1)) < 5 / (passes * (size - 1)) ** 0.5
+
+
+def test_golden_values():
+    # A changed order would change every run that is resumed under a new version.
+    assert list(make(steps=3)) == GOLDEN
+    assert stream(10**9, draws=3) == GOLDEN_BILLION
+
+
+@given(step=st.integers(0, 10**15), world=st.sampled_from([1, 2, 3, 6]))
+def test_a_batch_is_a_function_of_its_step_and_ranks_share_the_draws(step, world):
+    # Six draws of a step, held by 1, 2, 3 or 6 ranks in order.
+    whole = next(iter(MixedBatchSampler({"a": 101}, {"a": 6}, seed=3, first_step=step)))
+    parts = [
+        next(iter(MixedBatchSampler({"a": 101}, {"a": 6 // world}, seed=3, rank=rank, world_size=world, first_step=step)))
+        for rank in range(world)
+    ]
+    assert list(itertools.chain.from_iterable(parts)) == whole
+
+
+def test_ranks_are_disjoint_within_a_pass():
+    world = 4
+    seen = [
+        index
+        for rank in range(world)
+        for batch in MixedBatchSampler({"a": 24}, {"a": 2}, seed=0, rank=rank, world_size=world, steps=3)
+        for index in batch
+    ]
+    assert sorted(seen) == list(range(24))
+
+
+def test_resuming_is_first_step():
+    assert list(make(first_step=2, steps=4)) == list(make())[2:]
+    assert list(make(steps=6).resume(2, rank=0, world_size=1, per_batch=PER_BATCH)) == list(make())[2:]
+
+
+def test_resume_on_other_ranks():
+    before = make(per_batch={"source": 2, "target": 2}, steps=None)
+    after = [before.resume(5, rank=rank, world_size=2, per_batch={"source": 1, "target": 1}) for rank in range(2)]
+    whole = next(iter(before.resume(5, rank=0, world_size=1, per_batch={"source": 2, "target": 2})))
+    halves = [next(iter(sampler)) for sampler in after]
+    assert [halves[0][0], halves[1][0], halves[0][1], halves[1][1]] == whole
+    message = "expected world_size * per_batch['source'] to stay 2, so that the stream goes on, got 4"
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        before.resume(5, rank=0, world_size=2, per_batch={"source": 2, "target": 1})
+    with pytest.raises(ValueError, match="^expected first_step from 0 to 6, got 7$"):
+        make().resume(7, rank=0, world_size=1, per_batch=PER_BATCH)
+
+
+def test_a_stream_does_not_hang_on_the_other_domains():
+    mixed = [batch[2] - 7 for batch in make()]
+    alone = [batch[0] for batch in MixedBatchSampler({"target": 3}, {"target": 1}, seed=0, steps=6)]
+    assert mixed == alone
+
+
+def test_weighted_draws():
+    weights = np.array([0.0, 1.0, 3.0])
+    sampler = MixedBatchSampler({"a": 3}, {"a": 1}, seed=0, steps=4000, weights={"a": weights})
+    draws = np.array([batch[0] for batch in sampler])
+    counts = np.bincount(draws, minlength=3)
+    assert counts[0] == 0
+    # A binomial share, within 5 deviations.
+    assert abs(counts[2] / 4000 - 0.75) < 5 * (0.75 * 0.25 / 4000) ** 0.5
+    later = MixedBatchSampler({"a": 3}, {"a": 1}, seed=0, first_step=3990, steps=10, weights={"a": torch.from_numpy(weights)})
+    assert [batch[0] for batch in later] == draws[3990:].tolist()
+
+
+def test_is_a_value():
+    sampler = make(weights={"target": [1.0, 2.0, 3.0]})
+    again = pickle.loads(pickle.dumps(sampler))
+    assert again == sampler
+    assert hash(again) == hash(sampler)
+    assert list(again) == list(sampler) == list(sampler)
+    assert sampler != make()
+    assert make(steps=5) != make()
+    swapped = make(sizes={"target": 3, "source": 7}, per_batch={"target": 1, "source": 2})
+    assert swapped != make()
+    assert repr(make()) == (
+        "MixedBatchSampler({'source': 7, 'target': 3}, {'source': 2, 'target': 1}, seed=0, rank=0, world_size=1, "
+        "first_step=0, steps=6)"
+    )
+    assert repr(sampler).endswith("steps=6, weights=<target>)")
+
+
+def test_length():
+    assert len(make()) == 6
+    with pytest.raises(TypeError, match="^expected steps to be given for a length, got an endless sampler$"):
+        len(make(steps=None))
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_as_a_batch_sampler(workers):
+    images = ConcatDataset([list(range(7)), list(range(100, 103))])
+    collate = functools.partial(collate_by_domain, per_batch=PER_BATCH)
+    persistent = {"num_workers": workers, "persistent_workers": workers > 0}
+    loader = DataLoader(images, batch_sampler=make(), collate_fn=collate, **persistent)
+    for _ in range(2):
+        batches = list(loader)
+        flat = [[*batch["source"].tolist(), *(batch["target"] - 93).tolist()] for batch in batches]
+        assert flat == list(make())
+
+
+def test_rare_class_weights_against_a_loop():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 50, (9, 4)) * (rng.random((9, 4)) < 0.6)
+    counts[:, 3] = 0
+    counts[8] = 0
+    frequency = counts.sum(0) / counts.sum()
+    chosen = [np.exp((1 - f) / 0.1) if counts[:, k].any() else 0.0 for k, f in enumerate(frequency)]
+    expected = [
+        sum(chosen[k] / sum(chosen) / (counts[:, k] > 0).sum() for k in range(4) if counts[n, k] > 0) for n in range(9)
+    ]
+    weights = rare_class_weights(counts, temperature=0.1)
+    np.testing.assert_allclose(weights, expected, rtol=1e-12)
+    assert weights.sum() == pytest.approx(1)
+    assert weights[8] == 0
+    assert np.isfinite(rare_class_weights(torch.from_numpy(counts), temperature=1e-4)).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"sizes": {}, "per_batch": {}}, ValueError, "expected sizes to name at least one domain, got none"),
+        (
+            {"per_batch": {"target": 1, "source": 2}},
+            ValueError,
+            "expected per_batch to name the domains ['source', 'target'] in order, got ['target', 'source']",
+        ),
+        ({"sizes": {"source": 0, "target": 3}}, ValueError, "expected sizes['source'] to be at least 1, got 0"),
+        ({"per_batch": {"source": 2, "target": 0}}, ValueError, "expected per_batch['target'] to be at least 1, got 0"),
+        ({"per_batch": {"source": 2, "target": 1.0}}, TypeError, "expected per_batch['target'] to be an int, got 1.0"),
+        ({"seed": -1}, ValueError, "expected seed to be at least 0, got -1"),
+        ({"seed": True}, TypeError, "expected seed to be an int, got True"),
+        ({"world_size": 0}, ValueError, "expected world_size to be at least 1, got 0"),
+        ({"rank": 2, "world_size": 2}, ValueError, "expected rank below world_size 2, got 2"),
+        ({"rank": -1}, ValueError, "expected rank to be at least 0, got -1"),
+        ({"first_step": -1}, ValueError, "expected first_step to be at least 0, got -1"),
+        ({"steps": -1}, ValueError, "expected steps to be at least 0, got -1"),
+        (
+            {"weights": {"other": [1.0]}},
+            ValueError,
+            "expected weights for domains among ['source', 'target'], got 'other'",
+        ),
+        ({"weights": {"target": [1.0]}}, ValueError, "expected weights['target'] [3], got [1]"),
+        (
+            {"weights": {"target": [0.0, 0.0, 0.0]}},
+            ValueError,
+            "expected weights['target'] to be finite, not negative and not all 0, got others",
+        ),
+        (
+            {"weights": {"target": [1.0, -1.0, 1.0]}},
+            ValueError,
+            "expected weights['target'] to be finite, not negative and not all 0, got others",
+        ),
+    ],
+)
+def test_errors(changes, error, message):
+    with pytest.raises(error, match="^" + re.escape(message) + "$"):
+        make(**changes)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: collate_by_domain([1, 2], PER_BATCH),
+            "expected 3 samples for per_batch {'source': 2, 'target': 1}, got 2",
+        ),
+        (lambda: rare_class_weights(np.ones(3)), "expected class_counts [N, K], got [3]"),
+        (
+            lambda: rare_class_weights(np.zeros((2, 2))),
+            "expected class_counts to be finite, not negative and not all 0, got others",
+        ),
+        (
+            lambda: rare_class_weights(np.ones((2, 2)), temperature=0.0),
+            "expected temperature to be finite and positive, got 0.0",
+        ),
+    ],
+)
+def test_other_errors(call, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        call()
