@@ -165,7 +165,11 @@ def test_learns_to_tell_two_blobs_apart(conditioning):
             ValueError,
             "expected features [B, 4, H, W], got [4, 8, 8]",
         ),
-        (lambda: frozen(torch.tanh), TypeError, "expected module to be a torch.nn.Module, got builtin_function_or_method"),
+        (
+            lambda: frozen(torch.tanh),
+            TypeError,
+            "expected module to be a torch.nn.Module, got builtin_function_or_method",
+        ),
     ],
 )
 def test_errors(call, error, message):

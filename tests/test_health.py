@@ -55,7 +55,9 @@ def test_gradient_norm_leaves_no_trace():
 
 def test_gradient_norm_of_half_features_does_not_overflow():
     features = torch.zeros(10, dtype=torch.float16, requires_grad=True)
-    assert gradient_norm((features.float() * 60_000).sum(), features).item() == pytest.approx(60_000 * 10**0.5, rel=1e-3)
+    assert gradient_norm((features.float() * 60_000).sum(), features).item() == pytest.approx(
+        60_000 * 10**0.5, rel=1e-3
+    )
 
 
 def test_prototype_distance_against_a_loop():

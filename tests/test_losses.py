@@ -291,7 +291,11 @@ Z = torch.zeros
             ValueError,
             "expected weight [2] for inputs [2, 3], got [3]",
         ),
-        (lambda: reverse_gradient(Z(2), scale=-1.0), ValueError, "expected scale to be finite and not negative, got -1.0"),
+        (
+            lambda: reverse_gradient(Z(2), scale=-1.0),
+            ValueError,
+            "expected scale to be finite and not negative, got -1.0",
+        ),
         (
             lambda: reverse_gradient(torch.ones(2, dtype=torch.int64)),
             TypeError,

@@ -68,7 +68,9 @@ def test_a_batch_is_a_function_of_its_step_and_ranks_share_the_draws(step, world
     # Six draws of a step, held by 1, 2, 3 or 6 ranks in order.
     whole = next(iter(MixedBatchSampler({"a": 101}, {"a": 6}, seed=3, first_step=step)))
     parts = [
-        next(iter(MixedBatchSampler({"a": 101}, {"a": 6 // world}, seed=3, rank=rank, world_size=world, first_step=step)))
+        next(
+            iter(MixedBatchSampler({"a": 101}, {"a": 6 // world}, seed=3, rank=rank, world_size=world, first_step=step))
+        )
         for rank in range(world)
     ]
     assert list(itertools.chain.from_iterable(parts)) == whole
@@ -117,7 +119,9 @@ def test_weighted_draws():
     assert counts[0] == 0
     # A binomial share, within 5 deviations.
     assert abs(counts[2] / 4000 - 0.75) < 5 * (0.75 * 0.25 / 4000) ** 0.5
-    later = MixedBatchSampler({"a": 3}, {"a": 1}, seed=0, first_step=3990, steps=10, weights={"a": torch.from_numpy(weights)})
+    later = MixedBatchSampler(
+        {"a": 3}, {"a": 1}, seed=0, first_step=3990, steps=10, weights={"a": torch.from_numpy(weights)}
+    )
     assert [batch[0] for batch in later] == draws[3990:].tolist()
 
 

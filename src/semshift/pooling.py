@@ -248,7 +248,7 @@ def _hard_sums(
         group = image if per_image else 0
         mass[group].index_add_(0, slot, torch.ones_like(slot))
         pixels = features[image].unsqueeze(-1).flatten(1)
-        for part, to in zip(pixels.split(block, dim=1), slot.split(block)):
+        for part, to in zip(torch.split(pixels, block, dim=1), torch.split(slot, block)):
             wide = part.to(dtype)
             if by_pixel:
                 sums[group].index_add_(0, to, wide.mT)

@@ -1,0 +1,420 @@
+"""Pooling as an op: gradients, compilation, layouts, the value that it returns, and what bad arguments say."""
+
+import re
+
+import pytest
+import torch
+from torch.nn.functional import interpolate
+from torch.utils import _pytree as pytree
+
+from semshift.labels import class_shares
+from semshift.pooling import ClassSums, class_sums, weighted_class_sums
+
+MODES = [None, "nearest", "majority", "area", "bilinear"]
+
+
+def batch(mode=None, dtype=torch.float64, ignore_index=255):
+    """Features `[2, 3, 4, 5]` with labels of three of four classes and ignored pixels."""
+    size = (7, 9) if mode else (4, 5)
+    features = torch.randn(2, 3, 4, 5, dtype=dtype)
+    return features, torch.tensor([0, 1, 3, ignore_index])[torch.randint(0, 4, (2, *size))]
+
+
+def exactly(message):
+    return "^" + re.escape(message) + "$"
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients(mode, per_image):
+    features, labels = batch(mode)
+    features.requires_grad_()
+
+    def sums(f):
+        return class_sums(f, labels, 4, resample=mode, per_image=per_image).sums
+
+    def means(f):
+        return class_sums(f, labels, 4, resample=mode, per_image=per_image).means
+
+    assert torch.autograd.gradcheck(sums, features)
+    assert torch.autograd.gradcheck(means, features)
+    # Pooling is linear: a cube makes the second derivative something else than zero.
+    assert torch.autograd.gradgradcheck(lambda f: means(f) ** 3, features)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_gradients_of_weights(per_image):
+    features, weights = torch.randn(2, 3, 4, dtype=torch.float64), torch.rand(2, 2, 4, dtype=torch.float64)
+    inputs = (features.requires_grad_(), weights.requires_grad_())
+
+    def means(f, w):
+        return weighted_class_sums(f, w, per_image=per_image).means
+
+    assert torch.autograd.gradcheck(means, inputs)
+    assert torch.autograd.gradgradcheck(means, inputs)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_the_ops_pass_opcheck(per_image, channels_last):
+    features, labels = batch(dtype=torch.float32)
+    if channels_last:
+        features = features.to(memory_format=torch.channels_last)
+    features.requires_grad_()
+    torch.library.opcheck(torch.ops.semshift.class_sums.default, (features, labels, 4, 255, per_image))
+    for dtype in (torch.float32, torch.float16):
+        weights = torch.rand(2, 4, 20, dtype=dtype, requires_grad=True)
+        pixels = features.detach().flatten(2).requires_grad_()
+        torch.library.opcheck(torch.ops.semshift.soft_class_sums.default, (pixels, weights))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_equals_eager(mode, channels_last, dynamic):
+    """Backward included; the sums come in and go out of the graph as the value that they are."""
+
+    def pool(features, labels, before):
+        pooled = class_sums(features, labels, 4, resample=mode)
+        merged = sum([before, pooled, pooled])
+        return merged, merged.means
+
+    torch._dynamo.reset()
+    features, labels = batch(mode, torch.float32)
+    if channels_last:
+        features = features.to(memory_format=torch.channels_last)
+    before = class_sums(torch.randn(2, 3, 4, 5), torch.full((2, 4, 5), 2), 4, resample=None)
+    before = ClassSums(before.sums, before.mass.float() if mode == "area" else before.mass)
+    results = []
+    for run in (pool, torch.compile(pool, fullgraph=True, backend="aot_eager", dynamic=dynamic)):
+        leaf = features.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        merged, means = run(leaf, labels, before)
+        assert isinstance(merged, ClassSums)
+        (means**2).sum().backward()
+        results.append((merged.sums, merged.mass, means, leaf.grad))
+    for eager, compiled in zip(*results):
+        assert torch.equal(eager, compiled)
+        assert eager.dtype == compiled.dtype
+
+
+def test_compiled_weights_equal_eager():
+    torch._dynamo.reset()
+    results = []
+    for run in (weighted_class_sums, torch.compile(weighted_class_sums, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(1)
+        features = torch.randn(2, 3, 4, 5, requires_grad=True)
+        weights = torch.rand(2, 4, 4, 5, dtype=torch.float16, requires_grad=True)
+        pooled = run(features, weights, per_image=True)
+        (pooled.means**2).sum().backward()
+        results.append((pooled.sums, pooled.mass, features.grad, weights.grad))
+    for eager, compiled in zip(*results):
+        assert torch.equal(eager, compiled)
+        assert eager.dtype == compiled.dtype
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_does_not_reach_the_sums(mode):
+    features, labels = batch(mode, torch.float32)
+    features.requires_grad_()
+    plain = class_sums(features, labels, 4, resample=mode)
+    (gradient,) = torch.autograd.grad((plain.means**2).sum(), features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pooled = class_sums(features, labels, 4, resample=mode)
+        (under_autocast,) = torch.autograd.grad((pooled.means**2).sum(), features)
+    assert pooled.sums.dtype == torch.float32
+    assert torch.equal(pooled.sums, plain.sums)
+    assert torch.equal(under_autocast, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_come_in_the_dtype_and_layout_of_the_features(mode, dtype):
+    features, labels = batch(mode, dtype)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaf = features.detach().to(memory_format=layout).requires_grad_()
+        (class_sums(leaf, labels, 4, resample=mode).means ** 2).sum().backward()
+        assert leaf.grad.dtype == dtype
+        if mode in (None, "nearest", "majority"):
+            (gradient,) = torch.autograd.grad(class_sums(leaf, labels, 4, resample=mode).sums.sum(), leaf)
+            assert gradient.is_contiguous(memory_format=layout)
+
+
+def test_half_features_wider_than_a_block():
+    """More pixels than are widened at once, in either layout; small integers, so that sums are exact."""
+    features = torch.randint(-8, 9, (2, 300, 40, 50)).half()
+    labels = torch.randint(0, 3, (2, 40, 50))
+    want = torch.stack([features.float().movedim(1, -1)[labels == k].sum(0) for k in range(3)])
+    assert torch.equal(class_sums(features, labels, 3).sums, want)
+    assert torch.equal(class_sums(features.to(memory_format=torch.channels_last), labels, 3).sums, want)
+
+
+def test_channels_last_is_read_as_it_lies(monkeypatch):
+    """A copy of the features would take 64 MB; all that pooling allocates here is labels and sums."""
+    features = torch.zeros(1, 256, 256, 256).to(memory_format=torch.channels_last)
+    labels = torch.zeros(1, 256, 256, dtype=torch.uint8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        class_sums(features, labels, 2)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest < features.numel() * 4 / 8
+
+
+def test_the_paper_at_its_own_size():
+    """From 512 x 1024 labels to 65 x 129 features, float32, both corners, against up-sampling in float32."""
+    features = torch.randn(1, 3, 65, 129)
+    labels = torch.randint(0, 19, (1, 512, 1024), dtype=torch.uint8)
+    chosen = torch.nn.functional.one_hot(labels.flatten().long(), 19).double().mT
+    for align_corners in (False, True):
+        pooled = class_sums(features, labels, 19, resample="bilinear", align_corners=align_corners)
+        upsampled = interpolate(features, (512, 1024), mode="bilinear", align_corners=align_corners)
+        want = chosen @ upsampled[0].double().flatten(1).mT
+        # Along an axis a float32 coordinate is off by at most 4 eps * its size, and the value by that times the slope.
+        slope = 2 * features.abs().max().double()
+        eps = torch.finfo(torch.float32).eps
+        per_pixel = 4 * eps * (65 + 129) * slope
+        in_sums = 65 * 129 * eps * (chosen @ upsampled[0].double().abs().flatten(1).mT)
+        assert ((pooled.sums - want).abs() <= pooled.mass[:, None] * per_pixel + in_sums).all()
+        assert torch.equal(pooled.mass, chosen.sum(1).long())
+
+
+def test_shares_are_the_weights_of_both_soft_modes():
+    features, _ = batch()
+    labels = torch.randint(0, 2, (2, 7, 9))
+    for mode in ("area", "bilinear"):
+        weights = class_shares(labels, (4, 5), 3, mode=mode)
+        by_hand = weighted_class_sums(features, weights)
+        pooled = class_sums(features, labels, 3, resample=mode)
+        # Shares are rounded to float32 at the public door.
+        torch.testing.assert_close(pooled.sums, by_hand.sums, rtol=0, atol=7 * 9 * 2**-23 * features.abs().max() * 20)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("labels_at", [(0, 1, 1), (1, 0, 0)])
+def test_labels_out_of_range_are_named_on_the_cpu(mode, labels_at):
+    """Wherever they lie: at (0, 1, 1) no cell's centre comes by."""
+    labels = torch.zeros(2, 8, 8, dtype=torch.int16)
+    labels[labels_at] = 4
+    labels[1, 7, 6:] = -1
+    grid = (2, 2) if mode else (8, 8)
+    message = "expected labels in [0, 4) or ignore_index 255, got -1 (2 pixels), 4 (1 pixel)"
+    with pytest.raises(ValueError, match=exactly(message)):
+        class_sums(torch.zeros(2, 3, *grid), labels, 4, resample=mode)
+    with pytest.raises(ValueError, match=exactly("expected labels in [0, 4), got -1 (2 pixels), 4 (1 pixel)")):
+        class_sums(torch.zeros(2, 3, *grid), labels, 4, resample=mode, ignore_index=None)
+
+
+def test_ignore_index_may_be_a_class_and_never_wraps():
+    features = torch.tensor([[[1.0, 2.0, 4.0]]])
+    pooled = class_sums(features, torch.tensor([[0, 1, 1]]), 2, ignore_index=0)
+    assert pooled.mass.tolist() == [0, 2]
+    assert pooled.means.flatten().tolist() == [0, 3]
+    with pytest.raises(ValueError, match=exactly("expected labels in [0, 2) or ignore_index -1, got 255 (1 pixel)")):
+        class_sums(features, torch.tensor([[0, 255, 1]], dtype=torch.uint8), 2, ignore_index=-1)
+    pooled = class_sums(features, torch.tensor([[0, 255, 1]], dtype=torch.uint8), 300, ignore_index=None)
+    assert pooled.mass.nonzero().flatten().tolist() == [0, 1, 255]
+
+
+def test_meta_tensors_give_shapes_alone():
+    """Shapes are known without values, as tracing and the estimation of memory need."""
+    for per_image, rows in ((False, (4,)), (True, (2, 4))):
+        for mode, mass in zip(MODES, (torch.int64, torch.int64, torch.int64, torch.float32, torch.int64)):
+            features, labels = (x.to("meta") for x in batch(mode, torch.float16))
+            pooled = class_sums(features, labels, 4, resample=mode, per_image=per_image)
+            assert (pooled.sums.shape, pooled.sums.dtype) == ((*rows, 3), torch.float32)
+            assert (pooled.mass.shape, pooled.mass.dtype) == (rows, mass)
+
+
+def test_class_sums_is_a_value():
+    one, other = (class_sums(*batch(), 4) for _ in range(2))
+    merged = sum([one, other])
+    assert torch.equal(merged.sums, one.sums + other.sums)
+    assert torch.equal(merged.mass, one.mass + other.mass)
+    assert one.__radd__(0) is one
+    leaves, spec = pytree.tree_flatten(one)
+    assert leaves[0] is one.sums
+    assert leaves[1] is one.mass
+    assert isinstance(pytree.tree_unflatten(leaves, spec), ClassSums)
+    with pytest.raises(AttributeError, match=exactly("cannot assign to field 'sums'")):
+        one.sums = other.sums
+    assert one == one
+    assert one != ClassSums(one.sums, one.mass)
+
+
+@pytest.mark.parametrize("stranger", [1, 0.0, None, torch.zeros(4, 3)])
+def test_class_sums_adds_to_its_kind_alone(stranger):
+    one = class_sums(*batch(), 4)
+    with pytest.raises(TypeError):
+        one + stranger
+    with pytest.raises(TypeError):
+        stranger + one
+
+
+@pytest.mark.parametrize(
+    ("sums", "mass", "message"),
+    [
+        (
+            torch.zeros(3, 2),
+            torch.zeros(3, dtype=torch.int64),
+            "sums [4, 2] torch.float32 and [3, 2] torch.float32",
+        ),
+        (
+            torch.zeros(4, 2, dtype=torch.float64),
+            torch.zeros(4, dtype=torch.int64),
+            "sums [4, 2] torch.float32 and [4, 2] torch.float64",
+        ),
+        (torch.zeros(4, 2), torch.zeros(4), "mass [4] torch.int64 and [4] torch.float32"),
+        (torch.zeros(1, 4, 2), torch.zeros(1, 4), "sums [4, 2] torch.float32 and [1, 4, 2] torch.float32"),
+    ],
+)
+def test_unlike_sums_are_not_added(sums, mass, message):
+    one = ClassSums(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=exactly(f"expected two ClassSums of like shape and dtype, got {message}")):
+        one + ClassSums(sums, mass)
+
+
+def test_means_shield_an_absent_class_from_what_its_sums_hold():
+    """A product on CUDA may leave NaN there; neither the means nor the gradients may see it."""
+    sums = torch.tensor([[torch.nan, torch.inf], [2.0, 4.0]], requires_grad=True)
+    mass = torch.tensor([0.0, 2.0], requires_grad=True)
+    means = ClassSums(sums, mass).means
+    assert means.tolist() == [[0, 0], [1, 2]]
+    means.sum().backward()
+    assert sums.grad.tolist() == [[0, 0], [0.5, 0.5]]
+    assert mass.grad.tolist() == [0, -1.5]
+
+
+F, L = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "options", "error", "message"),
+    [
+        ([[1.0]], L, {}, TypeError, "expected features to be a tensor, got list"),
+        (
+            F.long(),
+            L,
+            {},
+            TypeError,
+            "expected features of dtype float16, bfloat16, float32 or float64, got torch.int64",
+        ),
+        (F[0, 0, 0], L, {}, ValueError, "expected features [B, C, *S], got [5]"),
+        (F, None, {}, TypeError, "expected labels to be a tensor, got NoneType"),
+        (F, L.float(), {}, TypeError, "expected labels of dtype uint8, int8, int16, int32 or int64, got torch.float32"),
+        (F, L.bool(), {}, TypeError, "expected labels of dtype uint8, int8, int16, int32 or int64, got torch.bool"),
+        (F, L, {"num_classes": 0}, ValueError, "expected num_classes to be at least 1, got 0"),
+        (F, L, {"num_classes": -3}, ValueError, "expected num_classes to be at least 1, got -3"),
+        (F, L, {"num_classes": True}, TypeError, "expected num_classes to be an int, got True"),
+        (F, L, {"num_classes": 4.0}, TypeError, "expected num_classes to be an int, got 4.0"),
+        (F, L, {"ignore_index": "255"}, TypeError, "expected ignore_index to be an int, got '255'"),
+        (F, L, {"ignore_index": False}, TypeError, "expected ignore_index to be an int, got False"),
+        (
+            F,
+            L,
+            {"num_classes": 256},
+            ValueError,
+            "expected an explicit ignore_index (None, or an id that is no class) with more than 255 classes, "
+            "got 255 with num_classes 256",
+        ),
+        (F, L[0], {}, ValueError, "expected labels [B, H, W] for features [2, 3, 4, 5], got [4, 5]"),
+        (F, L[:1], {}, ValueError, "expected labels [B, H, W] for features [2, 3, 4, 5], got [1, 4, 5]"),
+        (F[..., 0], L, {}, ValueError, "expected labels [B, *S] for features [2, 3, 4], got [2, 4, 5]"),
+        (F, L.to("meta"), {}, ValueError, "expected features and labels on one device, got cpu and meta"),
+        (
+            F,
+            L,
+            {"resample": "cubic"},
+            ValueError,
+            "expected resample to be None, 'nearest', 'majority', 'area' or 'bilinear', got 'cubic'",
+        ),
+        (
+            F,
+            L,
+            {"resample": "area", "align_corners": True},
+            ValueError,
+            "expected align_corners only with resample 'bilinear', got 'area'",
+        ),
+        (
+            F,
+            L[:, 1:],
+            {},
+            ValueError,
+            "expected labels of the features' size [4, 5] or resample to be chosen, "
+            "got labels [2, 3, 5] for features [2, 3, 4, 5]",
+        ),
+        (
+            F[..., 0],
+            L[:, 1:, 0],
+            {"resample": "nearest"},
+            ValueError,
+            "expected features [B, C, h, w] and labels [B, H, W] for resample, got [2, 3, 4] and [2, 3]",
+        ),
+        (
+            F,
+            L[:, :0],
+            {"resample": "bilinear"},
+            ValueError,
+            "expected features and labels with pixels for resample, got [2, 3, 4, 5] and [2, 0, 5]",
+        ),
+        (
+            F[..., :0],
+            L,
+            {"resample": "majority"},
+            ValueError,
+            "expected features and labels with pixels for resample, got [2, 3, 4, 0] and [2, 4, 5]",
+        ),
+    ],
+)
+def test_bad_arguments(features, labels, options, error, message):
+    with pytest.raises(error, match=exactly(message)):
+        class_sums(features, labels, **{"num_classes": 4, **options})
+
+
+@pytest.mark.parametrize(
+    ("features", "weights", "error", "message"),
+    [
+        (1.0, F, TypeError, "expected features to be a tensor, got float"),
+        (F, [1.0], TypeError, "expected weights to be a tensor, got list"),
+        (F, L, TypeError, "expected weights of dtype float16, bfloat16, float32 or float64, got torch.int64"),
+        (
+            F,
+            F[0],
+            ValueError,
+            "expected weights [B, K, *S] for features [B, C, *S], got [3, 4, 5] for [2, 3, 4, 5]",
+        ),
+        (
+            F,
+            F[..., 1:],
+            ValueError,
+            "expected weights [B, K, *S] for features [B, C, *S], got [2, 3, 4, 4] for [2, 3, 4, 5]",
+        ),
+        (F, F.to("meta"), ValueError, "expected features and weights on one device, got cpu and meta"),
+    ],
+)
+def test_bad_weights(features, weights, error, message):
+    with pytest.raises(error, match=exactly(message)):
+        weighted_class_sums(features, weights)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3), (0, 0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_empty_and_flat_shapes(shape, dtype):
+    features = torch.ones(shape, dtype=dtype, requires_grad=True)
+    labels = torch.zeros((shape[0], *shape[2:]), dtype=torch.uint8)
+    weights = torch.ones((shape[0], 4, *shape[2:]), dtype=dtype)
+    for pooled in (class_sums(features, labels, 4), weighted_class_sums(features, weights)):
+        assert pooled.sums.shape == (4, shape[1])
+        assert (pooled.sums[0] == labels.numel()).all()
+        assert pooled.mass[0] == labels.numel()
+        (gradient,) = torch.autograd.grad(pooled.means.sum(), features)
+        assert gradient.shape == shape
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="because it needs a CUDA device")
+@pytest.mark.parametrize("mode", MODES)
+def test_on_cuda_a_label_out_of_range_takes_no_part(mode):
+    features, labels = batch(mode)
+    unchecked = torch.where(labels == 255, 77, labels).to(torch.uint8)
+    want = class_sums(features, labels, 4, resample=mode)
+    got = class_sums(features.cuda(), unchecked.cuda(), 4, resample=mode, ignore_index=None)
+    torch.testing.assert_close(got.sums.cpu(), want.sums, rtol=0, atol=1e-12)
+    torch.testing.assert_close(got.mass.cpu(), want.mass, rtol=0, atol=1e-12)
