@@ -101,7 +101,7 @@ def test_resume_on_other_ranks():
     message = "expected world_size * per_batch['source'] to stay 2, so that the stream goes on, got 4"
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         before.resume(5, rank=0, world_size=2, per_batch={"source": 2, "target": 1})
-    with pytest.raises(ValueError, match="^expected first_step from 0 to 6, got 7$"):
+    with pytest.raises(ValueError, match=r"^expected first_step from 0 to 6, got 7$"):
         make().resume(7, rank=0, world_size=1, per_batch=PER_BATCH)
 
 
@@ -144,7 +144,7 @@ def test_is_a_value():
 
 def test_length():
     assert len(make()) == 6
-    with pytest.raises(TypeError, match="^expected steps to be given for a length, got an endless sampler$"):
+    with pytest.raises(TypeError, match=r"^expected steps to be given for a length, got an endless sampler$"):
         len(make(steps=None))
 
 
