@@ -1,4 +1,4 @@
-"""Settings of the whole suite: deterministic algorithms (which also fill fresh memory with NaN), fixed hypothesis profile."""
+"""Settings of the whole suite: deterministic algorithms, which also fill fresh memory with NaN, and hypothesis."""
 
 import os
 

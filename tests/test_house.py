@@ -1,4 +1,4 @@
-"""The house: which module may import which, what importing semshift touches, and that every module names its exports."""
+"""The house: which module may import which, what importing semshift touches, that modules name their exports."""
 
 import ast
 import importlib
