@@ -49,7 +49,10 @@ class Sample(NamedTuple):
 
 
 class Samples(Protocol):
-    """Images that are made when asked for."""
+    """Images that are made when asked for; their names are known before."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
 
     def __len__(self) -> int: ...
 
@@ -62,6 +65,10 @@ class Some:
 
     samples: Samples
     indices: Sequence[int]
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [self.samples.names[index] for index in self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -268,7 +275,11 @@ def batches(
     keys = _Keys(sampler)
     collate = functools.partial(collate_by_domain, per_batch=sampler.per_batch)
     loader: DataLoader[Any] = DataLoader(training, batch_sampler=keys, collate_fn=collate, num_workers=workers)
-    yield from enumerate(loader, start=sampler.first_step)
+    try:
+        yield from enumerate(loader, start=sampler.first_step)
+    except InputError as error:
+        # A worker process sends its whole traceback as the message; what the user needs is the last line of it.
+        raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from None
 
 
 class _Keys:

@@ -142,13 +142,18 @@ class Scenes:
         """Number of images."""
         return self.count
 
+    @property
+    def names(self) -> list[str]:
+        """A name for each image."""
+        return [f"{self.domain}-{self.split}-{index:05d}" for index in range(self.count)]
+
     def __getitem__(self, index: int) -> Sample:
         """Draw an image and its labels."""
         if not 0 <= index < self.count:
             raise IndexError(f"expected an index in [0, {self.count}), got {index}")
         if index not in self._drawn:
             image, label = draw(self.domain, self.split, index, seed=self.seed, size=self.size, severity=self.severity)
-            self._drawn[index] = Sample(image, label, f"{self.domain}-{self.split}-{index:05d}")
+            self._drawn[index] = Sample(image, label, self.names[index])
         return self._drawn[index]
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from examples.ass.data import Augmentation, Folder, FolderPair, InputError, Samples
 from examples.ass.scenes import CLASSES, Scenes, Severity
 
@@ -285,6 +287,10 @@ def check(settings: Settings) -> None:
         raise InputError(f"expected network.width to be a positive multiple of 8, got {settings.network.width}")
     if settings.accelerator not in ("auto", "cpu", "cuda", "mps"):
         raise InputError(f"expected accelerator to be one of auto, cpu, cuda, mps, got {settings.accelerator}")
+    if settings.accelerator == "cuda" and not torch.cuda.is_available():
+        raise InputError("expected an accelerator that this machine has, got cuda")
+    if settings.accelerator == "mps" and not torch.backends.mps.is_available():
+        raise InputError("expected an accelerator that this machine has, got mps")
     if min(data.size) < 32:
         raise InputError(f"expected data.size of at least 32 each way, got {list(data.size)}")
     if not 2 <= len(data.classes) <= 255 or len(set(data.classes)) < len(data.classes):

@@ -79,7 +79,7 @@ def train(
     check(settings)
     images = open_images(settings, data_root)
     labelled = labelled_subset(len(images.target), settings.labelled)
-    runs.prepare(out, settings, labelled=[images.target[i].name for i in labelled], resume=resume)
+    runs.prepare(out, settings, labelled=[images.target.names[i] for i in labelled], resume=resume)
     logger = TensorBoardLogger(out, name="tensorboard", version="")
     fabric = Fabric(accelerator=settings.accelerator, devices=1, precision=settings.precision, loggers=logger)
     fabric.launch()

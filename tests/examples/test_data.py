@@ -166,6 +166,11 @@ def test_some():
     assert [some[i].name for i in range(2)] == ["image-2", "image-0"]
 
 
+def test_names_are_known_without_reading(root):
+    cut(root / "img" / "1.jpg")
+    assert Some(pair(root), [2, 1]).names == ["2", "1"]
+
+
 def test_no_augmentation_is_the_image_itself():
     made = sample(32, 48)
     result = augment(made, (32, 48), np.random.default_rng(0), PLAIN)
@@ -261,6 +266,16 @@ def test_batches():
     assert batch["source"]["label"].dtype == torch.int64
     assert not torch.equal(made[0][1]["source"]["image"], made[1][1]["source"]["image"])
     same(made[2:], drawn(first_step=2))
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_bad_file_is_told_in_one_line(root, workers):
+    cut(root / "img" / "1.jpg")
+    training = TrainingSet({"source": pair(root)}, (32, 32), PLAIN, 0)
+    sampler = MixedBatchSampler({"source": 3}, {"source": 3}, seed=0, steps=1)
+    message = f"^expected {re.escape(str(root))}/img/1.jpg to be a whole image, got one that does not read: [^\n]*$"
+    with pytest.raises(InputError, match=message):
+        list(batches(training, sampler, workers=workers))
 
 
 @pytest.mark.slow

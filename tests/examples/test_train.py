@@ -223,6 +223,11 @@ def test_r1_on_prototypes(tmp_path):
             "expected data.subsets.some to list names of data.classes, got ['tram']",
         ),
         ({"network": Network(width=10)}, "expected network.width to be a positive multiple of 8, got 10"),
+        pytest.param(
+            {"accelerator": "cuda"},
+            "expected an accelerator that this machine has, got cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA"),
+        ),
         ({"accelerator": "abacus"}, "expected accelerator to be one of auto, cpu, cuda, mps, got abacus"),
     ],
 )
