@@ -1,65 +1,146 @@
-"""Sums over ranks: nothing in one process; over two, values, gradients, and prototypes equal to one process's."""
-
-import re
+"""Sums over ranks: nothing in one process, and with two the same numbers and gradients as one process has."""
 
 import pytest
 import torch
+from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from semshift.distributed import all_reduce_sum
 from semshift.pooling import ClassSums, class_sums
 
-
-def test_does_nothing_in_one_process():
-    tensor = torch.randn(3, requires_grad=True)
-    assert all_reduce_sum(tensor) is tensor
-    with pytest.raises(TypeError, match="^" + re.escape("expected tensor to be a torch.Tensor, got list") + "$"):
-        all_reduce_sum([1.0])
-
-
-def batch():
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(4, 3, 5, 6, dtype=torch.float64, generator=generator)
-    labels = torch.randint(0, 4, (4, 5, 6), generator=generator)
-    labels[2:][labels[2:] == 3] = 255  # the second rank has no pixel of class 3
-    return features, labels
+WORLD = 2
+EPS = torch.finfo(torch.float64).eps
+# Class 0 is on both ranks, 1 and 2 on one each, 3 on neither; 255 takes no part.
+LABELS = torch.tensor([[[0, 0, 1], [255, 0, 1]], [[1, 0, 255], [0, 0, 0]], [[2, 2, 0], [2, 255, 0]], [[0, 0, 2]] * 2])
+NUM_CLASSES = 4
 
 
-def loss_of(pooled):
-    return (pooled.means - 1).pow(3).sum()
+def segmenter():
+    torch.manual_seed(1)
+    return nn.Conv2d(3, 5, 1).double()
 
 
-def one_rank(rank, meet):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
-    try:
-        mine = torch.tensor([1.0, 10.0]) * (rank + 1)
-        mine = mine.requires_grad_()
-        total = all_reduce_sum(mine)
-        assert total.tolist() == [3.0, 30.0]
-        assert mine.tolist() == [rank + 1, 10 * (rank + 1)]
-        # Each rank weighs the sum by its own factor: every input gets the factors of all ranks.
-        (total * (rank + 2)).sum().backward()
-        assert mine.grad.tolist() == [5.0, 5.0]
-        assert all_reduce_sum(torch.tensor([2**40 + rank])).tolist() == [2**41 + 1]
-        expanded = torch.ones(1).expand(3).T
-        assert all_reduce_sum(expanded).tolist() == [2.0] * 3
+def images():
+    return torch.randn(4, 3, 2, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
-        features, labels = batch()
-        half = slice(2 * rank, 2 * rank + 2)
-        part = features[half].requires_grad_()
-        pooled = class_sums(part, labels[half], 4)
-        pooled = ClassSums(all_reduce_sum(pooled.sums), all_reduce_sum(pooled.mass))
-        whole = features.clone().requires_grad_()
-        expected = class_sums(whole, labels, 4)
-        assert torch.equal(pooled.mass, expected.mass)
-        torch.testing.assert_close(pooled.means, expected.means)
-        loss_of(pooled).backward()
-        loss_of(expected).backward()
-        # Both ranks have the same loss, so the gradient comes twice; DDP's mean over ranks takes that back.
-        torch.testing.assert_close(part.grad / 2, whole.grad[half])
-    finally:
-        torch.distributed.destroy_process_group()
+
+def loss_of(means):
+    """Any loss that tells classes and channels apart."""
+    weight = torch.arange(1.0, 21, dtype=torch.float64).reshape(NUM_CLASSES, 5)
+    return (weight * means).sin().sum()
+
+
+def sent_by(rank):
+    """What comes back to a rank from the losses it computes."""
+    return torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64) * (rank + 1)
+
+
+def work(rank, folder):
+    """One rank; what it finds goes to a file, and the tests look at it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    found = {}
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64) + 10 * rank
+    x.requires_grad_()
+    total = all_reduce_sum(x)
+    total.backward(sent_by(rank))
+    found |= {"total": total.detach(), "input": x.detach(), "gradient": x.grad}
+    found["counts"] = all_reduce_sum(torch.tensor([2**53 + rank, rank]))
+    found["strided"] = all_reduce_sum(torch.full((1, 1), rank + 1.0).expand(3, 2))
+    alone = [dist.new_group([r]) for r in range(WORLD)][rank]
+    found["alone"] = all_reduce_sum(x, group=alone).detach()
+    # Of (sum x)^3 on each rank: the first derivative is W 3 s^2, the second of its sum over ranks W^2 6 s.
+    y = torch.tensor(1.0 + rank, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(all_reduce_sum(y).pow(3), y, create_graph=True)
+    (second,) = torch.autograd.grad(first, y)
+    found |= {"first": first.detach(), "second": second}
+
+    network = DistributedDataParallel(segmenter())
+    mine = slice(2 * rank, 2 * rank + 2)
+    part = class_sums(network(images()[mine]), LABELS[mine], NUM_CLASSES)
+    pooled = ClassSums(all_reduce_sum(part.sums), all_reduce_sum(part.mass))
+    loss_of(pooled.means).backward()
+    found |= {"means": pooled.means.detach(), "mass": pooled.mass}
+    found |= {"weight": network.module.weight.grad, "bias": network.module.bias.grad}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_without_a_group_it_is_the_tensor_itself():
+    x = torch.randn(3, requires_grad=True)
+    assert all_reduce_sum(x) is x
+
+
+def test_a_group_of_one(one_rank):
+    x = torch.randn(4, 3, dtype=torch.float64).T.requires_grad_()
+    total = all_reduce_sum(x)
+    assert torch.equal(total, x)
+    assert total.data_ptr() != x.data_ptr()
+    assert torch.autograd.gradcheck(all_reduce_sum, (x,))
+    assert torch.autograd.gradgradcheck(all_reduce_sum, (x,))
+    counts = all_reduce_sum(torch.tensor([2**53 + 1]))
+    assert counts.item() == 2**53 + 1
+    assert not counts.requires_grad
+
+
+def test_it_wants_a_tensor():
+    with pytest.raises(TypeError, match=r"^expected tensor to be a torch\.Tensor, got float$"):
+        all_reduce_sum(1.0)
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one(tmp_path):
-    torch.multiprocessing.spawn(one_rank, (tmp_path / "meet",), nprocs=2)
+class TestTwoRanks:
+    def test_values(self, ranks):
+        for found in ranks:
+            assert torch.equal(found["total"], torch.tensor([[12.0, 14.0], [16.0, 18.0]], dtype=torch.float64))
+            assert torch.equal(found["counts"], torch.tensor([2**54 + 1, 1]))
+            assert torch.equal(found["strided"], torch.full((3, 2), 3.0))
+
+    def test_the_input_is_left_alone_and_a_group_of_one_adds_nothing(self, ranks):
+        for rank, found in enumerate(ranks):
+            expected = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64) + 10 * rank
+            assert torch.equal(found["input"], expected)
+            assert torch.equal(found["alone"], expected)
+
+    def test_gradient_is_the_adjoint(self, ranks):
+        """`<all_reduce(x), g> = <x, adjoint(g)>`, summed over ranks; small integers, so exact."""
+        for found in ranks:
+            assert torch.equal(found["gradient"], sent_by(0) + sent_by(1))
+        forward = sum((found["total"] * sent_by(rank)).sum() for rank, found in enumerate(ranks))
+        backward = sum((found["input"] * found["gradient"]).sum() for found in ranks)
+        assert forward == backward
+
+    def test_second_order(self, ranks):
+        for found in ranks:
+            assert found["first"].item() == WORLD * 3 * 3.0**2
+            assert found["second"].item() == WORLD**2 * 6 * 3.0
+
+    def test_pooled_prototypes_are_those_of_one_process(self, ranks):
+        network = segmenter()
+        whole = class_sums(network(images()), LABELS, NUM_CLASSES)
+        loss_of(whole.means).backward()
+        assert whole.present.tolist() == [True, True, True, False]
+        # 24 pixels, each a sum of 4 products; the loss's 20 weights of at most 20 magnify what the means are off by.
+        features = network(images()).abs().max().item()
+        bound = (24 + 4) * EPS * features
+        bound_of_gradient = 2 * 20**3 * (bound + 24 * EPS) * images().abs().max().item()
+        for found in ranks:
+            assert torch.equal(found["mass"], whole.mass)
+            torch.testing.assert_close(found["means"], whole.means.detach(), rtol=0, atol=bound)
+            torch.testing.assert_close(found["weight"], network.weight.grad, rtol=0, atol=bound_of_gradient)
+            torch.testing.assert_close(found["bias"], network.bias.grad, rtol=0, atol=bound_of_gradient)

@@ -1,124 +1,193 @@
-"""Health figures: accuracy per domain, gradient norm, prototype distance."""
+"""Figures of the adversary's health: against counts and distances done by hand."""
 
 import math
 import re
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from semshift.health import class_domain_accuracy, domain_accuracy, gradient_norm, prototype_distance
+from semshift.health import DomainAccuracy, class_domain_accuracy, domain_accuracy, gradient_norm, prototype_distance
 
-
-def test_accuracy_is_told_domain_by_domain():
-    everything_is_source = torch.tensor([1.0, 2.0, 0.5, 3.0])
-    accuracy = domain_accuracy(everything_is_source, everything_is_source)
-    assert (accuracy.source.item(), accuracy.target.item()) == (1.0, 0.0)
-    assert accuracy.source.dtype == torch.float32
-    # A logit of exactly 0 is wrong on both sides.
-    accuracy = domain_accuracy(torch.zeros(2), torch.tensor([0.0, -1.0]))
-    assert (accuracy.source.item(), accuracy.target.item()) == (0.0, 0.5)
+NAN = math.nan
+LOGITS = st.floats(-3, 3, width=32) | st.sampled_from([0.0, -0.0, math.inf, -math.inf, NAN])
 
 
-def test_accuracy_counts_what_takes_part():
-    logits = torch.tensor([1.0, math.nan, -1.0, -1.0])
+def share(right, weights):
+    counted = [hit for hit, weight in zip(right, weights) if weight > 0]
+    return torch.tensor(sum(counted)).float() / len(counted) if counted else torch.tensor(NAN)
+
+
+def same(a, b):
+    return torch.equal(a, b) or (a.isnan().all().item() and b.isnan().all().item())
+
+
+@given(st.lists(st.tuples(LOGITS, st.sampled_from([0.0, 0.5, 2.0]))), st.lists(LOGITS), st.booleans())
+def test_domain_accuracy_counts(source, target, as_bool):
+    logits = torch.tensor([logit for logit, _ in source]).reshape(-1, 1)
+    weights = torch.tensor([weight for _, weight in source]).reshape(-1, 1)
     accuracy = domain_accuracy(
-        logits,
-        logits,
-        source_weight=torch.tensor([0.1, 0.0, 7.0, 0.0]),
-        target_weight=torch.tensor([False, False, True, True]),
+        logits, torch.tensor(target), source_weight=weights > 0 if as_bool else weights
     )
-    assert (accuracy.source.item(), accuracy.target.item()) == (0.5, 1.0)
-    nothing = domain_accuracy(logits, logits, source_weight=torch.zeros(4), target_weight=torch.zeros(4))
-    assert math.isnan(nothing.source.item())
-    assert math.isnan(nothing.target.item())
+    assert isinstance(accuracy, DomainAccuracy)
+    assert accuracy.source.dtype == accuracy.target.dtype == torch.float32
+    assert same(accuracy.source, share([logit > 0 for logit, _ in source], [weight for _, weight in source]))
+    assert same(accuracy.target, share([logit < 0 for logit in target], [1] * len(target)))
 
 
-def test_class_domain_accuracy_adds_the_classes_up():
-    # The largest output is a target class, but the source half holds more probability.
-    logits = torch.log(torch.tensor([[0.3, 0.3, 0.4, 0.001]]))
-    accuracy = class_domain_accuracy(logits, logits, target_weight=torch.tensor([True]))
-    assert (accuracy.source.item(), accuracy.target.item()) == (1.0, 0.0)
-    swapped = class_domain_accuracy(logits.roll(2, -1), logits.roll(2, -1), source_weight=torch.tensor([1.0]))
-    assert (swapped.source.item(), swapped.target.item()) == (0.0, 1.0)
+def test_a_logit_of_zero_is_wrong_on_both_sides():
+    assert domain_accuracy(torch.zeros(3), torch.zeros(3)) == (0.0, 0.0)
 
 
-def test_gradient_norm_leaves_no_trace():
-    features = torch.randn(3, 4, requires_grad=True)
-    hidden = features * 2
-    loss = (hidden * torch.arange(12.0).view(3, 4)).sum()
-    assert gradient_norm(loss, hidden).item() == pytest.approx(torch.arange(12.0).norm().item())
-    assert gradient_norm(loss, features).item() == pytest.approx(2 * torch.arange(12.0).norm().item())
-    assert features.grad is None
-    loss.backward()
-    assert features.grad is not None
-
-
-def test_gradient_norm_of_half_features_does_not_overflow():
-    features = torch.zeros(10, dtype=torch.float16, requires_grad=True)
-    assert gradient_norm((features.float() * 60_000).sum(), features).item() == pytest.approx(
-        60_000 * 10**0.5, rel=1e-3
+def test_domains_and_their_weights_are_kept_apart():
+    here = torch.tensor([True, False, False])
+    logits = torch.tensor([1.0, -1.0, 1.0])
+    accuracy = domain_accuracy(logits, logits, source_weight=here, target_weight=~here)
+    assert accuracy == (1.0, 0.5)
+    accuracy = class_domain_accuracy(
+        torch.stack([logits, -logits], -1), torch.stack([logits, -logits], -1), source_weight=here, target_weight=~here
     )
+    assert accuracy == (1.0, 0.5)
 
 
-def test_prototype_distance_against_a_loop():
-    source, target = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
-    weight = torch.tensor([True, True, False, True, True])
-    here = [0, 1, 3, 4]
-    middle = (source + target) / 2
-    between = [(middle[a] - middle[b]).norm() for a in here for b in here if a != b]
-    unit = sum(between) / len(between)
-    distance = prototype_distance(source, target, weight=weight)
-    assert math.isnan(distance[2])
-    for k in here:
-        assert distance[k].item() == pytest.approx(((source[k] - target[k]).norm() / unit).item())
-    # Features that shrink are not domains that meet.
-    shrunk = prototype_distance(source / 1000, target / 1000, weight=weight)
-    torch.testing.assert_close(shrunk, distance, equal_nan=True)
-    assert prototype_distance(source, source)[0].item() == 0
+@pytest.mark.parametrize("classes", [1, 3])
+def test_accuracy_is_nan_where_nothing_takes_part(classes):
+    logits, nothing = torch.randn(4, 2 * classes), torch.zeros(4)
+    for accuracy in (
+        domain_accuracy(logits[:, 0], logits[:, 0], source_weight=nothing, target_weight=nothing > 0),
+        class_domain_accuracy(logits, logits, source_weight=nothing, target_weight=nothing > 0),
+        domain_accuracy(logits[:0], logits[:0]),
+        class_domain_accuracy(logits[:0], logits[:0]),
+    ):
+        assert accuracy.source.isnan()
+        assert accuracy.target.isnan()
 
 
-def test_prototype_distance_needs_two_classes():
-    means = torch.randn(3, 2)
-    assert prototype_distance(means, means, weight=torch.tensor([1.0, 0.0, 0.0])).isnan().all()
+def test_class_domain_accuracy_weighs_halves_not_peaks():
+    """The largest single output is of one domain, the larger half of the other."""
+    logits = torch.tensor([1.2, 1.2, 1.2, 2.0, -9.0, -9.0])
+    assert class_domain_accuracy(logits, logits) == (1.0, 0.0)
+    large = 1000 * torch.tensor([[1.0, -1.0, 0.9, 0.9]])
+    assert class_domain_accuracy(large, large) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: domain_accuracy(torch.ones(2), torch.ones(2), source_weight=torch.ones(1)), "source_weight [2], got [1]"),
         (
-            lambda: domain_accuracy(torch.zeros(2), torch.zeros(2), source_weight=torch.zeros(3)),
-            "expected source_weight [2], got [3]",
+            lambda: domain_accuracy(torch.ones(2), torch.ones(2, 3), target_weight=torch.ones(2)),
+            "target_weight [2, 3], got [2]",
         ),
         (
-            lambda: domain_accuracy(torch.zeros(2), torch.zeros(2, 1), target_weight=torch.zeros(2)),
-            "expected target_weight [2, 1], got [2]",
+            lambda: class_domain_accuracy(torch.ones(4, 2), torch.ones(4, 2), target_weight=torch.ones(4, 2)),
+            "target_weight [4], got [4, 2]",
+        ),
+        (lambda: class_domain_accuracy(torch.ones(4, 3), torch.ones(4, 2)), "source_logits [..., 2K], got [4, 3]"),
+        (lambda: class_domain_accuracy(torch.ones(4, 2), torch.ones(4, 0)), "target_logits [..., 2K], got [4, 0]"),
+        (lambda: class_domain_accuracy(torch.ones(()), torch.ones(4, 2)), "source_logits [..., 2K], got []"),
+        (lambda: gradient_norm(torch.ones(1), torch.ones(1)), "loss to be a scalar, got [1]"),
+        (
+            lambda: prototype_distance(torch.ones(2), torch.ones(2)),
+            "source_means and target_means [K, C], got [2] and [2]",
         ),
         (
-            lambda: class_domain_accuracy(torch.zeros(2, 4), torch.zeros(2, 3)),
-            "expected target_logits [..., 2K], got [2, 3]",
+            lambda: prototype_distance(torch.ones(2, 1), torch.ones(3, 1)),
+            "source_means and target_means [K, C], got [2, 1] and [3, 1]",
         ),
-        (
-            lambda: gradient_norm(torch.zeros(2), torch.zeros(2, requires_grad=True)),
-            "expected loss to be a scalar, got [2]",
-        ),
-        (
-            lambda: gradient_norm(torch.zeros((), requires_grad=True) * 1, torch.zeros(2, requires_grad=True)),
-            "expected loss to be a function of features, got no gradient between them",
-        ),
-        (
-            lambda: gradient_norm(torch.zeros(()), torch.zeros(2)),
-            "expected loss to be a function of features, got no gradient between them",
-        ),
-        (
-            lambda: prototype_distance(torch.zeros(2, 3), torch.zeros(3, 3)),
-            "expected source_means and target_means [K, C], got [2, 3] and [3, 3]",
-        ),
-        (
-            lambda: prototype_distance(torch.zeros(2, 3), torch.zeros(2, 3), weight=torch.ones(3)),
-            "expected weight [2], got [3]",
-        ),
+        (lambda: prototype_distance(torch.ones(2, 1), torch.ones(2, 1), weight=torch.ones(1)), "weight [2], got [1]"),
     ],
 )
 def test_errors(call, message):
-    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+    with pytest.raises(ValueError, match="^" + re.escape(f"expected {message}") + "$"):
         call()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-60])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_gradient_norm(dtype, scale):
+    """Of [3, 4] the norm is 5; scaled by 2 ** -60 the squares leave float32's range, and half cannot hold them."""
+    if scale < 1 and dtype == torch.float16:
+        scale = 2.0**-20
+    features = torch.ones(2, dtype=dtype, requires_grad=True)
+    weights = torch.tensor([3.0, 4.0], dtype=dtype) * scale
+    norm = gradient_norm((features * weights).sum(), features)
+    assert norm.dtype == torch.promote_types(dtype, torch.float32)
+    assert norm.item() == 5 * scale
+    assert not norm.requires_grad
+
+
+def test_gradient_norm_keeps_the_graph_and_writes_nothing():
+    weight = torch.tensor([2.0, -1.0], requires_grad=True)
+    features = weight * 3
+    features.retain_grad()
+    loss = features.square().sum()
+    assert gradient_norm(loss, features).item() == gradient_norm(loss, features).item()
+    assert weight.grad is None
+    assert features.grad is None
+    loss.backward()
+    assert torch.equal(weight.grad, 18 * weight.detach())
+
+
+@pytest.mark.parametrize(
+    ("loss", "features"),
+    [
+        (torch.ones(()), torch.ones(1, requires_grad=True)),
+        (torch.ones((), requires_grad=True) * 2, torch.ones(1)),
+        (torch.ones((), requires_grad=True) * 2, torch.ones(1, requires_grad=True)),
+    ],
+    ids=["constant loss", "constant features", "no way between"],
+)
+def test_gradient_norm_without_a_gradient(loss, features):
+    message = "expected loss to be a function of features, got no gradient between them"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        gradient_norm(loss, features)
+
+
+def distance(source, target, here):
+    """The definition, in a loop."""
+    middle = [[(a + b) / 2 for a, b in zip(s, t)] for s, t in zip(source, target)]
+    pairs = [math.dist(middle[i], middle[j]) for i in here for j in here if i != j]
+    unit = sum(pairs) / len(pairs) if pairs else NAN
+    return [math.dist(s, t) / unit if k in here else NAN for k, (s, t) in enumerate(zip(source, target))]
+
+
+@given(st.integers(0, 5), st.integers(1, 4), st.integers(0, 99), st.data())
+def test_prototype_distance_is_its_definition(classes, channels, seed, data):
+    generator = torch.Generator().manual_seed(seed)
+    source, target = torch.randn(2, classes, channels, generator=generator, dtype=torch.float64)
+    here = [data.draw(st.booleans()) for _ in range(classes)]
+    taking_part = torch.tensor(here, dtype=torch.bool)
+    expected = torch.tensor(
+        distance(source.tolist(), target.tolist(), [k for k in range(classes) if here[k]]), dtype=torch.float64
+    )
+    # What takes no part may hold anything.
+    source[~taking_part] = NAN
+    for weight in (taking_part, taking_part.float() / 2):
+        found = prototype_distance(source, target, weight=weight)
+        assert found.dtype == torch.float64
+        # Two norms and a mean of K (K - 1) terms, none of which cancel after the first difference.
+        bound = (classes**2 + 2 * channels + 8) * torch.finfo(torch.float64).eps
+        # The middles' difference may cancel: normal draws lie within 6.
+        torch.testing.assert_close(found, expected, rtol=100 * bound, atol=100 * bound, equal_nan=True)
+
+
+@given(st.integers(-20, 20), st.integers(0, 99))
+def test_prototype_distance_has_no_scale(exponent, seed):
+    generator = torch.Generator().manual_seed(seed)
+    source, target = torch.randn(2, 4, 3, generator=generator)
+    # Powers of two round nothing.
+    scaled = prototype_distance(source * 2.0**exponent, target * 2.0**exponent)
+    assert torch.equal(scaled, prototype_distance(source, target))
+
+
+@pytest.mark.parametrize("weight", [None, torch.zeros(3), torch.tensor([False, True, False])])
+def test_prototype_distance_needs_two_classes(weight):
+    classes = 1 if weight is None else 3
+    assert prototype_distance(torch.zeros(classes, 2), torch.ones(classes, 2), weight=weight).isnan().all()
+
+
+def test_prototype_distance_asks_for_no_gradient():
+    means = torch.randn(3, 2, requires_grad=True)
+    assert not prototype_distance(means, means * 2).requires_grad

@@ -1,4 +1,4 @@
-"""Adversarial losses: values, weights that leave nothing behind, and gradients that confuse."""
+"""Losses: values against formulas written by hand, weights that keep elements out, gradients of first and second order."""
 
 import math
 import re
@@ -7,9 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
-from semshift.discriminators import ClassPixelDiscriminator, FCDiscriminator, PrototypeDiscriminator, frozen
 from semshift.losses import (
     class_confusion_loss,
     class_discriminator_loss,
@@ -20,287 +18,441 @@ from semshift.losses import (
     reverse_gradient,
 )
 
-OBJECTIVES = ("bce", "least-squares", "hinge", "wasserstein")
-
-# Loss of one logit, for a discriminator that should say source, one that should say target, and the segmenter.
-ONE = {
-    "bce": (lambda x: math.log1p(math.exp(-x)), lambda x: math.log1p(math.exp(x)), lambda x: math.log1p(math.exp(-x))),
+EPS = torch.finfo(torch.float64).eps
+NON_FINITE = torch.tensor([math.nan, math.inf, -math.inf])
+# Of source, of target, of confusion.
+FORMULAS = {
+    "bce": (
+        lambda x: -math.log(1 / (1 + math.exp(-x))),
+        lambda x: -math.log(1 / (1 + math.exp(x))),
+        lambda x: -math.log(1 / (1 + math.exp(-x))),
+    ),
     "least-squares": (lambda x: (x - 1) ** 2, lambda x: (x + 1) ** 2, lambda x: (x - 1) ** 2),
-    "hinge": (lambda x: max(0, 1 - x), lambda x: max(0, 1 + x), lambda x: -x),
+    "hinge": (lambda x: max(0.0, 1 - x), lambda x: max(0.0, 1 + x), lambda x: -x),
     "wasserstein": (lambda x: -x, lambda x: x, lambda x: -x),
 }
-logits = st.lists(st.tuples(st.floats(-20, 20), st.floats(0, 5)), min_size=1, max_size=6)
+OBJECTIVES = tuple(FORMULAS)
+CASES = st.lists(
+    st.tuples(st.floats(-20, 20), st.sampled_from([0.0, 1.0]) | st.floats(0.01, 10.0)), max_size=6
+)
 
 
-def weighted(loss, elements):
-    total = sum(weight for _, weight in elements)
-    return sum(weight * loss(x) for x, weight in elements) / total if total > 0 else 0.0
+def mean(formula, case):
+    """The weighted mean and a bound of what it may be off by: each term by its rounding at 1 + |x|, sums by theirs."""
+    total = sum(weight for _, weight in case)
+    if not total:
+        return 0.0, 0.0
+    terms = [formula(x) * weight / total for x, weight in case]
+    sizes = [(1 + abs(formula(x)) + abs(x)) * weight / total for x, weight in case]
+    return math.fsum(terms), (2 * len(case) + 8) * EPS * sum(sizes)
+
+
+def tensors(case):
+    return torch.tensor(case, dtype=torch.float64).reshape(-1, 2).unbind(1)
+
+
+def eye_like(logits):
+    return torch.eye(logits.shape[-1] // 2, dtype=logits.dtype).expand(*logits.shape[:-1], -1)
+
+
+# Values.
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@given(source=logits, target=logits)
-def test_values(objective, source, target):
-    (s, ws), (t, wt) = (torch.tensor(e, dtype=torch.float64).T for e in (source, target))
-    as_source, as_target, confused = ONE[objective]
-    value = discriminator_loss(s, t, objective=objective, source_weight=ws, target_weight=wt)
-    expected = (weighted(as_source, source) + weighted(as_target, target)) / 2
-    assert value.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    value = confusion_loss(t, objective=objective, weight=wt)
-    assert value.item() == pytest.approx(weighted(confused, target), rel=1e-9, abs=1e-12)
-    assert confusion_loss(t, objective=objective).item() == pytest.approx(
-        weighted(confused, [(x, 1) for x, _ in target]), rel=1e-9, abs=1e-12
+@given(CASES, CASES)
+def test_plain_losses_are_their_formulas(objective, source, target):
+    of_source, of_target, of_confusion = FORMULAS[objective]
+    logits_s, weight_s = tensors(source)
+    logits_t, weight_t = tensors(target)
+    found = discriminator_loss(logits_s, logits_t, objective=objective, source_weight=weight_s, target_weight=weight_t)
+    parts = mean(of_source, source), mean(of_target, target)
+    assert found.shape == ()
+    assert abs(found.item() - (parts[0][0] + parts[1][0]) / 2) <= parts[0][1] + parts[1][1]
+    value, bound = mean(of_confusion, target)
+    assert abs(confusion_loss(logits_t, objective=objective, weight=weight_t).item() - value) <= bound
+    unweighted, bound = mean(of_confusion, [(x, 1.0) for x, _ in target])
+    assert abs(confusion_loss(logits_t, objective=objective).item() - unweighted) <= bound
+
+
+def class_mean(logits, classes, weight, first):
+    """`-sum_k c_k log softmax(logits)[first + k]` in a loop over rows, and their weighted mean."""
+    total, result = 0.0, 0.0
+    for row, probabilities, share in zip(logits.tolist(), classes.tolist(), weight.tolist()):
+        log_sum = math.log(math.fsum(math.exp(x) for x in row))
+        result += share * math.fsum(p * (log_sum - row[first + k]) for k, p in enumerate(probabilities))
+        total += share
+    return result / total if total else 0.0
+
+
+@given(st.integers(0, 4), st.integers(1, 4), st.integers(0, 999), st.booleans())
+def test_class_losses_are_a_loop(rows, num_classes, seed, masked):
+    generator = torch.Generator().manual_seed(seed)
+    source, target = 3 * torch.randn(2, rows, num_classes, 2 * num_classes, generator=generator, dtype=torch.float64)
+    classes = torch.randn(2, rows, num_classes, num_classes, generator=generator, dtype=torch.float64).softmax(-1)
+    weight = torch.rand(2, rows, num_classes, generator=generator, dtype=torch.float64)
+    if masked:
+        weight = (weight > 0.5).double()
+    n = rows * num_classes
+    size = max([1.0, *(2 * x.abs().max().item() + math.log(2 * num_classes) for x in (source, target) if n)])
+    bound = (2 * n + 4 * num_classes + 8) * EPS * num_classes * size
+
+    def slow(x, c, w, first):
+        return class_mean(x.flatten(0, 1), c.flatten(0, 1), w.flatten(), first)
+
+    for c in (classes, torch.stack([eye_like(source), eye_like(target)])):
+        of_source = slow(source, c[0], weight[0], 0)
+        of_target = slow(target, c[1], weight[1], num_classes)
+        # Rows that are classes need not say so.
+        given_classes = {} if c is not classes else {"source_classes": c[0], "target_classes": c[1]}
+        weights = {"source_weight": weight[0], "target_weight": weight[1]}
+        found = class_discriminator_loss(source, target, **given_classes, **weights)
+        assert abs(found.item() - (of_source + of_target) / 2) <= bound
+        found = class_confusion_loss(target, classes=c[1] if given_classes else None, weight=weight[1])
+        assert abs(found.item() - slow(target, c[1], weight[1], 0)) <= bound
+        ones = torch.ones_like(weight[1])
+        found = class_confusion_loss(target, classes=c[1] if given_classes else None)
+        assert abs(found.item() - slow(target, c[1], ones, 0)) <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_counts_beyond_its_range(dtype):
+    """100,000 elements: float16 ends at 65504, bfloat16 cannot count past 256."""
+    logits = torch.zeros(100_000, dtype=dtype)
+    expected = torch.tensor(math.log(2), dtype=dtype)
+    assert torch.equal(confusion_loss(logits), expected)
+    assert torch.equal(discriminator_loss(logits, logits, source_weight=logits == 0), expected)
+    rows = torch.zeros(100_000, 2, dtype=dtype)
+    assert torch.equal(class_confusion_loss(rows, classes=torch.ones(100_000, 1, dtype=dtype)), expected)
+
+
+def test_wasserstein_sets_no_boundary():
+    offset = torch.zeros((), requires_grad=True)
+    discriminator_loss(torch.randn(4) + offset, torch.randn(7) + offset, objective="wasserstein").backward()
+    # Means of 4 ones and of 7 ones.
+    assert abs(offset.grad.item()) <= 11 * torch.finfo(torch.float32).eps
+
+
+# Weights.
+
+GAMES = [*OBJECTIVES, "class-and-domain"]
+
+
+def game(objective, source, target, source_weight=None, target_weight=None):
+    if objective == "class-and-domain":
+        return class_discriminator_loss(
+            source,
+            target,
+            source_classes=eye_like(source),
+            target_classes=eye_like(target),
+            source_weight=source_weight,
+            target_weight=target_weight,
+        )
+    weights = {"source_weight": source_weight, "target_weight": target_weight}
+    return discriminator_loss(source, target, objective=objective, **weights)
+
+
+def confuse(objective, logits, weight=None):
+    if objective == "class-and-domain":
+        return class_confusion_loss(logits, classes=eye_like(logits), weight=weight)
+    return confusion_loss(logits, objective=objective, weight=weight)
+
+
+def drawn(objective, rows=3):
+    return torch.randn(rows, *([2] if objective == "class-and-domain" else []), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("as_bool", [True, False])
+@pytest.mark.parametrize("here", [(False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("objective", GAMES)
+def test_a_domain_without_elements_gives_nothing(objective, here, as_bool):
+    logits = [drawn(objective).requires_grad_() for _ in range(2)]
+    weights = [torch.full((3,), h, dtype=torch.bool if as_bool else torch.float32) for h in here]
+    loss = game(objective, *logits, *weights)
+    loss.backward()
+    halves = [game(objective, logits[0], logits[1][:0]), game(objective, logits[0][:0], logits[1])]
+    assert loss.item() == sum(half.item() for half, h in zip(halves, here) if h)
+    for x, h in zip(logits, here):
+        assert x.grad.any() if h else torch.equal(x.grad, torch.zeros_like(x))
+    nothing = drawn(objective).requires_grad_()
+    loss = confuse(objective, nothing, torch.zeros(3, dtype=weights[0].dtype))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(nothing.grad, torch.zeros_like(nothing))
+
+
+@pytest.mark.parametrize("as_bool", [True, False])
+@pytest.mark.parametrize("objective", GAMES)
+def test_what_takes_no_part_may_hold_anything(objective, as_bool):
+    weight = torch.tensor([1, 0, 1, 0, 0])
+    weight = weight.bool() if as_bool else weight.float()
+    here = weight > 0
+    for function, count in ((game, 2), (confuse, 1)):
+        logits = [drawn(objective, 5) for _ in range(count)]
+        for x in logits:
+            x[~here] = NON_FINITE.double().reshape(-1, *[1] * (x.dim() - 1))
+            x.requires_grad_()
+        chosen = [x.detach()[here].requires_grad_() for x in logits]
+        loss, expected = function(objective, *logits, *[weight] * count), function(objective, *chosen)
+        assert loss.item() == pytest.approx(expected.item(), rel=16 * EPS, abs=16 * EPS)
+        loss.backward()
+        expected.backward()
+        for x, part in zip(logits, chosen):
+            torch.testing.assert_close(x.grad[here], part.grad, rtol=16 * EPS, atol=16 * EPS)
+            assert torch.equal(x.grad[~here], torch.zeros_like(x.grad[~here]))
+
+
+@pytest.mark.parametrize("objective", GAMES)
+def test_weights_have_no_scale(objective):
+    source, target, weight = drawn(objective), drawn(objective), torch.rand(3, dtype=torch.float64)
+    # A power of two rounds nothing.
+    assert torch.equal(
+        game(objective, source, target, weight, weight), game(objective, source, target, weight / 1024, weight * 8)
     )
+    assert torch.equal(confuse(objective, target, weight), confuse(objective, target, weight / 1024))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_takes_no_part_leaves_no_trace(objective, bad):
-    source = torch.tensor([1.0, bad], requires_grad=True)
-    target = torch.tensor([bad, -2.0], requires_grad=True)
-    ws, wt = torch.tensor([True, False]), torch.tensor([0.0, 3.0])
-    loss = discriminator_loss(source, target, objective=objective, source_weight=ws, target_weight=wt)
-    torch.testing.assert_close(loss, discriminator_loss(source[:1], target[1:], objective=objective))
-    (loss + confusion_loss(target, objective=objective, weight=wt)).backward()
-    assert source.grad[1] == 0
-    assert target.grad[0] == 0
-    assert target.grad.isfinite().all()
+@pytest.mark.parametrize("objective", GAMES)
+def test_gradients(objective):
+    source, target, weight = drawn(objective, 4), drawn(objective, 3), torch.tensor([0.5, 0.0, 2.0]).double()
+    inputs = (source.requires_grad_(), target.requires_grad_())
+    assert torch.autograd.gradcheck(lambda s, t: game(objective, s, t, None, weight), inputs)
+    assert torch.autograd.gradgradcheck(lambda s, t: game(objective, s, t, None, weight).exp(), inputs)
+    assert torch.autograd.gradcheck(lambda t: confuse(objective, t, weight), (target,))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("empty", ["source", "target", "both"])
-def test_nothing_taking_part_is_zero_with_zero_gradient(objective, empty):
-    source, target = (torch.randn(3, requires_grad=True) for _ in range(2))
-    ws, wt = (torch.full((3,), float(empty not in (domain, "both"))) for domain in ("source", "target"))
-    loss = discriminator_loss(source, target, objective=objective, source_weight=ws, target_weight=wt)
-    loss.backward()
-    assert loss.isfinite()
-    if empty == "both":
-        assert loss == 0
-    for domain, logit in (("source", source), ("target", target)):
-        assert (logit.grad == 0).all() == (empty in (domain, "both"))
-    target.grad = None
-    loss = confusion_loss(target, objective=objective, weight=torch.zeros(3))
-    loss.backward()
-    assert loss == 0
-    assert (target.grad == 0).all()
+# Entropy.
 
 
-CRITICS = {
-    "prototype, none": (lambda: PrototypeDiscriminator(6, 4, conditioning="none"), (4, 6)),
-    "prototype, per class": (lambda: PrototypeDiscriminator(6, 4), (2, 4, 6)),
-    "map": (lambda: FCDiscriminator(4, base_channels=8), (2, 4, 32, 32)),
-    "map, spectral norm": (lambda: FCDiscriminator(4, base_channels=8, spectral_norm=True), (2, 4, 32, 32)),
-}
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=6))
+def test_entropy_map_is_its_formula(column):
+    found = entropy_map(torch.tensor(column, dtype=torch.float64).reshape(1, -1, 1, 1))
+    assert found.shape == (1, len(column), 1, 1)
+    for p, value in zip(column, found.flatten().tolist()):
+        expected = -p * math.log(p) / math.log(len(column)) if p else 0.0
+        # Next to 1 the logarithm is as small as its argument's rounding; next to 0 it is cut at the smallest normal.
+        assert abs(value - expected) <= 8 * EPS * abs(expected) + torch.finfo(torch.float64).tiny * 800
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("name", CRITICS)
-def test_confusion_moves_the_score_towards_source(name, objective):
-    make, shape = CRITICS[name]
-    critic = make().eval()
-    target = torch.randn(shape, requires_grad=True)
-    confusion_loss(frozen(critic)(target), objective=objective).backward()
-    assert target.grad.abs().sum() > 0
-    with torch.no_grad():
-        moved = target - 1e-2 * target.grad / target.grad.norm()
-        # Least squares draws to 1, which fresh logits near 0 lie below.
-        assert critic(moved).mean() > critic(target).mean()
+@pytest.mark.parametrize("shape", [(2, 4), (2, 4, 3), (2, 4, 3, 5), (0, 4, 3)])
+def test_entropy_of_equal_shares_is_one(shape):
+    entropy = entropy_map(torch.full(shape, 0.25, dtype=torch.float64)).sum(1)
+    torch.testing.assert_close(entropy, torch.ones_like(entropy), rtol=8 * EPS, atol=0)
 
 
-@pytest.mark.parametrize("name", ["prototype", "pixel"])
-def test_class_confusion_moves_the_score_towards_source(name):
-    if name == "prototype":
-        critic, target, classes = PrototypeDiscriminator(6, 4, conditioning="class-and-domain"), torch.randn(4, 6), None
-
-        def judge(x):
-            return frozen(critic)(x)
-    else:
-        critic, target = ClassPixelDiscriminator(6, 4, hidden_channels=(8,)), torch.randn(2, 6, 5, 7)
-        classes = torch.rand(2, 5, 7, 4).softmax(-1)
-
-        def judge(x):
-            return frozen(critic)(x).movedim(1, -1)
-
-    def source_score(x):
-        half = judge(x).softmax(-1)[..., :4]
-        return half.sum(-1).mean()
-
-    target.requires_grad_()
-    class_confusion_loss(judge(target), classes=classes).backward()
-    assert target.grad.abs().sum() > 0
-    with torch.no_grad():
-        assert source_score(target - 1e-2 * target.grad / target.grad.norm()) > source_score(target)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_entropy_gradient(dtype):
+    p = torch.tensor([[0.0, 1.0, torch.finfo(dtype).smallest_normal, 0.25]], dtype=dtype, requires_grad=True)
+    entropy = entropy_map(p)
+    assert entropy.dtype == dtype
+    assert torch.equal(entropy[0, :2], torch.zeros(2, dtype=dtype))
+    entropy.sum().backward()
+    assert p.grad.isfinite().all()
+    assert p.grad[0, 0] > 0
+    expected = [-(math.log(x) + 1) / math.log(4) for x in p[0, 1:].tolist()]
+    torch.testing.assert_close(p.grad[0, 1:].double(), torch.tensor(expected).double(), rtol=16 * torch.finfo(dtype).eps, atol=0)
 
 
-def test_class_forms_against_a_loop():
-    source, target = torch.randn(2, 3, 6, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
-    classes = torch.rand(5, 3, dtype=torch.float64).softmax(-1)
-    ws, wt = torch.rand(2, 3, dtype=torch.float64), torch.tensor([1.0, 0.0, 2.0, 0.0, 1.0], dtype=torch.float64)
-
-    def entropy(row, k):
-        return -(row[k] - row.exp().sum().log())
-
-    left = sum(ws[b, k] * entropy(source[b, k], k) for b in range(2) for k in range(3)) / ws.sum()
-    right = sum(wt[n] * classes[n, k] * entropy(target[n], 3 + k) for n in range(5) for k in range(3)) / wt.sum()
-    confused = sum(wt[n] * classes[n, k] * entropy(target[n], k) for n in range(5) for k in range(3)) / wt.sum()
-    poisoned = target.clone()
-    poisoned[1] = math.nan
-    loss = class_discriminator_loss(source, poisoned, target_classes=classes, source_weight=ws, target_weight=wt)
-    torch.testing.assert_close(loss, (left + right) / 2)
-    torch.testing.assert_close(class_confusion_loss(poisoned, classes=classes, weight=wt), confused)
-    assert class_confusion_loss(poisoned, classes=classes, weight=torch.zeros(5, dtype=torch.float64)) == 0
+# R1.
 
 
-def test_entropy_map():
-    probabilities = torch.rand(2, 5, 3, 4, dtype=torch.float64).softmax(1)
-    expected = -probabilities * probabilities.log() / math.log(5)
-    torch.testing.assert_close(entropy_map(probabilities), expected)
-    torch.testing.assert_close(entropy_map(torch.full((1, 5, 1), 0.2)).sum(), torch.tensor(1.0))
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        certain = torch.tensor([[1.0], [0.0]], dtype=dtype).T[..., None].requires_grad_()
-        entropy_map(certain).sum().backward()
-        assert (entropy_map(certain) == 0).all()
-        assert certain.grad.isfinite().all()
+def quadratic(a, b, x):
+    return (x @ a * x).sum(-1) / 2 + (x * b).sum(-1)
 
 
-def test_r1_of_a_quadratic():
-    # D(x) = x' A x / 2 has gradient A x for symmetric A.
-    a = torch.randn(6, 6, dtype=torch.float64)
-    a = (a + a.T).requires_grad_()
-    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
-    judged = ((x @ a) * x).sum(-1) / 2
-    weight = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
-    squared = (x @ a).square().sum(-1)
-    penalty = r1_penalty(judged, x, sample_dims=2, weight=weight)
-    torch.testing.assert_close(penalty, (squared * weight).sum() / weight.sum() / 2)
-    torch.testing.assert_close(r1_penalty(judged, x), squared.sum(1).mean() / 2)
-    (gradient,) = torch.autograd.grad(penalty, a)
-    assert gradient.abs().sum() > 0
+@pytest.mark.parametrize("weight", [None, torch.tensor([[1.0, 0.0, 2.0], [0.5, 1.0, 0.0]]), "bool", "none"])
+def test_r1_per_row(weight):
+    """The gradient of a quadratic is (A + A') / 2 x + b. Integers of few bits, so that the sums are exact."""
+    a, b = torch.randint(-4, 5, (4, 4)).double(), torch.randint(-4, 5, (4,)).double()
+    x = torch.randint(-4, 5, (2, 3, 4)).double().requires_grad_()
+    if weight == "bool":
+        weight = torch.tensor([[True, False, True], [False, False, True]])
+    elif weight == "none":
+        weight = torch.zeros(2, 3)
+    found = r1_penalty(quadratic(a, b, x), x, sample_dims=2, weight=weight)
+    norms = (x.detach() @ (a + a.T) / 2 + b).square().sum(-1)
+    shares = torch.ones(2, 3) if weight is None else weight.double()
+    expected = (norms * shares).sum() / shares.sum() / 2 if shares.any() else torch.zeros(()).double()
+    assert torch.equal(found, expected)
 
 
-# Dynamo itself makes an instance of torch.autograd.Function when it traces one.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_reverse_gradient():
+def test_r1_per_map():
+    x, a = torch.randn(2, 3, 4, 5, dtype=torch.float64).requires_grad_(), torch.randn(3, 4, 5, dtype=torch.float64)
+    found = r1_penalty((a * x.square()).sum((1, 2, 3)) / 2, x)
+    expected = (a * x.detach()).square().sum((1, 2, 3)).mean() / 2
+    torch.testing.assert_close(found, expected, rtol=2 * 60 * EPS, atol=0)
+    per_element = r1_penalty(a * x.square() / 2, x, sample_dims=4)
+    torch.testing.assert_close(per_element * 60, expected, rtol=4 * 60 * EPS, atol=0)
+
+
+def test_r1_of_no_samples():
+    x = torch.zeros(0, 3, requires_grad=True)
+    assert r1_penalty(x.square().sum(1), x).item() == 0
+
+
+def test_r1_goes_backward():
+    a, b, x = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 2), (2,), (3, 2)))
+    weight = torch.tensor([1.0, 0.0, 2.0])
+    assert torch.autograd.gradcheck(lambda a, b, x: r1_penalty(quadratic(a, b, x), x, weight=weight), (a, b, x))
+    r1_penalty(quadratic(a, b, x), x, weight=weight).backward()
+    gradient = x.detach() @ (a + a.T).detach() / 2 + b.detach()
+    expected = (gradient * weight[:, None]).sum(0) / 3
+    torch.testing.assert_close(b.grad, expected, rtol=32 * EPS, atol=32 * EPS)
+    assert torch.equal(x.grad[1], torch.zeros(2).double())
+
+
+def test_r1_skips_rows_without_weight():
+    x = torch.tensor([[1.0, 2.0], [math.nan, math.inf]], requires_grad=True)
+    assert r1_penalty(x.square().sum(1), x, weight=torch.tensor([True, False])).item() == 10
+
+
+# Gradient reversal.
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.0, 0.25, 1, 3.0])
+def test_reverse_gradient(scale, dtype):
+    x = torch.randn(2, 3).to(dtype).requires_grad_()
+    result = reverse_gradient(x, scale=scale)
+    assert torch.equal(result, x)
+    assert result.dtype == dtype
+    sent = torch.randn(2, 3).to(dtype)
+    result.backward(sent)
+    assert torch.equal(x.grad, -scale * sent)
+
+
+def test_reverse_gradient_default_and_second_order():
     x = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    y = reverse_gradient(x, scale=0.25)
-    assert torch.equal(x, y)
-    (gradient,) = torch.autograd.grad((y**3).sum(), x)
-    torch.testing.assert_close(gradient, -0.25 * 3 * x.detach() ** 2)
-    compiled = torch.compile(lambda v: (reverse_gradient(v, scale=0.5) ** 2).sum(), fullgraph=True, backend="aot_eager")
-    (gradient,) = torch.autograd.grad(compiled(x), x)
-    torch.testing.assert_close(gradient, -x.detach())
-    # The backward can be gone through again: its factor is the same constant.
-    (first,) = torch.autograd.grad((reverse_gradient(x) ** 3).sum(), x, create_graph=True)
-    assert torch.autograd.grad(first.sum(), x)[0].isfinite().all()
-    half = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
-    reverse_gradient(half).sum().backward()
-    assert half.grad.dtype == torch.bfloat16
+    (first,) = torch.autograd.grad(reverse_gradient(x).pow(3).sum(), x, create_graph=True)
+    assert torch.equal(first, -3 * x.square())
+    assert torch.autograd.gradgradcheck(lambda x: reverse_gradient(x, scale=0.5) * 2, (x,))
 
 
-def test_reversal_is_confusion_in_one_pass():
-    critic, features = PrototypeDiscriminator(5, 3, conditioning="none"), torch.randn(3, 5, requires_grad=True)
-    loss = F.softplus(critic(reverse_gradient(features))).mean()
-    loss.backward()
-    with torch.no_grad():
-        assert critic(features - 0.01 * features.grad / features.grad.norm()).mean() > critic(features).mean()
+def test_full_graph():
+    """Everything in one compiled graph, values and gradients as in eager mode."""
+
+    def everything(x, weight):
+        turned = reverse_gradient(x, scale=0.5)
+        plain = [discriminator_loss(turned[..., 0], x[..., 1], objective=o, target_weight=weight) for o in OBJECTIVES]
+        confused = [confusion_loss(turned[..., 0], objective=o, weight=weight) for o in OBJECTIVES]
+        classes = class_discriminator_loss(turned, x, source_weight=weight), class_confusion_loss(x, weight=weight)
+        return turned, torch.stack([*plain, *confused, *classes, entropy_map(x.softmax(1)).sum()])
+
+    torch._dynamo.reset()
+    inputs, weight = torch.randn(4, 2, 4, dtype=torch.float64), torch.rand(4, 2).round().double()
+    results = []
+    for function in (everything, torch.compile(everything, fullgraph=True, backend="aot_eager")):
+        x = inputs.clone().requires_grad_()
+        turned, values = function(x, weight)
+        (values.sum() + turned.square().sum()).backward()
+        results.append((turned, values, x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    # Sums of at most 32 terms of a size of at most 100, in any order.
+    for eager, compiled in zip(results[0][1:], results[1][1:]):
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=32 * 100 * EPS)
 
 
-Z = torch.zeros
+# Errors.
+
+ONE, TWO = torch.ones(1), torch.ones(2)
+INTEGERS = torch.ones(2, dtype=torch.int64)
+UNKNOWN = "expected objective to be one of bce, least-squares, hinge, wasserstein, got 'lsgan'"
+NO_WAY = "expected logits computed from inputs that require grad, got no gradient between them"
+
+
+def leaf(*shape):
+    return torch.ones(shape, requires_grad=True)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: discriminator_loss(TWO, TWO, objective="lsgan"), ValueError, UNKNOWN),
+        (lambda: confusion_loss(TWO, objective="lsgan"), ValueError, UNKNOWN),
+        (lambda: discriminator_loss(INTEGERS, TWO), TypeError, "expected source_logits to be floating point, got torch.int64"),
+        (lambda: discriminator_loss(TWO, INTEGERS), TypeError, "expected target_logits to be floating point, got torch.int64"),
+        (lambda: confusion_loss(INTEGERS), TypeError, "expected logits to be floating point, got torch.int64"),
         (
-            lambda: confusion_loss(Z(2), objective="gan"),
-            ValueError,
-            "expected objective to be one of bce, least-squares, hinge, wasserstein, got 'gan'",
-        ),
-        (
-            lambda: discriminator_loss(Z(2), Z(2), objective=None),
-            ValueError,
-            "expected objective to be one of bce, least-squares, hinge, wasserstein, got None",
-        ),
-        (
-            lambda: confusion_loss(Z(2, 1), weight=Z(2)),
-            ValueError,
-            "expected weight [2, 1] for logits [2, 1], got [2]",
-        ),
-        (
-            lambda: discriminator_loss(Z(2), Z(3), target_weight=Z(2)),
-            ValueError,
-            "expected target_weight [3] for target_logits [3], got [2]",
-        ),
-        (
-            lambda: discriminator_loss(Z(2), Z(3), source_weight=torch.ones(2, dtype=torch.int64)),
+            lambda: discriminator_loss(TWO, TWO, source_weight=INTEGERS),
             TypeError,
             "expected source_weight to be bool or floating point, got torch.int64",
         ),
         (
-            lambda: confusion_loss(torch.ones(2, dtype=torch.int64)),
+            lambda: discriminator_loss(TWO, TWO, target_weight=ONE),
+            ValueError,
+            "expected target_weight [2] for target_logits [2], got [1]",
+        ),
+        (lambda: confusion_loss(TWO, weight=ONE), ValueError, "expected weight [2] for logits [2], got [1]"),
+        (
+            lambda: class_discriminator_loss(INTEGERS, TWO),
             TypeError,
-            "expected logits to be floating point, got torch.int64",
+            "expected source_logits to be floating point, got torch.int64",
         ),
         (
-            lambda: class_discriminator_loss(Z(3, 5), Z(3, 6)),
+            lambda: class_discriminator_loss(torch.ones(1, 2), torch.ones(1, 3)),
             ValueError,
-            "expected source_logits [..., 2K], got [3, 5]",
+            "expected target_logits [..., 2K], got [1, 3]",
         ),
+        (lambda: class_confusion_loss(torch.ones(())), ValueError, "expected logits [..., 2K], got []"),
+        (lambda: class_confusion_loss(torch.ones(3, 0)), ValueError, "expected logits [..., 2K], got [3, 0]"),
         (
-            lambda: class_discriminator_loss(Z(3, 6), Z(2, 6)),
+            lambda: class_confusion_loss(torch.ones(3, 4)),
             ValueError,
-            "expected target_logits [..., K, 2K] of prototypes, or target_classes, got [2, 6]",
+            "expected logits [..., K, 2K] of prototypes, or classes, got [3, 4]",
         ),
         (
-            lambda: class_confusion_loss(Z(2, 6), classes=Z(2, 6)),
+            lambda: class_discriminator_loss(TWO, TWO),
             ValueError,
-            "expected classes [2, 3] for logits [2, 6], got [2, 6]",
+            "expected source_logits [..., K, 2K] of prototypes, or source_classes, got [2]",
         ),
         (
-            lambda: class_confusion_loss(Z(3, 6), weight=Z(3, 6)),
+            lambda: class_confusion_loss(torch.ones(3, 4), classes=torch.ones(3, 4)),
             ValueError,
-            "expected weight [3] for logits [3, 6], got [3, 6]",
+            "expected classes [3, 2] for logits [3, 4], got [3, 4]",
         ),
         (
-            lambda: entropy_map(Z(2, 1, 4)),
+            lambda: class_confusion_loss(torch.ones(2, 4), weight=torch.ones(2, 1)),
             ValueError,
-            "expected probabilities [B, K, *S] with K of at least 2, got [2, 1, 4]",
+            "expected weight [2] for logits [2, 4], got [2, 1]",
         ),
         (
-            lambda: entropy_map(torch.ones(2, 2, dtype=torch.int64)),
+            lambda: class_confusion_loss(torch.ones(2, 4), weight=INTEGERS),
             TypeError,
-            "expected probabilities to be floating point, got torch.int64",
+            "expected weight to be bool or floating point, got torch.int64",
         ),
+        (lambda: entropy_map(INTEGERS), TypeError, "expected probabilities to be floating point, got torch.int64"),
+        (lambda: entropy_map(TWO), ValueError, "expected probabilities [B, K, *S] with K of at least 2, got [2]"),
         (
-            lambda: r1_penalty(Z(2), Z(2, 3)),
+            lambda: entropy_map(torch.ones(2, 1, 3)),
             ValueError,
-            "expected logits computed from inputs that require grad, got no gradient between them",
+            "expected probabilities [B, K, *S] with K of at least 2, got [2, 1, 3]",
         ),
+        (lambda: r1_penalty(leaf(2).sum(), TWO), ValueError, NO_WAY),
+        (lambda: r1_penalty(TWO, leaf(2)), ValueError, NO_WAY),
+        (lambda: r1_penalty(leaf(2).sum(), leaf(2)), ValueError, NO_WAY),
         (
-            lambda: r1_penalty(Z(2, requires_grad=True) * 1, Z(2, 3, requires_grad=True)),
+            lambda: r1_penalty(TWO, leaf(2), sample_dims=0),
             ValueError,
-            "expected logits computed from inputs that require grad, got no gradient between them",
+            "expected sample_dims in 1 to 1 for inputs [2], got 0",
         ),
         (
-            lambda: r1_penalty(Z(2), Z(2, 3), sample_dims=3),
+            lambda: r1_penalty(TWO, leaf(2, 3), sample_dims=3),
             ValueError,
             "expected sample_dims in 1 to 2 for inputs [2, 3], got 3",
         ),
         (
-            lambda: r1_penalty(Z(2), Z(2, 3), weight=Z(3)),
+            lambda: r1_penalty(TWO, leaf(2, 3), weight=torch.ones(2, 3)),
             ValueError,
-            "expected weight [2] for inputs [2, 3], got [3]",
+            "expected weight [2] for inputs [2, 3], got [2, 3]",
         ),
         (
-            lambda: reverse_gradient(Z(2), scale=-1.0),
-            ValueError,
-            "expected scale to be finite and not negative, got -1.0",
-        ),
-        (
-            lambda: reverse_gradient(torch.ones(2, dtype=torch.int64)),
+            lambda: r1_penalty(TWO, leaf(2, 3), weight=INTEGERS),
             TypeError,
-            "expected features to be floating point, got torch.int64",
+            "expected weight to be bool or floating point, got torch.int64",
         ),
+        (lambda: reverse_gradient(INTEGERS), TypeError, "expected features to be floating point, got torch.int64"),
+        (lambda: reverse_gradient(TWO, scale=-1), ValueError, "expected scale to be finite and not negative, got -1"),
+        (lambda: reverse_gradient(TWO, scale=math.inf), ValueError, "expected scale to be finite and not negative, got inf"),
+        (lambda: reverse_gradient(TWO, scale=math.nan), ValueError, "expected scale to be finite and not negative, got nan"),
     ],
 )
 def test_errors(call, error, message):
