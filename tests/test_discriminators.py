@@ -17,12 +17,13 @@ K, C = 3, 5
 # Each with the shape of its inputs.
 CRITICS = {
     "maps": (lambda **more: FCDiscriminator(K, base_channels=4, **more), (4, K, 32, 64)),
-    "rows": (lambda **more: PrototypeDiscriminator(C, K, hidden_channels=(16,), conditioning="none", **more), (4, K, C)),
+    "rows": (
+        lambda **more: PrototypeDiscriminator(C, K, hidden_channels=(16,), conditioning="none", **more),
+        (4, K, C),
+    ),
     "rows-per-class": (lambda **more: PrototypeDiscriminator(C, K, hidden_channels=(16,), **more), (4, K, C)),
     "rows-class-and-domain": (
-        lambda **more: PrototypeDiscriminator(
-            C, K, hidden_channels=(16,), conditioning="class-and-domain", **more
-        ),
+        lambda **more: PrototypeDiscriminator(C, K, hidden_channels=(16,), conditioning="class-and-domain", **more),
         (4, K, C),
     ),
     "pixels": (lambda **more: ClassPixelDiscriminator(C, K, hidden_channels=(8,), **more), (4, C, 3, 5)),

@@ -32,9 +32,7 @@ FORMULAS = {
     "wasserstein": (lambda x: -x, lambda x: x, lambda x: -x),
 }
 OBJECTIVES = tuple(FORMULAS)
-CASES = st.lists(
-    st.tuples(st.floats(-20, 20), st.sampled_from([0.0, 1.0]) | st.floats(0.01, 10.0)), max_size=6
-)
+CASES = st.lists(st.tuples(st.floats(-20, 20), st.sampled_from([0.0, 1.0]) | st.floats(0.01, 10.0)), max_size=6)
 
 
 def mean(formula, case):
@@ -249,7 +247,9 @@ def test_entropy_gradient(dtype):
     assert p.grad.isfinite().all()
     assert p.grad[0, 0] > 0
     expected = [-(math.log(x) + 1) / math.log(4) for x in p[0, 1:].tolist()]
-    torch.testing.assert_close(p.grad[0, 1:].double(), torch.tensor(expected).double(), rtol=16 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(
+        p.grad[0, 1:].double(), torch.tensor(expected, dtype=torch.float64), rtol=16 * torch.finfo(dtype).eps, atol=0
+    )
 
 
 # R1.
@@ -327,6 +327,8 @@ def test_reverse_gradient_default_and_second_order():
     assert torch.autograd.gradgradcheck(lambda x: reverse_gradient(x, scale=0.5) * 2, (x,))
 
 
+# Torch warns of what its own tracer does with any autograd function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_full_graph():
     """Everything in one compiled graph, values and gradients as in eager mode."""
 
@@ -368,8 +370,16 @@ def leaf(*shape):
     [
         (lambda: discriminator_loss(TWO, TWO, objective="lsgan"), ValueError, UNKNOWN),
         (lambda: confusion_loss(TWO, objective="lsgan"), ValueError, UNKNOWN),
-        (lambda: discriminator_loss(INTEGERS, TWO), TypeError, "expected source_logits to be floating point, got torch.int64"),
-        (lambda: discriminator_loss(TWO, INTEGERS), TypeError, "expected target_logits to be floating point, got torch.int64"),
+        (
+            lambda: discriminator_loss(INTEGERS, TWO),
+            TypeError,
+            "expected source_logits to be floating point, got torch.int64",
+        ),
+        (
+            lambda: discriminator_loss(TWO, INTEGERS),
+            TypeError,
+            "expected target_logits to be floating point, got torch.int64",
+        ),
         (lambda: confusion_loss(INTEGERS), TypeError, "expected logits to be floating point, got torch.int64"),
         (
             lambda: discriminator_loss(TWO, TWO, source_weight=INTEGERS),
@@ -451,8 +461,16 @@ def leaf(*shape):
         ),
         (lambda: reverse_gradient(INTEGERS), TypeError, "expected features to be floating point, got torch.int64"),
         (lambda: reverse_gradient(TWO, scale=-1), ValueError, "expected scale to be finite and not negative, got -1"),
-        (lambda: reverse_gradient(TWO, scale=math.inf), ValueError, "expected scale to be finite and not negative, got inf"),
-        (lambda: reverse_gradient(TWO, scale=math.nan), ValueError, "expected scale to be finite and not negative, got nan"),
+        (
+            lambda: reverse_gradient(TWO, scale=math.inf),
+            ValueError,
+            "expected scale to be finite and not negative, got inf",
+        ),
+        (
+            lambda: reverse_gradient(TWO, scale=math.nan),
+            ValueError,
+            "expected scale to be finite and not negative, got nan",
+        ),
     ],
 )
 def test_errors(call, error, message):
