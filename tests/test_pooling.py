@@ -28,15 +28,12 @@ def exactly(message):
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients(mode, per_image):
     features, labels = batch(mode)
-    features.requires_grad_()
-
-    def sums(f):
-        return class_sums(f, labels, 4, resample=mode, per_image=per_image).sums
+    features = features[:, :2, :2, :3].requires_grad_()
+    labels = labels if mode else labels[:, :2, :3]
 
     def means(f):
         return class_sums(f, labels, 4, resample=mode, per_image=per_image).means
 
-    assert torch.autograd.gradcheck(sums, features)
     assert torch.autograd.gradcheck(means, features)
     # Pooling is linear: a cube makes the second derivative something else than zero.
     assert torch.autograd.gradgradcheck(lambda f: means(f) ** 3, features)
@@ -54,24 +51,29 @@ def test_gradients_of_weights(per_image):
     assert torch.autograd.gradgradcheck(means, inputs)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("per_image", [False, True])
-def test_the_ops_pass_opcheck(per_image, channels_last):
+@pytest.mark.parametrize(("per_image", "layout"), [(True, torch.contiguous_format), (False, torch.channels_last)])
+def test_hard_sums_pass_opcheck(per_image, layout):
     features, labels = batch(dtype=torch.float32)
-    if channels_last:
-        features = features.to(memory_format=torch.channels_last)
-    features.requires_grad_()
-    torch.library.opcheck(torch.ops.semshift.class_sums.default, (features, labels, 4, 255, per_image))
-    for dtype in (torch.float32, torch.float16):
-        weights = torch.rand(2, 4, 20, dtype=dtype, requires_grad=True)
-        pixels = features.detach().flatten(2).requires_grad_()
-        torch.library.opcheck(torch.ops.semshift.soft_class_sums.default, (pixels, weights))
+    leaf = features.to(memory_format=layout).requires_grad_()
+    torch.library.opcheck(torch.ops.semshift.class_sums.default, (leaf, labels, 4, 255, per_image))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("mode", MODES)
-def test_compiled_equals_eager(mode, channels_last, dynamic):
+def test_soft_sums_pass_opcheck():
+    """Mixed dtypes, which meet in the wider one."""
+    features = torch.randn(2, 3, 20, requires_grad=True)
+    weights = torch.rand(2, 4, 20, dtype=torch.float16, requires_grad=True)
+    torch.library.opcheck(torch.ops.semshift.soft_class_sums.default, (features, weights))
+
+
+@pytest.mark.parametrize(
+    ("mode", "layout", "dynamic"),
+    [
+        *((mode, torch.contiguous_format, False) for mode in MODES),
+        (None, torch.channels_last, False),
+        ("bilinear", torch.contiguous_format, True),
+    ],
+)
+def test_compiled_equals_eager(mode, layout, dynamic):
     """Backward included; the sums come in and go out of the graph as the value that they are."""
 
     def pool(features, labels, before):
@@ -81,8 +83,7 @@ def test_compiled_equals_eager(mode, channels_last, dynamic):
 
     torch._dynamo.reset()
     features, labels = batch(mode, torch.float32)
-    if channels_last:
-        features = features.to(memory_format=torch.channels_last)
+    features = features.to(memory_format=layout)
     before = class_sums(torch.randn(2, 3, 4, 5), torch.full((2, 4, 5), 2), 4, resample=None)
     before = ClassSums(before.sums, before.mass.float() if mode == "area" else before.mass)
     results = []
@@ -406,6 +407,23 @@ def test_empty_and_flat_shapes(shape, dtype):
         assert pooled.mass[0] == labels.numel()
         (gradient,) = torch.autograd.grad(pooled.means.sum(), features)
         assert gradient.shape == shape
+
+
+@pytest.mark.parametrize("ignore_index", [None, 255, 300])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_unchecked_label_out_of_range_takes_no_part(mode, ignore_index, monkeypatch):
+    """What happens on CUDA, where values are not looked at."""
+    features, labels = batch(mode)
+    want = class_sums(features, labels, 4, resample=mode)
+    monkeypatch.setattr("semshift.labels.check_labels", lambda *_, **__: None)
+    for dtype, stranger in ((torch.uint8, 77), (torch.int8, -1), (torch.int64, 2**40)):
+        unchecked = labels.masked_fill(labels == 255, stranger).to(dtype)
+        leaf = features.clone().requires_grad_()
+        got = class_sums(leaf, unchecked, 4, resample=mode, ignore_index=ignore_index)
+        assert torch.equal(got.sums, want.sums)
+        assert torch.equal(got.mass, want.mass)
+        got.means.sum().backward()
+        assert leaf.grad.isfinite().all()
 
 
 @pytest.mark.gpu

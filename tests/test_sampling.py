@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DataLoader
 
-from semshift.sampling import MixedBatchSampler, collate_by_domain, rare_class_weights
+from semshift import sampling
+from semshift.sampling import MixedBatchSampler, _mix, collate_by_domain, rare_class_weights
 
 GOLDEN = [[2, 3, 7], [4, 5, 8], [1, 0, 9]]
 GOLDEN_BILLION = [436586524, 614363223, 963612788]
+GOLDEN_FAR = [[3, 4, 8], [5, 4, 9]]
+GOLDEN_WEIGHTED = [1, 1, 1, 2, 2, 1, 2, 1, 3, 1, 3, 1]
 SIZES, PER_BATCH = {"source": 7, "target": 3}, {"source": 2, "target": 1}
 
 
@@ -61,6 +64,25 @@ def test_golden_values():
     # A changed order would change every run that is resumed under a new version.
     assert list(make(steps=3)) == GOLDEN
     assert stream(10**9, draws=3) == GOLDEN_BILLION
+    assert list(make(first_step=10**15, seed=2**70, rank=1, world_size=3, steps=2)) == GOLDEN_FAR
+    assert drawn_by_weight([0.0, 1.0, 3.0, 0.5], 12) == GOLDEN_WEIGHTED
+
+
+@pytest.mark.parametrize("step", [0, 10**15])
+def test_a_far_step_of_a_huge_domain_is_as_cheap(step):
+    # Hashing calls, not seconds: six rounds a walk, and a walk returns at once with a chance above one in four.
+    calls = 0
+
+    def counted(key, value):
+        nonlocal calls
+        calls += 1
+        return _mix(key, value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "_mix", counted)
+        next(iter(MixedBatchSampler({"a": 10**9}, {"a": 32}, seed=1, first_step=step)))
+    # Four walks of six rounds a draw on average at the very worst, thrice that to be safe, and the keys.
+    assert 0 < calls < 32 * 6 * 4 * 3 + 32
 
 
 @given(step=st.integers(0, 10**15), world=st.sampled_from([1, 2, 3, 6]))
@@ -101,14 +123,65 @@ def test_resume_on_other_ranks():
     message = "expected world_size * per_batch['source'] to stay 2, so that the stream goes on, got 4"
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         before.resume(5, rank=0, world_size=2, per_batch={"source": 2, "target": 1})
-    with pytest.raises(ValueError, match=r"^expected first_step from 0 to 6, got 7$"):
-        make().resume(7, rank=0, world_size=1, per_batch=PER_BATCH)
+
+
+@pytest.mark.parametrize(
+    ("steps", "first_step", "changes", "error", "message"),
+    [
+        (4, 7, {}, ValueError, "expected first_step to be at most 6, the end of the run, got 7"),
+        (4, 1, {}, ValueError, "expected first_step to be at least 2, got 1"),
+        (None, 1, {}, ValueError, "expected first_step to be at least 2, got 1"),
+        (4, 3.0, {}, TypeError, "expected first_step to be an int, got 3.0"),
+        (4, 3, {"rank": 1}, ValueError, "expected rank below world_size 1, got 1"),
+        (4, 3, {"world_size": 0}, ValueError, "expected world_size to be at least 1, got 0"),
+        (
+            4,
+            3,
+            {"per_batch": {"source": 2}},
+            ValueError,
+            "expected per_batch to name the domains ['source', 'target'] in order, got ['source']",
+        ),
+        (
+            4,
+            3,
+            {"per_batch": {"source": "2", "target": 1}},
+            TypeError,
+            "expected per_batch['source'] to be an int, got '2'",
+        ),
+    ],
+)
+def test_resume_errors(steps, first_step, changes, error, message):
+    arguments = {"rank": 0, "world_size": 1, "per_batch": PER_BATCH} | changes
+    with pytest.raises(error, match="^" + re.escape(message) + "$"):
+        make(first_step=2, steps=steps).resume(first_step, **arguments)
+
+
+def test_resume_keeps_the_end_and_the_weights():
+    sampler = make(first_step=2, weights={"target": [1.0, 2.0, 3.0]})
+    resumed = sampler.resume(8, rank=0, world_size=1, per_batch=PER_BATCH)
+    assert list(resumed) == []
+    resumed = sampler.resume(5, rank=0, world_size=1, per_batch=PER_BATCH)
+    assert resumed == make(first_step=5, steps=3, weights={"target": [1.0, 2.0, 3.0]})
+    assert list(resumed) == list(sampler)[3:]
 
 
 def test_a_stream_does_not_hang_on_the_other_domains():
     mixed = [batch[2] - 7 for batch in make()]
     alone = [batch[0] for batch in MixedBatchSampler({"target": 3}, {"target": 1}, seed=0, steps=6)]
     assert mixed == alone
+
+
+def drawn_by_weight(weights, draws):
+    sampler = MixedBatchSampler({"a": len(weights)}, {"a": 1}, seed=0, steps=draws, weights={"a": weights})
+    return [batch[0] for batch in sampler]
+
+
+@pytest.mark.parametrize("scale", [1e308, 1e-300, 5e-324])
+def test_extreme_weights_stay_within_their_domain(scale):
+    # Their sum overflows, or has no bits left to be shared out: a draw past the end is an image of the next domain.
+    draws = drawn_by_weight([scale, scale, 0.0], 200)
+    assert draws == drawn_by_weight([1.0, 1.0, 0.0], 200)
+    assert set(draws) == {0, 1}
 
 
 def test_weighted_draws():
@@ -174,12 +247,25 @@ def test_rare_class_weights_against_a_loop():
     np.testing.assert_allclose(weights, expected, rtol=1e-12)
     assert weights.sum() == pytest.approx(1)
     assert weights[8] == 0
-    assert np.isfinite(rare_class_weights(torch.from_numpy(counts), temperature=1e-4)).all()
+    for temperature in (1e-4, 1e-310):
+        # Only images of the rarest class are left, each as often.
+        rarest = int(np.where(counts.any(0), frequency, np.inf).argmin())
+        held = counts[:, rarest] > 0
+        weights = rare_class_weights(torch.from_numpy(counts), temperature=temperature)
+        np.testing.assert_allclose(weights, held / held.sum(), atol=1e-12)
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
+        ({"sizes": [7, 3]}, TypeError, "expected sizes to map names of domains, got [7, 3]"),
+        ({"per_batch": 3}, TypeError, "expected per_batch to map names of domains, got 3"),
+        ({"weights": [1.0]}, TypeError, "expected weights to map names of domains, got [1.0]"),
+        (
+            {"sizes": {1: 7}, "per_batch": {1: 2}},
+            TypeError,
+            "expected the names in sizes to be strings, got 1",
+        ),
         ({"sizes": {}, "per_batch": {}}, ValueError, "expected sizes to name at least one domain, got none"),
         (
             {"per_batch": {"target": 1, "source": 2}},
@@ -205,13 +291,30 @@ def test_rare_class_weights_against_a_loop():
         (
             {"weights": {"target": [0.0, 0.0, 0.0]}},
             ValueError,
-            "expected weights['target'] to be finite, not negative and not all 0, got others",
+            "expected weights['target'] to be positive somewhere, got only 0",
         ),
         (
             {"weights": {"target": [1.0, -1.0, 1.0]}},
             ValueError,
-            "expected weights['target'] to be finite, not negative and not all 0, got others",
+            "expected weights['target'] to be finite and not negative, got -1.0",
         ),
+        (
+            {"weights": {"target": [1.0, 2.0, np.nan]}},
+            ValueError,
+            "expected weights['target'] to be finite and not negative, got nan",
+        ),
+        (
+            {"weights": {"target": [1.0, np.inf, 1.0]}},
+            ValueError,
+            "expected weights['target'] to be finite and not negative, got inf",
+        ),
+        (
+            {"weights": {"target": [1.0, "x", 1.0]}},
+            TypeError,
+            "expected weights['target'] to be an array of numbers: could not convert string to float: 'x'",
+        ),
+        ({"steps": 1.5}, TypeError, "expected steps to be an int, got 1.5"),
+        ({"first_step": True}, TypeError, "expected first_step to be an int, got True"),
     ],
 )
 def test_errors(changes, error, message):
@@ -220,23 +323,57 @@ def test_errors(changes, error, message):
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "error", "message"),
     [
         (
+            lambda: collate_by_domain([1], {"source": 2, "target": -1}),
+            ValueError,
+            "expected per_batch['target'] to be at least 1, got -1",
+        ),
+        (
+            lambda: collate_by_domain([1], {"source": 1.0}),
+            TypeError,
+            "expected per_batch['source'] to be an int, got 1.0",
+        ),
+        (lambda: collate_by_domain([1], [1]), TypeError, "expected per_batch to map names of domains, got [1]"),
+        (
             lambda: collate_by_domain([1, 2], PER_BATCH),
+            ValueError,
             "expected 3 samples for per_batch {'source': 2, 'target': 1}, got 2",
         ),
-        (lambda: rare_class_weights(np.ones(3)), "expected class_counts [N, K], got [3]"),
+        (lambda: rare_class_weights(np.ones(3)), ValueError, "expected class_counts [N, K], got [3]"),
         (
             lambda: rare_class_weights(np.zeros((2, 2))),
-            "expected class_counts to be finite, not negative and not all 0, got others",
+            ValueError,
+            "expected class_counts to be positive somewhere, got only 0",
+        ),
+        (
+            lambda: rare_class_weights(np.ones((0, 2))),
+            ValueError,
+            "expected class_counts to be positive somewhere, got none",
+        ),
+        (
+            lambda: rare_class_weights([[1, -2]]),
+            ValueError,
+            "expected class_counts to be finite and not negative, got -2.0",
+        ),
+        (
+            lambda: rare_class_weights("many"),
+            TypeError,
+            "expected class_counts to be an array of numbers: could not convert string to float: 'many'",
+        ),
+        (
+            lambda: rare_class_weights(np.ones((2, 2)), temperature=True),
+            TypeError,
+            "expected temperature to be a number, got True",
         ),
         (
             lambda: rare_class_weights(np.ones((2, 2)), temperature=0.0),
+            ValueError,
             "expected temperature to be finite and positive, got 0.0",
         ),
     ],
 )
-def test_other_errors(call, message):
-    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+def test_other_errors(call, error, message):
+    with pytest.raises(error, match="^" + re.escape(message) + "$"):
         call()

@@ -4,6 +4,7 @@ import math
 import pickle
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +37,29 @@ def test_values(schedule, step, value):
     assert result == pytest.approx(value, rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", [Linear, Cosine])
+def test_plain_floats_whatever_came(kind):
+    # A NumPy float is a float, and would spread into logs and checkpoints, which `weights_only` refuses to load.
+    number = np.float64(0.5)
+    for schedule in (
+        Constant(number),
+        kind(number, number, 3),
+        Polynomial(number, 3),
+        Sigmoid(number, 3),
+        kind(0, 1, 3),
+    ):
+        assert {type(schedule(step)) for step in (0, 1, 3)} == {float}
+
+
+def test_ends_are_exact_and_extremes_stay_finite():
+    for make in (Linear, Cosine, lambda start, stop, steps: Polynomial(start, steps, stop=stop)):
+        assert (make(0.1, 0.3, 7)(0), make(0.1, 0.3, 7)(7)) == (0.1, 0.3)
+        assert all(math.isfinite(make(1e308, -1e308, 7)(step)) for step in range(8))
+    assert Linear(0.0, 2.0, 3)(10**400) == 2.0
+    assert Linear(0.0, 2.0, 10**400)(10**399) == pytest.approx(0.2)
+    assert Sigmoid(2.0, 3, gain=1e300)(1) == 2.0
+
+
 @pytest.mark.parametrize("schedule", RISING)
 @given(a=st.integers(0, 30), b=st.integers(0, 30))
 def test_rising_then_held(schedule, a, b):
@@ -57,6 +81,17 @@ def test_is_a_value(schedule):
     ("make", "error", "message"),
     [
         (lambda: Constant(math.nan), ValueError, "expected value to be finite, got nan"),
+        (lambda: Constant(-(10**400)), ValueError, f"expected value to be finite, got {-(10**400)}"),
+        (lambda: Linear(0.0, -math.inf, 1), ValueError, "expected stop to be finite, got -inf"),
+        (lambda: Cosine(math.nan, 0.0, 1), ValueError, "expected start to be finite, got nan"),
+        (lambda: Cosine(0.0, None, 1), TypeError, "expected stop to be a number, got None"),
+        (lambda: Polynomial("1", 2), TypeError, "expected start to be a number, got '1'"),
+        (lambda: Polynomial(1.0, -2), ValueError, "expected steps to be at least 1, got -2"),
+        (lambda: Polynomial(1.0, 2, power=math.nan), ValueError, "expected power to be finite, got nan"),
+        (lambda: Polynomial(1.0, 2, stop=math.inf), ValueError, "expected stop to be finite, got inf"),
+        (lambda: Sigmoid(math.nan, 2), ValueError, "expected stop to be finite, got nan"),
+        (lambda: Sigmoid(1.0, 0), ValueError, "expected steps to be at least 1, got 0"),
+        (lambda: Sigmoid(1.0, 2, gain=True), TypeError, "expected gain to be a number, got True"),
         (lambda: Constant("1"), TypeError, "expected value to be a number, got '1'"),
         (lambda: Constant(True), TypeError, "expected value to be a number, got True"),
         (lambda: Linear(math.inf, 0.0, 1), ValueError, "expected start to be finite, got inf"),
@@ -70,6 +105,12 @@ def test_is_a_value(schedule):
             TypeError,
             "expected first to be a schedule, a function of the step, got 0.5",
         ),
+        (
+            lambda: Then(Constant(0.5), 2, None),
+            TypeError,
+            "expected second to be a schedule, a function of the step, got None",
+        ),
+        (lambda: Then(Constant(0.0), 2.0, Constant(1.0)), TypeError, "expected steps to be an int, got 2.0"),
         (lambda: Then(Constant(0.0), -1, Constant(1.0)), ValueError, "expected steps to be at least 1, got -1"),
         (lambda: Constant(1.0)(-1), ValueError, "expected step to be at least 0, got -1"),
         (lambda: Then(Constant(0.0), 1, Constant(1.0))(-1), ValueError, "expected step to be at least 0, got -1"),

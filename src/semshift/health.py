@@ -95,8 +95,8 @@ def class_domain_accuracy(
 def gradient_norm(loss: Tensor, features: Tensor) -> Tensor:
     """The Euclidean norm of the gradient that a loss term sends to the features.
 
-    The graph is kept and no `.grad` is written, so it can be asked for just before the backward. Multiply by the
-    term's weight to compare terms.
+    The graph is kept and no `.grad` is written, so it can be asked for just before the backward; only features that
+    `retain_grad` was called on get theirs. Multiply by the term's weight to compare terms.
 
     Args:
         loss: scalar, a function of `features`.

@@ -1,8 +1,9 @@
 """Adversarial losses: what discriminators learn by, and what confuses them.
 
 Every function takes logits, never probabilities, positive for source, and the boundary between the domains is 0 in
-every objective. Weights say which elements take part: where the weight is 0, neither the loss nor its gradient sees
-the logit, whatever it holds; where nothing takes part, the loss is 0 with gradient 0.
+every objective but `wasserstein`, which is blind to an offset that both domains share. Weights say which elements take
+part: where the weight is 0, neither the loss nor its gradient sees the logit, whatever it holds; where nothing takes
+part, the loss is 0 with gradient 0.
 """
 
 import math
@@ -233,7 +234,8 @@ def r1_penalty(logits: Tensor, inputs: Tensor, *, sample_dims: int = 1, weight: 
     (gradient,) = torch.autograd.grad(logits.sum(), inputs, create_graph=True, allow_unused=True)
     if gradient is None:
         raise ValueError("expected logits computed from inputs that require grad, got no gradient between them")
-    gradient = gradient.reshape(*inputs.shape[:sample_dims], -1)
+    # A last axis of one, so that there is something to flatten where every dimension counts samples.
+    gradient = gradient.unsqueeze(-1).flatten(sample_dims)
     if weight is not None:
         gradient = torch.where(weight[..., None] > 0, gradient, 0.0)
     return _weighted_mean(gradient.square().sum(-1), weight) / 2
@@ -312,9 +314,11 @@ def _taking_part(logits: Tensor, weight: Optional[Tensor]) -> tuple[Tensor, Opti
 
 
 def _weighted_mean(losses: Tensor, weight: Optional[Tensor]) -> Tensor:
-    weight = torch.ones_like(losses) if weight is None else weight.to(losses.dtype)
+    # In float32 at least: a float16 total would overflow beyond 65504 elements.
+    wide = losses.to(torch.promote_types(losses.dtype, torch.float32))
+    weight = torch.ones_like(wide) if weight is None else weight.to(wide.dtype)
     total = weight.sum()
-    return (losses * weight).sum() / torch.where(total > 0, total, 1.0)
+    return ((wide * weight).sum() / torch.where(total > 0, total, 1.0)).to(losses.dtype)
 
 
 def _check_objective(objective: str) -> None:

@@ -1,5 +1,6 @@
 """Batches mixed from several domains, each batch a pure function of the seed and the step."""
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Optional
@@ -39,7 +40,7 @@ class MixedBatchSampler:
             independently with replacement, in proportion. See `rare_class_weights`.
 
     Raises:
-        TypeError: a count that is no int.
+        TypeError: no mapping, a name that is no str, a count that is no int, or weights that are no numbers.
         ValueError: an empty domain, names that do not agree, a count out of range, or weights that are no weights.
 
     Example:
@@ -62,11 +63,16 @@ class MixedBatchSampler:
         steps: Optional[int] = None,
         weights: Optional[Mapping[str, Sequence[float] | np.ndarray | torch.Tensor]] = None,
     ) -> None:
+        _check_mapping("sizes", sizes)
+        _check_mapping("per_batch", per_batch)
+        _check_mapping("weights", {} if weights is None else weights)
         if not sizes:
             raise ValueError("expected sizes to name at least one domain, got none")
         if list(sizes) != list(per_batch):
             raise ValueError(f"expected per_batch to name the domains {list(sizes)} in order, got {list(per_batch)}")
         for name in sizes:
+            if not isinstance(name, str):
+                raise TypeError(f"expected the names in sizes to be strings, got {name!r}")
             _check_count(f"sizes[{name!r}]", sizes[name], 1)
             _check_count(f"per_batch[{name!r}]", per_batch[name], 1)
         _check_count("seed", seed, 0)
@@ -85,7 +91,7 @@ class MixedBatchSampler:
         self.first_step = first_step
         self.steps = steps
         self.weights = {name: tuple(_weights(name, weight, sizes)) for name, weight in (weights or {}).items()}
-        self._cumulative = {name: np.cumsum(weight) for name, weight in self.weights.items()}
+        self._cumulative = {name: _cumulative(weight) for name, weight in self.weights.items()}
 
     def __iter__(self) -> Iterator[list[int]]:
         """Batches from `first_step` on: indices into the concatenation, domain after domain."""
@@ -115,22 +121,15 @@ class MixedBatchSampler:
             A sampler.
 
         Raises:
-            TypeError: a count that is no int.
+            TypeError: what the constructor refuses.
             ValueError: draws of a step that are not as many as before, a step outside the run, or what the
                 constructor refuses.
         """
-        _check_count("world_size", world_size, 1)
-        _check_count("first_step", first_step, 0)
-        for name, images in self.per_batch.items():
-            before, now = images * self.world_size, per_batch.get(name, 0) * world_size
-            if before != now:
-                raise ValueError(
-                    f"expected world_size * per_batch[{name!r}] to stay {before}, so that the stream goes on, got {now}"
-                )
+        _check_count("first_step", first_step, self.first_step)
         end = None if self.steps is None else self.first_step + self.steps
-        if first_step < self.first_step or (end is not None and first_step > end):
-            raise ValueError(f"expected first_step from {self.first_step} to {end or 'any'}, got {first_step}")
-        return MixedBatchSampler(
+        if end is not None and first_step > end:
+            raise ValueError(f"expected first_step to be at most {end}, the end of the run, got {first_step}")
+        resumed = MixedBatchSampler(
             self.sizes,
             per_batch,
             seed=self.seed,
@@ -138,8 +137,16 @@ class MixedBatchSampler:
             world_size=world_size,
             first_step=first_step,
             steps=None if end is None else end - first_step,
-            weights=self.weights or None,
+            weights=self.weights,
         )
+        # After the constructor, which has refused what is no count.
+        for name, images in self.per_batch.items():
+            before, now = images * self.world_size, per_batch[name] * world_size
+            if before != now:
+                raise ValueError(
+                    f"expected world_size * per_batch[{name!r}] to stay {before}, so that the stream goes on, got {now}"
+                )
+        return resumed
 
     def _batch(self, step: int) -> list[int]:
         batch, offset = [], 0
@@ -158,7 +165,7 @@ class MixedBatchSampler:
             uniform = (_mix(key, draw) >> 11) / (1 << 53)
             return int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
         turn, place = divmod(draw, self.sizes[name])
-        return _permuted(place, self.sizes[name], _mix(key, turn))
+        return _permuted(place, self.sizes[name], _round_keys(_mix(key, turn)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, MixedBatchSampler) and self._values() == other._values()
@@ -190,12 +197,16 @@ def collate_by_domain(samples: Sequence[Any], per_batch: Mapping[str, int]) -> d
         A domain's name to its samples under `torch.utils.data.default_collate`.
 
     Raises:
-        ValueError: another number of samples.
+        TypeError: a count that is no int.
+        ValueError: another number of samples, or a count below 1.
 
     Example:
         >>> collate_by_domain([1, 2, 3.5], {"source": 2, "target": 1})
         {'source': tensor([1, 2]), 'target': tensor([3.5000], dtype=torch.float64)}
     """
+    _check_mapping("per_batch", per_batch)
+    for name, images in per_batch.items():
+        _check_count(f"per_batch[{name!r}]", images, 1)
     expected = sum(per_batch.values())
     if len(samples) != expected:
         raise ValueError(f"expected {expected} samples for per_batch {dict(per_batch)}, got {len(samples)}")
@@ -218,30 +229,33 @@ def rare_class_weights(class_counts: np.ndarray | torch.Tensor, *, temperature: 
         `float64 [N]`, summing to 1; 0 for images without any class.
 
     Raises:
+        TypeError: counts or a temperature that are no numbers.
         ValueError: another shape, counts that are negative or all 0, or a temperature that is not positive.
 
     Example:
         >>> rare_class_weights(np.array([[90, 0], [90, 10]]), temperature=0.5).round(2)
         array([0.07, 0.93])
     """
-    counts = np.asarray(class_counts, dtype=np.float64)
+    counts = _floats("class_counts", class_counts)
     if counts.ndim != 2:
         raise ValueError(f"expected class_counts [N, K], got {list(counts.shape)}")
-    if not (np.isfinite(counts).all() and (counts >= 0).all() and counts.sum() > 0):
-        raise ValueError("expected class_counts to be finite, not negative and not all 0, got others")
+    _check_weights("class_counts", counts)
+    if not isinstance(temperature, int | float) or isinstance(temperature, bool):
+        raise TypeError(f"expected temperature to be a number, got {temperature!r}")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"expected temperature to be finite and positive, got {temperature}")
     frequency = counts.sum(0) / counts.sum()
     held = counts > 0
     occurs = held.any(0)
-    # The largest exponent is taken out before exp, which would overflow at small temperatures.
-    exponent = np.where(occurs, (1 - frequency) / temperature, -np.inf)
-    chosen = np.exp(exponent - exponent.max())
+    # Only ratios count: the rarest class is put at exp(0), or a small temperature would overflow. Others may vanish.
+    with np.errstate(over="ignore"):
+        exponent = np.where(occurs, (frequency[occurs].min() - frequency) / temperature, -np.inf)
+    chosen = np.exp(exponent)
     weights: np.ndarray = (held / np.maximum(held.sum(0), 1)) @ (chosen / chosen.sum())
     return weights
 
 
-def _permuted(place: int, size: int, key: int) -> int:
+def _permuted(place: int, size: int, keys: Sequence[int]) -> int:
     """The image at a place of a keyed order of `[0, size)`.
 
     A Feistel network permutes `[0, 4 ** bits)`, the smallest such range that holds `size`; a result past the end is
@@ -249,7 +263,6 @@ def _permuted(place: int, size: int, key: int) -> int:
     """
     bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     half = (1 << bits) - 1
-    keys = [_mix(key, number) for number in range(_ROUNDS)]
     while True:
         left, right = place >> bits, place & half
         for round_key in keys:
@@ -259,6 +272,13 @@ def _permuted(place: int, size: int, key: int) -> int:
             return place
 
 
+# Cached, since a batch asks for the same few again and again; pure, so that a cache can never be stale.
+@functools.lru_cache(maxsize=256)
+def _round_keys(key: int) -> tuple[int, ...]:
+    return tuple(_mix(key, number) for number in range(_ROUNDS))
+
+
+@functools.lru_cache(maxsize=256)
 def _key(seed: int, name: str) -> int:
     key = seed & _MASK
     rest = seed >> 64
@@ -283,13 +303,38 @@ def _mix(key: int, value: int) -> int:
 def _weights(name: str, weights: Any, sizes: Mapping[str, int]) -> list[float]:
     if name not in sizes:
         raise ValueError(f"expected weights for domains among {list(sizes)}, got {name!r}")
-    values = np.asarray(weights, dtype=np.float64)
+    values = _floats(f"weights[{name!r}]", weights)
     if values.shape != (sizes[name],):
         raise ValueError(f"expected weights[{name!r}] [{sizes[name]}], got {list(values.shape)}")
-    if not (np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0):
-        raise ValueError(f"expected weights[{name!r}] to be finite, not negative and not all 0, got others")
+    _check_weights(f"weights[{name!r}]", values)
     result: list[float] = values.tolist()
     return result
+
+
+def _cumulative(weights: Sequence[float]) -> np.ndarray:
+    # Scaled by a power of two, which rounds nothing, so that neither huge nor tiny weights leave the range of floats.
+    exponent = math.frexp(max(weights))[1]
+    return np.cumsum(np.ldexp(weights, -exponent))
+
+
+def _floats(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"expected {name} to be an array of numbers: {error}") from error
+
+
+def _check_weights(name: str, values: np.ndarray) -> None:
+    wrong = values[~(np.isfinite(values) & (values >= 0))]
+    if wrong.size:
+        raise ValueError(f"expected {name} to be finite and not negative, got {wrong[0]}")
+    if not values.any():
+        raise ValueError(f"expected {name} to be positive somewhere, got {'only 0' if values.size else 'none'}")
+
+
+def _check_mapping(name: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"expected {name} to map names of domains, got {value!r}")
 
 
 def _check_count(name: str, value: int, least: int) -> None:

@@ -6,6 +6,7 @@ so a resumed run needs the step and nothing else.
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -73,7 +74,7 @@ class Linear:
     def __call__(self, step: int) -> float:
         """The value at `step`."""
         p = _progress(step, self.steps)
-        return (1 - p) * self.start + p * self.stop
+        return float((1 - p) * self.start + p * self.stop)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Cosine:
     def __call__(self, step: int) -> float:
         """The value at `step`."""
         p = (1 - math.cos(math.pi * _progress(step, self.steps))) / 2
-        return (1 - p) * self.start + p * self.stop
+        return float((1 - p) * self.start + p * self.stop)
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ class Polynomial:
         """The value at `step`."""
         remaining = 1 - _progress(step, self.steps)
         # 0 ** 0 is 1, but from step `steps` on the value is `stop` whatever the power.
-        return self.stop + (self.start - self.stop) * (remaining**self.power if remaining else 0.0)
+        share = remaining**self.power if remaining else 0.0
+        return float(share * self.start + (1 - share) * self.stop)
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ class Sigmoid:
 
     def __call__(self, step: int) -> float:
         """The value at `step`."""
-        return self.stop * (2 / (1 + math.exp(-self.gain * _progress(step, self.steps))) - 1)
+        return float(self.stop * (2 / (1 + math.exp(-self.gain * _progress(step, self.steps))) - 1))
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ class Then:
 
 def _progress(step: int, steps: int) -> float:
     _check_step(step)
-    return min(step / steps, 1.0)
+    return step / steps if step < steps else 1.0
 
 
 def _check_step(step: int) -> None:
@@ -243,5 +245,6 @@ def _check_steps(steps: int) -> None:
 def _check_number(name: str, value: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"expected {name} to be a number, got {value!r}")
-    if not math.isfinite(value):
+    # A comparison, since an int may be too large for a float, at which `math.isfinite` fails.
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"expected {name} to be finite, got {value}")
