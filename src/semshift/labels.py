@@ -356,7 +356,8 @@ def _check_dtype(labels: Tensor) -> None:
 
 def _check_int(name: str, value: int) -> None:
     # A symbolic size under torch.compile is an int too, but not an instance of it.
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    # A tuple, since Dynamo of torch 2.4 cannot trace a union.
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"expected {name} to be an int, got {value!r}")
 
 

@@ -201,6 +201,15 @@ def test_crops_have_the_size_and_stay_aligned(scale):
         assert (~inside).any() == (scale < 1)
 
 
+@pytest.mark.parametrize("scale", [0.6, 1.3])
+def test_labels_are_never_mixed(scale):
+    # Any mean of the two would be an id between them.
+    made = sample(40, 40)._replace(label=np.random.default_rng(0).choice([0, 200], (40, 40)).astype(np.uint8))
+    for seed in range(4):
+        result = augment(made, (32, 32), np.random.default_rng(seed), Augmentation((scale, scale)))
+        assert {0, 200} <= set(np.unique(result.label)) <= {0, 200, 255}
+
+
 def test_augmentation_is_a_function_of_its_generator():
     made = sample(40, 40)
     first, again, other = (augment(made, (32, 32), np.random.default_rng(s), Augmentation()) for s in (0, 0, 1))
