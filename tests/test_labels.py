@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from semshift.labels import _shares, check_labels, class_shares, remap_labels, resize_labels
 
+# Compiling on Python 3.13.0 itself, torch warns of its own slowness there.
+pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+
 DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 

@@ -10,6 +10,9 @@ from torch.utils import _pytree as pytree
 from semshift.labels import class_shares
 from semshift.pooling import ClassSums, class_sums, weighted_class_sums
 
+# Compiling on Python 3.13.0 itself, torch warns of its own slowness there.
+pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+
 MODES = [None, "nearest", "majority", "area", "bilinear"]
 
 

@@ -364,7 +364,7 @@ def _check_int(name: str, value: int) -> None:
 def _check_map(labels: Tensor, size: tuple[int, int]) -> None:
     if labels.dim() != 3:
         raise ValueError(f"expected labels [B, H, W], got {list(labels.shape)}")
-    if not isinstance(size, tuple | list) or len(size) != 2:
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise ValueError(f"expected size (h, w), got {size!r}")
     for extent in size:
         _check_int("size", extent)
