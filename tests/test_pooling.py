@@ -130,17 +130,25 @@ def test_autocast_does_not_reach_the_sums(mode):
     assert torch.equal(under_autocast, gradient)
 
 
+@pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_come_in_the_dtype_and_layout_of_the_features(mode, dtype):
+def test_layouts_agree_and_gradients_follow_dtype_and_layout(mode, dtype, per_image):
     features, labels = batch(mode, dtype)
+    features = features.mul(8).round()
+    rows = torch.randint(-9, 10, (2, 4, 3) if per_image else (4, 3)).float()
+    results = []
     for layout in (torch.contiguous_format, torch.channels_last):
         leaf = features.detach().to(memory_format=layout).requires_grad_()
-        (class_sums(leaf, labels, 4, resample=mode).means ** 2).sum().backward()
-        assert leaf.grad.dtype == dtype
+        sums = class_sums(leaf, labels, 4, resample=mode, per_image=per_image).sums
+        (gradient,) = torch.autograd.grad(sums, leaf, rows)
+        assert gradient.dtype == dtype
         if mode in (None, "nearest", "majority"):
-            (gradient,) = torch.autograd.grad(class_sums(leaf, labels, 4, resample=mode).sums.sum(), leaf)
             assert gradient.is_contiguous(memory_format=layout)
+            results.append((sums, gradient))
+    for first, second in zip(*results[:2]) if results else ():
+        # Integers all of them, so that every sum is exact.
+        assert torch.equal(first, second)
 
 
 def test_half_features_wider_than_a_block():
@@ -178,6 +186,15 @@ def test_the_paper_at_its_own_size():
         in_sums = 65 * 129 * eps * (chosen @ upsampled[0].double().abs().flatten(1).mT)
         assert ((pooled.sums - want).abs() <= pooled.mass[:, None] * per_pixel + in_sums).all()
         assert torch.equal(pooled.mass, chosen.sum(1).long())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_equal_sizes_give_the_same_sums_in_every_mode(mode):
+    features, labels = batch(dtype=torch.float16)
+    pooled, want = class_sums(features, labels, 4, resample=mode), class_sums(features, labels, 4)
+    assert torch.equal(pooled.sums, want.sums)
+    assert torch.equal(pooled.mass, want.mass.float() if mode == "area" else want.mass)
+    assert pooled.mass.dtype == (torch.float32 if mode == "area" else torch.int64)
 
 
 def test_shares_are_the_weights_of_both_soft_modes():

@@ -129,7 +129,13 @@ def train(
         first_step=first_step,
         steps=settings.steps - first_step,
     )
-    training = TrainingSet(domains, settings.data.size, settings.data.augmentation, settings.seed)
+    training = TrainingSet(
+        domains,
+        settings.data.size,
+        settings.data.augmentation,
+        settings.seed,
+        ignore_index=settings.data.ignore_index,
+    )
     adaptation_starts = min((round(a.start * settings.steps) for a in adversaries.values()), default=0)
 
     with tqdm(total=settings.steps, initial=first_step, desc=settings.method, unit="step") as bar:
