@@ -70,19 +70,27 @@ def test_golden_values():
 
 @pytest.mark.parametrize("step", [0, 10**15])
 def test_a_far_step_of_a_huge_domain_is_as_cheap(step):
-    # Hashing calls, not seconds: six rounds a walk, and a walk returns at once with a chance above one in four.
-    calls = 0
+    # Hashes, not seconds: six rounds a walk, and a walk returns at once with a chance above one in four.
+    hashes = 0
 
     def counted(key, value):
-        nonlocal calls
-        calls += 1
+        nonlocal hashes
+        hashes += max(np.size(key), np.size(value))
         return _mix(key, value)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "_mix", counted)
-        next(iter(MixedBatchSampler({"a": 10**9}, {"a": 32}, seed=1, first_step=step)))
-    # Four walks of six rounds a draw on average at the very worst, thrice that to be safe, and the keys.
-    assert 0 < calls < 32 * 6 * 4 * 3 + 32
+        batches = MixedBatchSampler({"a": 10**9}, {"a": 32}, seed=1, first_step=step, steps=500)
+        assert len(list(batches)) == 500
+    # Four walks of six rounds a draw on average at the very worst, and the keys of a draw.
+    assert 500 * 32 * 6 < hashes < 500 * 32 * (6 * 4 + 7)
+
+
+def test_blocks_of_steps_leave_no_seam():
+    # Steps are drawn many at a time; where a block begins must not show.
+    whole = list(make(steps=1100))
+    assert [next(iter(make(first_step=step, steps=None))) for step in range(0, 1100, 7)] == whole[::7]
+    assert list(make(first_step=3, steps=600)) == whole[3:603]
 
 
 @given(step=st.integers(0, 10**15), world=st.sampled_from([1, 2, 3, 6]))
@@ -265,6 +273,11 @@ def test_rare_class_weights_against_a_loop():
             {"sizes": {1: 7}, "per_batch": {1: 2}},
             TypeError,
             "expected the names in sizes to be strings, got 1",
+        ),
+        (
+            {"sizes": {"source": 2**62, "target": 1}},
+            ValueError,
+            "expected sizes to sum to at most 2 ** 62, got 4611686018427387905",
         ),
         ({"sizes": {}, "per_batch": {}}, ValueError, "expected sizes to name at least one domain, got none"),
         (

@@ -12,7 +12,9 @@ from torch.utils.data import default_collate
 __all__ = ["MixedBatchSampler", "collate_by_domain", "rare_class_weights"]
 
 _MASK = (1 << 64) - 1
+_MOST = 1 << 62
 _ROUNDS = 6
+_BLOCK = 256
 
 
 class MixedBatchSampler:
@@ -75,6 +77,8 @@ class MixedBatchSampler:
                 raise TypeError(f"expected the names in sizes to be strings, got {name!r}")
             _check_count(f"sizes[{name!r}]", sizes[name], 1)
             _check_count(f"per_batch[{name!r}]", per_batch[name], 1)
+        if sum(sizes.values()) > _MOST:
+            raise ValueError(f"expected sizes to sum to at most 2 ** 62, got {sum(sizes.values())}")
         _check_count("seed", seed, 0)
         _check_count("world_size", world_size, 1)
         _check_count("rank", rank, 0)
@@ -97,8 +101,9 @@ class MixedBatchSampler:
         """Batches from `first_step` on: indices into the concatenation, domain after domain."""
         step = self.first_step
         while self.steps is None or step < self.first_step + self.steps:
-            yield self._batch(step)
-            step += 1
+            steps = _BLOCK if self.steps is None else min(_BLOCK, self.first_step + self.steps - step)
+            yield from self._batches(step, steps)
+            step += steps
 
     def __len__(self) -> int:
         """Number of batches; a TypeError where there is no end."""
@@ -148,24 +153,29 @@ class MixedBatchSampler:
                 )
         return resumed
 
-    def _batch(self, step: int) -> list[int]:
-        batch, offset = [], 0
+    def _batches(self, step: int, steps: int) -> list[list[int]]:
+        """Many steps at once: NumPy's cost is by the call, not by the number."""
+        parts, offset = [], 0
         for name, size in self.sizes.items():
             images = self.per_batch[name]
             first = (step * self.world_size + self.rank) * images
-            batch += [offset + self._draw(name, draw) for draw in range(first, first + images)]
+            later = np.arange(steps)[:, None] * (self.world_size * images) + np.arange(images)
+            parts.append(offset + self._draws(name, first, later))
             offset += size
-        return batch
+        batches: list[list[int]] = np.concatenate(parts, axis=1).tolist()
+        return batches
 
-    def _draw(self, name: str, draw: int) -> int:
-        key = _key(self.seed, name)
+    def _draws(self, name: str, first: int, later: np.ndarray) -> np.ndarray:
+        """The images of draws `first + later` of a domain's stream; int64, in the shape of `later`."""
+        key = np.uint64(_key(self.seed, name))
         cumulative = self._cumulative.get(name)
         if cumulative is not None:
             # 53 bits make a float in [0, 1); `right` never lands on an image of weight 0.
-            uniform = (_mix(key, draw) >> 11) / (1 << 53)
-            return int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-        turn, place = divmod(draw, self.sizes[name])
-        return _permuted(place, self.sizes[name], _round_keys(_mix(key, turn)))
+            uniform = (_mix(key, _wrapped(first) + later.astype(np.uint64)) >> np.uint64(11)) / (1 << 53)
+            return np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
+        turn, place = divmod(first, self.sizes[name])
+        turns, places = np.divmod(place + later, self.sizes[name])
+        return _permuted(places, self.sizes[name], _mix(key, _wrapped(turn) + turns.astype(np.uint64)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, MixedBatchSampler) and self._values() == other._values()
@@ -255,48 +265,51 @@ def rare_class_weights(class_counts: np.ndarray | torch.Tensor, *, temperature: 
     return weights
 
 
-def _permuted(place: int, size: int, keys: Sequence[int]) -> int:
-    """The image at a place of a keyed order of `[0, size)`.
+def _permuted(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """The images at places of orders of `[0, size)`, each order by its key; int64.
 
     A Feistel network permutes `[0, 4 ** bits)`, the smallest such range that holds `size`; a result past the end is
     sent through again until it falls inside, which permutes what is left, and takes fewer than four rounds on average.
     """
-    bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    half = (1 << bits) - 1
-    while True:
-        left, right = place >> bits, place & half
-        for round_key in keys:
-            left, right = right, left ^ (_mix(round_key, right) & half)
-        place = (left << bits) | right
-        if place < size:
-            return place
-
-
-# Cached, since a batch asks for the same few again and again; pure, so that a cache can never be stale.
-@functools.lru_cache(maxsize=256)
-def _round_keys(key: int) -> tuple[int, ...]:
-    return tuple(_mix(key, number) for number in range(_ROUNDS))
+    bits = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
+    half = (np.uint64(1) << bits) - np.uint64(1)
+    rounds = [_mix(keys, np.uint64(number)) for number in range(_ROUNDS)]
+    result = places.astype(np.uint64)
+    outside = np.ones(places.shape, dtype=bool)
+    while outside.any():
+        left, right = result[outside] >> bits, result[outside] & half
+        for key in rounds:
+            left, right = right, left ^ (_mix(key[outside], right) & half)
+        result[outside] = (left << bits) | right
+        outside = result >= size
+    return result.astype(np.int64)
 
 
 @functools.lru_cache(maxsize=256)
 def _key(seed: int, name: str) -> int:
-    key = seed & _MASK
+    key = _wrapped(seed)
     rest = seed >> 64
     while rest:
-        key, rest = _mix(key, rest & _MASK), rest >> 64
+        key, rest = _mix(key, _wrapped(rest)), rest >> 64
     data = name.encode()
     for start in range(0, len(data), 8):
-        key = _mix(key, int.from_bytes(data[start : start + 8], "little"))
-    return _mix(key, len(data))
+        key = _mix(key, np.uint64(int.from_bytes(data[start : start + 8], "little")))
+    return int(_mix(key, np.uint64(len(data))))
 
 
-def _mix(key: int, value: int) -> int:
-    """A 64-bit hash of two integers: the finaliser of SplitMix64 (Steele et al. 2014), twice."""
-    mixed = (key + (value + 1) * 0x9E3779B97F4A7C15) & _MASK
-    for _ in range(2):
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
-        mixed ^= mixed >> 31
+def _wrapped(value: int) -> np.uint64:
+    return np.uint64(value & _MASK)
+
+
+def _mix(key: Any, value: Any) -> Any:
+    """A 64-bit hash of two numbers or arrays of uint64: the finaliser of SplitMix64 (Steele et al. 2014), twice."""
+    # Wrapping around is the arithmetic of the hash; NumPy warns of it for numbers, not for arrays.
+    with np.errstate(over="ignore"):
+        mixed = key + (value + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        for _ in range(2):
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            mixed = mixed ^ (mixed >> np.uint64(31))
     return mixed
 
 
