@@ -34,12 +34,18 @@ def check_labels(labels: Tensor, num_classes: int, *, ignore_index: Optional[int
         ValueError: expected labels in [0, 19) or ignore_index 255, got 19 (2 pixels)
     """
     _check_arguments(labels, num_classes, ignore_index)
-    wide = labels.long()
-    wrong = (wide < 0) | (wide >= num_classes)
-    if ignore_index is not None:
-        wrong &= wide != ignore_index
-    if wrong.any():
-        values, counts = torch.unique(wide[wrong], return_counts=True)
+    ignored = _ignored(labels, ignore_index)
+    _check_values(labels if ignored is None else labels.masked_fill(ignored, 0), num_classes, ignore_index)
+
+
+def _check_values(ids: Tensor, num_classes: int, ignore_index: Optional[int]) -> None:
+    """What `check_labels` promises, of labels whose ignored pixels are a class by now."""
+    if ids.numel() == 0:
+        return
+    low, high = torch.aminmax(ids)
+    if int(low) < 0 or int(high) >= num_classes:
+        wide = ids.long()
+        values, counts = torch.unique(wide[(wide < 0) | (wide >= num_classes)], return_counts=True)
         came = ", ".join(f"{v} ({c} pixel{'s' if c > 1 else ''})" for v, c in zip(values[:5].tolist(), counts.tolist()))
         more = f" and {len(values) - 5} more values" if len(values) > 5 else ""
         or_ignored = "" if ignore_index is None else f" or ignore_index {ignore_index}"
@@ -164,7 +170,7 @@ def _resize(
 ) -> Tensor:
     """The definition of either mode; `[B, h, w]` in the dtype of the labels."""
     if mode == "nearest":
-        if labels.device.type == "cpu":
+        if _is_looked_at(labels):
             # The pixels that no cell takes are looked at too: a wrong label is wrong wherever it lies.
             check_labels(labels, num_classes, ignore_index=ignore_index)
         rows, columns = (_centres(n, to, labels.device) for n, to in zip(labels.shape[1:], (height, width)))
@@ -256,7 +262,7 @@ def _shares(
     ignore_index: Optional[int],
 ) -> Tensor:
     """Weights `[B, K + 1, h, w]` in float64, the last row of ignored pixels; area in units of 1 / (h * w) pixels."""
-    slots = _slots(labels, num_classes, ignore_index)
+    slots = _slots(labels, num_classes, ignore_index, check=True).long()
     device = labels.device
     rows, in_row, row_weights = _overlaps(labels.shape[1], height, mode, align_corners, device)
     columns, in_column, column_weights = _overlaps(labels.shape[2], width, mode, align_corners, device)
@@ -281,15 +287,32 @@ def _(
     return labels.new_empty((labels.shape[0], num_classes + 1, height, width), dtype=torch.float64)
 
 
-def _slots(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> Tensor:
-    """Class of each pixel, or `num_classes` where it has none; int64. Looks at the values on the CPU only."""
-    if labels.device.type == "cpu":
-        check_labels(labels, num_classes, ignore_index=ignore_index)
-    wide = labels.long()
-    taking_part = (wide >= 0) & (wide < num_classes)
-    if ignore_index is not None:
-        taking_part &= wide != ignore_index
-    return torch.where(taking_part, wide, num_classes)
+def _slots(labels: Tensor, num_classes: int, ignore_index: Optional[int], *, check: bool) -> Tensor:
+    """Class of each pixel, or `num_classes` where it has none; looks at the values on the CPU only, and if told to.
+
+    In the dtype of the labels where that holds `num_classes`: eight passes over int64 cost more than those over uint8.
+    """
+    narrow = labels if _holds(labels.dtype, num_classes) else labels.long()
+    ignored = _ignored(narrow, ignore_index)
+    if _is_looked_at(labels):
+        if check:
+            # A class stands in for the ignored pixels while the others are looked at.
+            classes = narrow if ignored is None else narrow.masked_fill(ignored, 0)
+            _check_values(classes, num_classes, ignore_index)
+            return classes if ignored is None else classes.masked_fill_(ignored, num_classes)
+        return narrow if ignored is None else narrow.masked_fill(ignored, num_classes)
+    nowhere = (narrow < 0) | (narrow >= num_classes)
+    return narrow.masked_fill(nowhere if ignored is None else nowhere | ignored, num_classes)
+
+
+def _is_looked_at(labels: Tensor) -> bool:
+    # Elsewhere a look would wait for the device.
+    return labels.device.type == "cpu"
+
+
+def _ignored(labels: Tensor, ignore_index: Optional[int]) -> Optional[Tensor]:
+    # In uint8 a comparison with -1 would match 255.
+    return None if ignore_index is None or not _holds(labels.dtype, ignore_index) else labels == ignore_index
 
 
 def _overlaps(

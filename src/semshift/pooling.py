@@ -6,11 +6,13 @@ Sums and masses add up over images, batches, shards and ranks, so a prototype ov
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from semshift.labels import _check_arguments, _shares, _slots, resize_labels
 
@@ -18,6 +20,8 @@ __all__ = ["ClassSums", "class_sums", "weighted_class_sums"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK = 2**18
+_SMALL = 2**14
+_WIDE = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +158,7 @@ def class_sums(
             )
         else:
             return _resampled(features, labels, num_classes, ignore_index, resample, align_corners, per_image)
-    sums, mass = _hard_sums(features, labels, num_classes, ignore_index, per_image)
+    sums, mass = _class_sums(features, labels, num_classes, ignore_index, per_image)
     # At equal sizes an area is a pixel; only the dtype of the mass tells the modes apart.
     return ClassSums(sums, mass.to(sums.dtype) if resample == "area" else mass)
 
@@ -222,44 +226,131 @@ def _resampled(
         return pooled
     # Interpolation weights sum to one for each label pixel, so the mass is a count, and counts are exact.
     nothing = features.new_empty((labels.shape[0], 0, *labels.shape[1:]))
-    _, mass = _hard_sums(nothing, labels, num_classes, ignore_index, per_image)
+    _, mass = _class_sums(nothing, labels, num_classes, ignore_index, per_image)
     return ClassSums(pooled.sums, mass)
 
 
-@torch.library.custom_op("semshift::class_sums", mutates_args=())
-def _hard_sums(
+# Defined by hand, since the wrapper of `torch.library.custom_op` costs a small call more than all of its arithmetic.
+_LIBRARY = torch.library.Library("semshift", "FRAGMENT")
+_LIBRARY.define(
+    "class_sums(Tensor features, Tensor labels, SymInt num_classes, int? ignore_index, bool per_image) "
+    "-> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "spread_rows(Tensor rows, Tensor labels, SymInt num_classes, int? ignore_index, bool per_image, "
+    "bool channels_last) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_class_sums = torch.ops.semshift.class_sums.default
+_spread_rows = torch.ops.semshift.spread_rows.default
+
+
+@torch.library.impl(_LIBRARY, "class_sums", "CompositeExplicitAutograd")
+def _add_up(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
 ) -> tuple[Tensor, Tensor]:
     """The definition: add the feature of each pixel to the row of its class."""
     images, channels = features.shape[:2]
-    # A last axis of one, so that there is something to flatten in features `[B, C]` too.
-    slots = _slots(labels, num_classes, ignore_index).unsqueeze(-1).flatten(1)
     dtype = _sum_dtype(features.dtype)
-    # Half precision is widened a block of pixels at a time, which stays in the cache; the others are read as they lie.
-    block = max(1, slots.shape[1] if features.dtype == dtype else _BLOCK // max(1, channels))
     # One row more than classes swallows the pixels that take no part, so that they need no masking.
-    groups = images if per_image else 1
-    mass = labels.new_zeros((groups, num_classes + 1), dtype=torch.int64)
-    # The accumulator lies as the features do: adding across the grain takes three times as long.
+    num_rows = (images if per_image else 1) * (num_classes + 1)
+    keys = _keys(labels, num_classes, ignore_index, per_image, check=True)
+    mass = _count(keys.flatten(), num_rows)
+    pixels = features.movedim(1, -1)
     by_pixel = _channels_last(features)
-    shape = (num_classes + 1, channels) if by_pixel else (channels, num_classes + 1)
-    sums = features.new_zeros((groups, *shape), dtype=dtype)
-    for image, slot in enumerate(slots):
-        group = image if per_image else 0
-        mass[group].index_add_(0, slot, torch.ones_like(slot))
-        pixels = features[image].unsqueeze(-1).flatten(1)
-        for part, to in zip(torch.split(pixels, block, dim=1), torch.split(slot, block)):
-            wide = part.to(dtype)
-            if by_pixel:
-                sums[group].index_add_(0, to, wide.mT)
-            else:
-                sums[group].index_add_(1, to, wide)
-    sums = sums if by_pixel else sums.mT
-    sums, mass = sums[:, :-1].contiguous(), mass[:, :-1].contiguous()
-    return (sums, mass) if per_image else (sums[0], mass[0])
+    widened = channels if dtype != features.dtype else 0
+    if features.numel() <= _SMALL:
+        # A copy costs less than the steps of the others.
+        sums = features.new_zeros((num_rows, channels), dtype=dtype)
+        sums.index_add_(0, keys.flatten().long(), pixels.flatten(0, -2).to(dtype))
+    elif by_pixel and channels < _WIDE and _in_bags(pixels):
+        order = keys.flatten().to(torch.uint8 if num_rows <= 256 else torch.int32).argsort(stable=True)
+        sums = embedding_bag(order, pixels.flatten(0, -2), mass.cumsum(0) - mass, mode="sum")
+    elif by_pixel:
+        sums = features.new_zeros((num_rows, channels), dtype=dtype)
+        for part, to in _runs(pixels, keys.long(), widened):
+            sums.index_add_(0, to, part.to(dtype))
+    else:
+        keys, lanes = _in_lanes(keys, num_rows)
+        sums = features.new_zeros((channels, lanes * num_rows), dtype=dtype)
+        for part, to in _runs(pixels, keys, widened):
+            sums.index_add_(1, to, part.mT.to(dtype))
+        sums = sums.view(channels, lanes, num_rows).sum(1).mT if lanes > 1 else sums.mT
+    if per_image:
+        sums, mass = sums.reshape(images, num_classes + 1, channels), mass.view(images, num_classes + 1)
+        return sums[:, :num_classes].contiguous(), mass[:, :num_classes].contiguous()
+    return sums[:num_classes].contiguous(), mass[:num_classes]
 
 
-@_hard_sums.register_fake
+@torch.library.impl(_LIBRARY, "spread_rows", "CompositeExplicitAutograd")
+def _spread(
+    rows: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool, channels_last: bool
+) -> Tensor:
+    """The adjoint: give each pixel the row of its class, and 0 to those that take no part; `[B, C, *S]`."""
+    images, channels = labels.shape[0], rows.shape[-1]
+    padded = torch.cat([rows, rows.new_zeros((*rows.shape[:-2], 1, channels))], dim=-2)
+    if channels_last:
+        keys = _keys(labels, num_classes, ignore_index, per_image, check=False)
+        spread = padded.flatten(0, -2).index_select(0, keys.flatten().long())
+        return spread.view(*labels.shape, channels).movedim(-1, 1)
+    keys = _keys(labels, num_classes, ignore_index, False, check=False).long()
+    keys = keys.unsqueeze(-1).flatten(1)[:, None].expand(images, channels, -1)
+    table = padded.mT.contiguous().expand(images, channels, num_classes + 1)
+    return table.gather(2, keys).view(images, channels, *labels.shape[1:])
+
+
+def _keys(labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool, *, check: bool) -> Tensor:
+    """The row of each pixel in a table of `num_classes + 1` rows, one after another for each image if asked for."""
+    keys = _slots(labels, num_classes, ignore_index, check=check)
+    if per_image:
+        first = torch.arange(len(labels), device=labels.device) * (num_classes + 1)
+        keys = keys + first.view(-1, *[1] * (labels.dim() - 1))
+    return keys
+
+
+def _count(keys: Tensor, rows: int) -> Tensor:
+    if keys.device.type == "cpu":
+        return torch.bincount(keys, minlength=rows)
+    # On CUDA a bincount waits for the device, to find its largest key.
+    return keys.new_zeros(rows, dtype=torch.int64).index_add_(0, keys.long(), torch.ones_like(keys, dtype=torch.int64))
+
+
+def _in_bags(pixels: Tensor) -> bool:
+    return pixels.device.type == "cpu" and pixels.dtype == torch.float32 and pixels.is_contiguous()
+
+
+def _in_lanes(keys: Tensor, num_rows: int) -> tuple[Tensor, int]:
+    """Neighbours are mostly of one class, and each would wait for the last one's sum: let them take turns at several."""
+    lanes = min(8, 1024 // num_rows)
+    if lanes < 2 or keys.device.type != "cpu":
+        return keys.long(), 1
+    size = keys.shape[1:]
+    turns = (torch.arange(lanes) * num_rows).repeat(math.ceil(math.prod(size) / lanes))
+    return keys + turns[: math.prod(size)].view(size), lanes
+
+
+def _runs(pixels: Tensor, keys: Tensor, widened: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views `[n, C]` of `[*S, C]` with keys `[n]`, as long as the strides allow: nothing is copied.
+
+    Those that will be widened come in blocks, whose copies stay in the cache.
+    """
+    size, stride = pixels.shape[:-1], pixels.stride()
+    # How far apart the images lie does not matter where there is one.
+    outer = 1 if size[0] == 1 else 0
+    if any(stride[i] != stride[i + 1] * size[i + 1] for i in range(outer, len(size) - 1)):
+        for part, to in zip(pixels, keys):
+            yield from _runs(part, to, widened)
+        return
+    rows, flat = pixels.view(math.prod(size), pixels.shape[-1]), keys.reshape(-1)
+    block = max(1, _BLOCK // widened) if widened else len(flat)
+    if block < len(flat):
+        yield from zip(rows.split(block), flat.split(block))
+    else:
+        yield rows, flat
+
+
+@torch.library.register_fake("semshift::class_sums")
 def _(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
 ) -> tuple[Tensor, Tensor]:
@@ -268,50 +359,62 @@ def _(
     return sums, labels.new_empty(rows, dtype=torch.int64)
 
 
-def _hard_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    features, labels, ctx.num_classes, ctx.ignore_index, ctx.per_image = inputs
-    ctx.save_for_backward(labels)
-    ctx.shape, ctx.dtype = features.shape, features.dtype
-    ctx.channels_last = _channels_last(features)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _hard_backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
-    (labels,) = ctx.saved_tensors
-    # Rounding the rows is rounding each pixel's copy of them, at a fraction of the memory.
-    rows = grad_sums.to(ctx.dtype)
-    grad = _spread(rows, labels, ctx.num_classes, ctx.ignore_index, ctx.per_image, ctx.channels_last)
-    return grad, None, None, None, None
-
-
-def _spread(
-    rows: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    ignore_index: Optional[int],
-    per_image: bool,
-    channels_last: bool,
+@torch.library.register_fake("semshift::spread_rows")
+def _(
+    rows: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool, channels_last: bool
 ) -> Tensor:
-    """The adjoint of pooling: give each pixel the row of its class, and 0 to the others; `[B, C, *S]`."""
-    wide = labels.long()
-    taking_part = (wide >= 0) & (wide < num_classes)
-    if ignore_index is not None:
-        taking_part &= wide != ignore_index
-    slots = torch.where(taking_part, wide, num_classes)
-    images, channels = labels.shape[0], rows.shape[-1]
-    padded = torch.cat([rows, rows.new_zeros((*rows.shape[:-2], 1, channels))], dim=-2)
+    channels = rows.shape[-1]
     if channels_last:
-        if per_image:
-            offsets = torch.arange(images, device=labels.device) * (num_classes + 1)
-            slots = slots + offsets.view(-1, *[1] * (labels.dim() - 1))
-        spread = padded.flatten(0, -2).index_select(0, slots.flatten())
-        return spread.view(*labels.shape, channels).movedim(-1, 1)
-    slots = slots.unsqueeze(-1).flatten(1)[:, None].expand(images, channels, -1)
-    table = padded.mT.contiguous().expand(images, channels, num_classes + 1)
-    return table.gather(2, slots).view(images, channels, *labels.shape[1:])
+        return rows.new_empty((*labels.shape, channels)).movedim(-1, 1)
+    return rows.new_empty((labels.shape[0], channels, *labels.shape[1:]))
 
 
-_hard_sums.register_autograd(_hard_backward, setup_context=_hard_setup)
+class _ClassSums(torch.autograd.Function):
+    """Pooling with its backward; the two ops are each other's, to any order."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(labels)
+        ctx.options, ctx.dtype, ctx.channels_last = options, features.dtype, _channels_last(features)
+        with torch._C._AutoDispatchBelowAutograd():
+            sums, mass = _class_sums(features, labels, *options)
+        ctx.mark_non_differentiable(mass)
+        return sums, mass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
+        # Rounding the rows is rounding each pixel's copy of them, at a fraction of the memory.
+        return _spread_rows(grad.to(ctx.dtype), *ctx.saved_tensors, *ctx.options, ctx.channels_last), *[None] * 4
+
+
+class _SpreadRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, labels: Tensor, *options: Any) -> Tensor:
+        ctx.save_for_backward(labels)
+        ctx.options, ctx.dtype = options[:-1], rows.dtype
+        with torch._C._AutoDispatchBelowAutograd():
+            spread: Tensor = _spread_rows(rows, labels, *options)
+        return spread
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
+        return _class_sums(grad, *ctx.saved_tensors, *ctx.options)[0].to(ctx.dtype), *[None] * 5
+
+
+@torch.library.impl(_LIBRARY, "class_sums", "Autograd")
+def _(features: Tensor, *arguments: Any) -> Any:
+    if features.requires_grad and torch.is_grad_enabled():
+        return _ClassSums.apply(features, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _class_sums(features, *arguments)
+
+
+@torch.library.impl(_LIBRARY, "spread_rows", "Autograd")
+def _(rows: Tensor, *arguments: Any) -> Any:
+    if rows.requires_grad and torch.is_grad_enabled():
+        return _SpreadRows.apply(rows, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _spread_rows(rows, *arguments)
 
 
 @torch.library.custom_op("semshift::soft_class_sums", mutates_args=())

@@ -172,7 +172,8 @@ class MixedBatchSampler:
         if cumulative is not None:
             # 53 bits make a float in [0, 1); `right` never lands on an image of weight 0.
             uniform = (_mix(key, _wrapped(first) + later.astype(np.uint64)) >> np.uint64(11)) / (1 << 53)
-            return np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
+            images: np.ndarray = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
+            return images
         turn, place = divmod(first, self.sizes[name])
         turns, places = np.divmod(place + later, self.sizes[name])
         return _permuted(places, self.sizes[name], _mix(key, _wrapped(turn) + turns.astype(np.uint64)))
@@ -298,7 +299,8 @@ def _key(seed: int, name: str) -> int:
 
 
 def _wrapped(value: int) -> np.uint64:
-    return np.uint64(value & _MASK)
+    wrapped: np.uint64 = np.uint64(value & _MASK)
+    return wrapped
 
 
 def _mix(key: Any, value: Any) -> Any:
