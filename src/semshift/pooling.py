@@ -4,6 +4,7 @@ Sums and masses add up over images, batches, shards and ranks, so a prototype ov
 `(a + b).means`, never the mean of means.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK = 2**18
 _SMALL = 2**14
 _WIDE = 512
+_FEW = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -348,6 +350,34 @@ def _runs(pixels: Tensor, keys: Tensor, widened: int) -> Iterator[tuple[Tensor, 
         yield from zip(rows.split(block), flat.split(block))
     else:
         yield rows, flat
+
+
+@functools.lru_cache(maxsize=1)
+def _kernels() -> Any:
+    """Triton's kernels, imported where they are first needed; None without Triton."""
+    try:
+        from semshift import _pooling_triton
+    except ImportError:
+        return None
+    return _pooling_triton
+
+
+@torch.library.impl(_LIBRARY, "class_sums", "CUDA")
+def _(features: Tensor, labels: Tensor, num_classes: int, *options: Any) -> tuple[Tensor, Tensor]:
+    kernels = _kernels()
+    # Sums of many classes are scattered in no fixed order.
+    settled = num_classes <= _FEW or not torch.are_deterministic_algorithms_enabled()
+    body = kernels.add_up if kernels and settled and kernels.takes(features) else _add_up
+    sums, mass = body(features, labels, num_classes, *options)
+    return sums, mass
+
+
+@torch.library.impl(_LIBRARY, "spread_rows", "CUDA")
+def _(rows: Tensor, *arguments: Any) -> Tensor:
+    kernels = _kernels()
+    body = kernels.spread if kernels and rows.dtype != torch.float64 else _spread
+    spread: Tensor = body(rows, *arguments)
+    return spread
 
 
 @torch.library.register_fake("semshift::class_sums")
