@@ -266,12 +266,16 @@ def _shares(
     device = labels.device
     rows, in_row, row_weights = _overlaps(labels.shape[1], height, mode, align_corners, device)
     columns, in_column, column_weights = _overlaps(labels.shape[2], width, mode, align_corners, device)
-    cells = in_row[:, None] * width + in_column
-    weights = (row_weights[:, None] * column_weights).flatten()
-    shares = labels.new_zeros((len(labels), (num_classes + 1) * height * width), dtype=torch.float64)
+    # Column by column first, so that no pixel is met more than twice, then whole rows at a time.
+    shares = labels.new_zeros((len(labels), height, (num_classes + 1) * width), dtype=torch.float64)
+    line = torch.arange(labels.shape[1], device=device)[:, None] * ((num_classes + 1) * width)
     for share, slot in zip(shares, slots):
-        share.index_add_(0, (slot[rows][:, columns] * (height * width) + cells).flatten(), weights)
-    return shares.view(len(labels), num_classes + 1, height, width)
+        across = share.new_zeros((labels.shape[1], (num_classes + 1) * width))
+        to = torch.addcmul(line + in_column, slot[:, columns], torch.tensor(width, device=device))
+        across.view(-1).index_add_(0, to.flatten(), column_weights.expand(labels.shape[1], -1).flatten())
+        share.index_add_(0, in_row, across[rows] * row_weights[:, None])
+    shares = shares.view(len(labels), height, num_classes + 1, width).movedim(2, 1)
+    return shares.contiguous()
 
 
 @_shares.register_fake

@@ -24,6 +24,7 @@ _BLOCK = 2**18
 _SMALL = 2**14
 _WIDE = 512
 _FEW = 256
+_PRODUCT = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,23 +258,27 @@ def _add_up(
     dtype = _sum_dtype(features.dtype)
     # One row more than classes swallows the pixels that take no part, so that they need no masking.
     num_rows = (images if per_image else 1) * (num_classes + 1)
-    keys = _keys(labels, num_classes, ignore_index, per_image, check=True)
+    slots = _slots(labels, num_classes, ignore_index, check=True)
+    keys = _by_image(slots, num_classes) if per_image else slots
     mass = _count(keys.flatten(), num_rows)
     pixels = features.movedim(1, -1)
     by_pixel = _channels_last(features)
     widened = channels if dtype != features.dtype else 0
+    sums = None
     if features.numel() <= _SMALL:
         # A copy costs less than the steps of the others.
         sums = features.new_zeros((num_rows, channels), dtype=dtype)
         sums.index_add_(0, keys.flatten().long(), pixels.flatten(0, -2).to(dtype))
-    elif by_pixel and channels < _WIDE and _in_bags(pixels):
-        order = keys.flatten().to(torch.uint8 if num_rows <= 256 else torch.int32).argsort(stable=True)
+    elif by_pixel and channels < _WIDE and num_rows <= _FEW and _in_bags(pixels):
+        order = keys.flatten().to(torch.uint8).argsort(stable=True)
         sums = embedding_bag(order, pixels.flatten(0, -2), mass.cumsum(0) - mass, mode="sum")
     elif by_pixel:
         sums = features.new_zeros((num_rows, channels), dtype=dtype)
         for part, to in _runs(pixels, keys.long(), widened):
             sums.index_add_(0, to, part.to(dtype))
-    else:
+    elif num_classes <= _PRODUCT and channels >= 64 and not widened and features.is_contiguous():
+        sums = _product(features, slots, num_classes, per_image)
+    if sums is None:
         keys, lanes = _in_lanes(keys, num_rows)
         sums = features.new_zeros((channels, lanes * num_rows), dtype=dtype)
         for part, to in _runs(pixels, keys, widened):
@@ -291,24 +296,37 @@ def _spread(
 ) -> Tensor:
     """The adjoint: give each pixel the row of its class, and 0 to those that take no part; `[B, C, *S]`."""
     images, channels = labels.shape[0], rows.shape[-1]
+    slots = _slots(labels, num_classes, ignore_index, check=False)
     padded = torch.cat([rows, rows.new_zeros((*rows.shape[:-2], 1, channels))], dim=-2)
     if channels_last:
-        keys = _keys(labels, num_classes, ignore_index, per_image, check=False)
+        keys = _by_image(slots, num_classes) if per_image else slots
         spread = padded.flatten(0, -2).index_select(0, keys.flatten().long())
         return spread.view(*labels.shape, channels).movedim(-1, 1)
-    keys = _keys(labels, num_classes, ignore_index, False, check=False).long()
-    keys = keys.unsqueeze(-1).flatten(1)[:, None].expand(images, channels, -1)
+    keys = slots.long().unsqueeze(-1).flatten(1)[:, None].expand(images, channels, -1)
     table = padded.mT.contiguous().expand(images, channels, num_classes + 1)
     return table.gather(2, keys).view(images, channels, *labels.shape[1:])
 
 
-def _keys(labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool, *, check: bool) -> Tensor:
-    """The row of each pixel in a table of `num_classes + 1` rows, one after another for each image if asked for."""
-    keys = _slots(labels, num_classes, ignore_index, check=check)
-    if per_image:
-        first = torch.arange(len(labels), device=labels.device) * (num_classes + 1)
-        keys = keys + first.view(-1, *[1] * (labels.dim() - 1))
-    return keys
+def _by_image(slots: Tensor, num_classes: int) -> Tensor:
+    """Rows of one table for all images, `num_classes + 1` of them for each."""
+    first = torch.arange(len(slots), device=slots.device) * (num_classes + 1)
+    return slots + first.view(-1, *[1] * (slots.dim() - 1))
+
+
+def _product(features: Tensor, slots: Tensor, num_classes: int, per_image: bool) -> Optional[Tensor]:
+    """Sums as one-hot labels times features, with a last row for no class; None where that would not be exact."""
+    if features.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
+        return None
+    images, channels = features.shape[:2]
+    hot = features.new_zeros((images, num_classes + 1, slots[0].numel()))
+    hot.scatter_(1, slots.flatten(1).long()[:, None], 1)
+    sums = features.new_zeros((images, num_classes + 1, channels))
+    with torch.autocast("cpu", enabled=False):
+        sums[:, :num_classes] = torch.bmm(hot[:, :num_classes], features.flatten(2).mT)
+    # In a product, 0 * inf reaches every class.
+    if not sums.isfinite().all():
+        return None
+    return sums.flatten(0, 1) if per_image else sums.sum(0)
 
 
 def _count(keys: Tensor, rows: int) -> Tensor:
@@ -324,7 +342,7 @@ def _in_bags(pixels: Tensor) -> bool:
 
 def _in_lanes(keys: Tensor, num_rows: int) -> tuple[Tensor, int]:
     """Neighbours are mostly of one class, and each would wait for the last one's sum: let them take turns at several."""
-    lanes = min(8, 1024 // num_rows)
+    lanes = min(8, 4096 // num_rows)
     if lanes < 2 or keys.device.type != "cpu":
         return keys.long(), 1
     size = keys.shape[1:]

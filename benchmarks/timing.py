@@ -1,0 +1,80 @@
+"""What the benchmarks share: interleaved medians, peak memory, and a head that says where a table comes from."""
+
+import datetime
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+import semshift
+
+__all__ = ["head", "medians", "peak_mib", "table"]
+
+
+def head(device: str) -> str:
+    """One line: date, device, threads and versions."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        cpu = Path("/proc/cpuinfo")
+        models = [line for line in cpu.read_text().splitlines() if "model name" in line] if cpu.exists() else []
+        name = models[0].split(":")[1].strip() if models else platform.processor()
+        name = f"{name}, {torch.get_num_threads()} threads"
+    return (
+        f"{datetime.date.today()}, {name}, torch {torch.__version__}, semshift {semshift.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def medians(runs: Mapping[str, Callable[[], object]], reps: int, device: str) -> dict[str, float]:
+    """Median seconds of each, all of them once in every round, the first round left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(reps + 1):
+        for name, run in runs.items():
+            _wait(device)
+            begin = time.perf_counter()
+            kept = run()
+            _wait(device)
+            seconds[name].append(time.perf_counter() - begin)
+            del kept
+    return {name: statistics.median(of[1:]) for name, of in seconds.items()}
+
+
+def peak_mib(run: Callable[[], object], device: str) -> float | None:
+    """MiB that a call takes at its peak beyond what is held before it; None where the system does not say."""
+    if device == "cuda":
+        run()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if sys.platform != "linux":
+        return None
+    run()
+    # Linux forgets the high-water mark on this.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    run()
+    return max(0.0, _status("VmHWM") - before)
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """Markdown, the columns after the first to the right."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
