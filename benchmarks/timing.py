@@ -1,9 +1,9 @@
 """What the benchmarks share: interleaved medians, peak memory, and a head that says where a table comes from."""
 
+import ctypes
 import datetime
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 
 import semshift
 
-__all__ = ["head", "medians", "peak_mib", "table"]
+__all__ = ["head", "medians", "peak_mib", "resident_mib", "table"]
 
 
 def head(device: str) -> str:
@@ -31,9 +31,13 @@ def head(device: str) -> str:
 
 
 def medians(runs: Mapping[str, Callable[[], object]], reps: int, device: str) -> dict[str, float]:
-    """Median seconds of each, all of them once in every round, the first round left out."""
+    """Median seconds of each, all of them once in every round, the first round left out.
+
+    Rounds that take less than a tenth of a second come five times as often, since their noise is that much larger.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(reps + 1):
+    left = reps + 1
+    while left:
         for name, run in runs.items():
             _wait(device)
             begin = time.perf_counter()
@@ -41,6 +45,9 @@ def medians(runs: Mapping[str, Callable[[], object]], reps: int, device: str) ->
             _wait(device)
             seconds[name].append(time.perf_counter() - begin)
             del kept
+        first = left == reps + 1 and len(seconds[name]) == 1
+        left += 4 * reps if first and sum(of[0] for of in seconds.values()) < 0.1 else 0
+        left -= 1
     return {name: statistics.median(of[1:]) for name, of in seconds.items()}
 
 
@@ -49,19 +56,29 @@ def peak_mib(run: Callable[[], object], device: str) -> float | None:
     if device == "cuda":
         run()
         torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
         torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if sys.platform != "linux":
-        return None
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
     run()
+    before = resident_mib()
+    if before is None:
+        return None
     # Linux forgets the high-water mark on this.
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
     run()
     return max(0.0, _status("VmHWM") - before)
+
+
+def resident_mib() -> float | None:
+    """MiB of the process in memory, without what the allocator only keeps; None where the system does not say."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    return _status("VmRSS")
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:

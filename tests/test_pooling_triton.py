@@ -15,7 +15,7 @@ from torch import Tensor
 from semshift.pooling import _add_up, class_sums
 
 pytest.importorskip("triton", reason="because the kernels need Triton")
-from semshift import _pooling_triton as kernels  # noqa: E402
+from semshift import _pooling_triton as kernels
 
 # The interpreter computes in NumPy, which warns of the arithmetic that non-finite features ask for.
 pytestmark = [

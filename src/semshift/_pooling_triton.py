@@ -164,7 +164,7 @@ def _planes(features: Tensor, per_image: bool) -> Optional[dict[str, Any]]:
 
 
 @triton.jit
-def _pixels_at(n, width, row_pixels_stride, pixel_stride, FLAT: tl.constexpr):  # noqa: N803
+def _pixels_at(n, width, row_pixels_stride, pixel_stride, FLAT: tl.constexpr):
     n = n.to(tl.int64)
     if FLAT:
         return n * pixel_stride
@@ -180,7 +180,7 @@ def _keys(labels, image, pixels, n, num_classes, ignore_index):
 
 
 @triton.jit
-def _product(x, hot, sums, INTERPRETED: tl.constexpr):  # noqa: N803
+def _product(x, hot, sums, INTERPRETED: tl.constexpr):
     if INTERPRETED:
         # Triton's interpreter would multiply the bit patterns of bfloat16.
         return tl.dot(x.to(tl.float32), hot.to(tl.float32), sums)
@@ -205,11 +205,11 @@ def _product_kernel(
     ignore_index,
     spans,
     span,
-    FLAT: tl.constexpr,  # noqa: N803
-    INTERPRETED: tl.constexpr,  # noqa: N803
-    WIDE_K: tl.constexpr,  # noqa: N803
-    BLOCK_C: tl.constexpr,  # noqa: N803
-    BLOCK_N: tl.constexpr,  # noqa: N803
+    FLAT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    WIDE_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     image = program // spans
@@ -276,9 +276,9 @@ def _scatter_kernel(
     rows_apart,
     row_stride,
     channel_stride,
-    FLAT: tl.constexpr,  # noqa: N803
-    BLOCK_C: tl.constexpr,  # noqa: N803
-    BLOCK_N: tl.constexpr,  # noqa: N803
+    FLAT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     image = program // spans
@@ -315,9 +315,9 @@ def _spread_kernel(
     rows_apart,
     row_stride,
     channel_stride,
-    FLAT: tl.constexpr,  # noqa: N803
-    BLOCK_C: tl.constexpr,  # noqa: N803
-    BLOCK_N: tl.constexpr,  # noqa: N803
+    FLAT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     image = program // spans

@@ -260,7 +260,8 @@ def _add_up(
     num_rows = (images if per_image else 1) * (num_classes + 1)
     slots = _slots(labels, num_classes, ignore_index, check=True)
     keys = _by_image(slots, num_classes) if per_image else slots
-    mass = _count(keys.flatten(), num_rows)
+    flat = keys.flatten()
+    mass = _count(flat, num_rows)
     pixels = features.movedim(1, -1)
     by_pixel = _channels_last(features)
     widened = channels if dtype != features.dtype else 0
@@ -268,9 +269,9 @@ def _add_up(
     if features.numel() <= _SMALL:
         # A copy costs less than the steps of the others.
         sums = features.new_zeros((num_rows, channels), dtype=dtype)
-        sums.index_add_(0, keys.flatten().long(), pixels.flatten(0, -2).to(dtype))
+        sums.index_add_(0, flat.long(), pixels.flatten(0, -2).to(dtype))
     elif by_pixel and channels < _WIDE and num_rows <= _FEW and _in_bags(pixels):
-        order = keys.flatten().to(torch.uint8).argsort(stable=True)
+        order = flat.to(torch.uint8).argsort(stable=True)
         sums = embedding_bag(order, pixels.flatten(0, -2), mass.cumsum(0) - mass, mode="sum")
     elif by_pixel:
         sums = features.new_zeros((num_rows, channels), dtype=dtype)
@@ -341,7 +342,7 @@ def _in_bags(pixels: Tensor) -> bool:
 
 
 def _in_lanes(keys: Tensor, num_rows: int) -> tuple[Tensor, int]:
-    """Neighbours are mostly of one class, and each would wait for the last one's sum: let them take turns at several."""
+    """Neighbours are mostly of one class and would wait for each other's sum: they take turns at several."""
     lanes = min(8, 4096 // num_rows)
     if lanes < 2 or keys.device.type != "cpu":
         return keys.long(), 1
