@@ -181,6 +181,27 @@ def test_float32_of_other_inputs(name, dtype):
     assert narrow.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("name", CRITICS)
+def test_a_double_discriminator_stays_double(name):
+    critic, inputs = built(name)
+    logits, exact = critic(inputs), critic.double()(inputs)
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(logits, exact.float())
+
+
+@pytest.mark.parametrize("name", CRITICS)
+def test_shapes_are_found_without_data(name):
+    """There is no autocast on `meta`, and naming it there is an error."""
+    critic, inputs = built(name)
+    assert critic.to("meta")(inputs.to("meta")).shape == CRITICS[name][0]()(inputs).shape
+
+
+def test_full_graph():
+    critic, inputs = built("rows")
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(critic, fullgraph=True, backend="aot_eager")(inputs), critic(inputs))
+
+
 # Errors.
 
 MAKERS = {
@@ -208,10 +229,26 @@ def test_bad_counts(make, name, bad, error, rule):
         make(**arguments)
 
 
-def test_bad_conditioning():
-    message = "expected conditioning to be one of none, per-class, class-and-domain, got 'class'"
+@pytest.mark.parametrize("conditioning", ["class", ["none"]])
+def test_bad_conditioning(conditioning):
+    message = f"expected conditioning to be one of none, per-class, class-and-domain, got {conditioning!r}"
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
-        PrototypeDiscriminator(2, 2, conditioning="class")
+        PrototypeDiscriminator(2, 2, conditioning=conditioning)
+
+
+# The last is like a generator, which a check would use up: no hidden layer would be left.
+@pytest.mark.parametrize("hidden", [8, "88", {8: 8}.keys()])
+@pytest.mark.parametrize("make", [PrototypeDiscriminator, ClassPixelDiscriminator])
+def test_bad_widths(make, hidden):
+    message = f"expected hidden_channels to be a sequence of ints, got {hidden!r}"
+    with pytest.raises(TypeError, match="^" + re.escape(message) + "$"):
+        make(4, 2, hidden_channels=hidden)
+
+
+@pytest.mark.parametrize("name", CRITICS)
+def test_bad_spectral_norm(name):
+    with pytest.raises(TypeError, match=r"^expected spectral_norm to be a bool, got 'no'$"):
+        built(name, spectral_norm="no")
 
 
 @pytest.mark.parametrize(
@@ -232,6 +269,21 @@ def test_bad_inputs(name, shape, message):
     critic, _ = built(name)
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         critic(torch.rand(shape))
+
+
+@pytest.mark.parametrize(("name", "what"), [("maps", "maps"), ("rows", "prototypes"), ("pixels", "features")])
+def test_inputs_of_another_kind(name, what):
+    critic, inputs = built(name)
+    for wrong, error, rule in (
+        (inputs.tolist(), TypeError, f"{what} to be a tensor, got list"),
+        (inputs.long(), TypeError, f"{what} to be floating point, got torch.int64"),
+        (inputs.to("meta"), ValueError, f"{what} and the discriminator on one device, got meta and cpu"),
+    ):
+        with pytest.raises(error, match="^" + re.escape(f"expected {rule}") + "$"):
+            critic(wrong)
+    message = "expected a discriminator in float32, which it is to stay in, got torch.bfloat16"
+    with pytest.raises(TypeError, match="^" + re.escape(message) + "$"):
+        critic.bfloat16()(inputs)
 
 
 # frozen.
@@ -274,6 +326,17 @@ def test_frozen_equals_the_module(spectral_norm):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+def test_frozen_follows_the_parameters_as_they_are_trained():
+    critic, inputs = built("rows")
+    judge = frozen(critic)
+    before = judge(inputs)
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            parameter.mul_(2)
+    assert torch.equal(judge(inputs), critic(inputs))
+    assert not torch.equal(judge(inputs), before)
+
+
 def test_frozen_second_order_while_training():
     critic, inputs = built("maps", spectral_norm=True)
     before = state(critic)
@@ -312,15 +375,19 @@ def test_frozen_beside_training_in_one_backward():
 def test_frozen_under_data_parallel(one_rank):
     critic, source = built("rows-per-class")
     wrapped = DistributedDataParallel(critic)
+    passes = []
+    wrapped.register_forward_pre_hook(lambda *_: passes.append("forward"))
     target = torch.randn_like(source).requires_grad_()
     (expected,) = torch.autograd.grad(confusion_loss(critic(target)), target)
     for _ in range(2):
         target.grad = None
         wrapped.zero_grad()
-        # The wrapper's reducer must not wait for the pass that it has not seen.
+        passes.clear()
         confusion_loss(frozen(wrapped)(target)).backward()
         assert torch.equal(target.grad, expected)
         assert all(p.grad is None for p in wrapped.parameters())
+        # Of this pass the wrapper, which talks to other ranks, is to see nothing.
+        assert not passes
         discriminator_loss(wrapped(source), wrapped(target.detach())).backward()
         assert all(p.grad.abs().sum() > 0 for p in wrapped.parameters())
 

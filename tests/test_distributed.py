@@ -47,7 +47,10 @@ def work(rank, folder):
     total.backward(sent_by(rank))
     found |= {"total": total.detach(), "input": x.detach(), "gradient": x.grad}
     found["counts"] = all_reduce_sum(torch.tensor([2**53 + rank, rank]))
-    found["strided"] = all_reduce_sum(torch.full((1, 1), rank + 1.0).expand(3, 2))
+    # The same matrix, which lies otherwise in each rank's memory.
+    matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    found["strided"] = all_reduce_sum(matrix if rank == 0 else matrix.T.contiguous().T)
+    found["expanded"] = all_reduce_sum(torch.full((1, 1), rank + 1.0).expand(3, 2))
     alone = [dist.new_group([r]) for r in range(WORLD)][rank]
     found["alone"] = all_reduce_sum(x, group=alone).detach()
     # Of (sum x)^3 on each rank: the first derivative is W 3 s^2, the second of its sum over ranks W^2 6 s.
@@ -98,9 +101,11 @@ def test_a_group_of_one(one_rank):
     assert not counts.requires_grad
 
 
-def test_it_wants_a_tensor():
+def test_it_wants_a_tensor_of_numbers():
     with pytest.raises(TypeError, match=r"^expected tensor to be a torch\.Tensor, got float$"):
         all_reduce_sum(1.0)
+    with pytest.raises(TypeError, match=r"^expected tensor to hold numbers, got torch\.bool$"):
+        all_reduce_sum(torch.ones(2, dtype=torch.bool))
 
 
 @pytest.mark.slow
@@ -109,7 +114,8 @@ class TestTwoRanks:
         for found in ranks:
             assert torch.equal(found["total"], torch.tensor([[12.0, 14.0], [16.0, 18.0]], dtype=torch.float64))
             assert torch.equal(found["counts"], torch.tensor([2**54 + 1, 1]))
-            assert torch.equal(found["strided"], torch.full((3, 2), 3.0))
+            assert torch.equal(found["strided"], torch.tensor([[2.0, 4.0], [6.0, 8.0]]))
+            assert torch.equal(found["expanded"], torch.full((3, 2), 3.0))
 
     def test_the_input_is_left_alone_and_a_group_of_one_adds_nothing(self, ranks):
         for rank, found in enumerate(ranks):

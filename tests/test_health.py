@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semshift.health import DomainAccuracy, class_domain_accuracy, domain_accuracy, gradient_norm, prototype_distance
+from semshift.losses import confusion_loss
 
 NAN = math.nan
 LOGITS = st.floats(-3, 3, width=32) | st.sampled_from([0.0, -0.0, math.inf, -math.inf, NAN])
@@ -70,6 +71,51 @@ def test_class_domain_accuracy_weighs_halves_not_peaks():
     assert class_domain_accuracy(large, large) == (1.0, 0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_class_domain_accuracy_of_half_logits(dtype):
+    """Both halves sum to log 2 in half precision, where one is larger."""
+    logits = torch.tensor([[0.0, 0.0, 0.0, 1e-4]], dtype=dtype)
+    assert class_domain_accuracy(logits, logits) == (0.0, 1.0)
+
+
+def test_figures_hold_no_graph():
+    logits = torch.randn(3, 4, requires_grad=True)
+    figures = [
+        *domain_accuracy(logits, logits),
+        *class_domain_accuracy(logits, logits),
+        gradient_norm(logits.sum(), logits),
+        prototype_distance(logits, logits * 2),
+    ]
+    assert not any(figure.requires_grad for figure in figures)
+
+
+INTEGERS, ELSEWHERE = torch.ones(2, dtype=torch.int64), torch.zeros(2, device="meta")
+Z = torch.zeros
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: domain_accuracy([1.0], Z(1)), "source_logits to be a tensor, got list"),
+        (lambda: domain_accuracy(Z(2), INTEGERS), "target_logits to be floating point, got torch.int64"),
+        (lambda: domain_accuracy(Z(1), Z(1), source_weight=[1]), "source_weight to be a tensor or None, got list"),
+        (lambda: class_domain_accuracy(Z(2, 2), None), "target_logits to be a tensor, got NoneType"),
+        (
+            lambda: class_domain_accuracy(Z(2, 2), Z(2, 2), target_weight=INTEGERS),
+            "target_weight to be bool or floating point, got torch.int64",
+        ),
+        (lambda: gradient_norm(0.0, Z(1)), "loss to be a tensor, got float"),
+        (lambda: gradient_norm(Z(()), None), "features to be a tensor, got NoneType"),
+        (lambda: prototype_distance(None, Z(2, 2)), "source_means to be a tensor, got NoneType"),
+        (lambda: prototype_distance(Z(2, 2), INTEGERS), "target_means to be floating point, got torch.int64"),
+        (lambda: prototype_distance(Z(2, 2), Z(2, 2), weight=[1, 1]), "weight to be a tensor or None, got list"),
+    ],
+)
+def test_type_errors(call, message):
+    with pytest.raises(TypeError, match="^" + re.escape(f"expected {message}") + "$"):
+        call()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -98,9 +144,17 @@ def test_class_domain_accuracy_weighs_halves_not_peaks():
             "source_means and target_means [K, C], got [2, 1] and [3, 1]",
         ),
         (lambda: prototype_distance(torch.ones(2, 1), torch.ones(2, 1), weight=torch.ones(1)), "weight [2], got [1]"),
+        (
+            lambda: domain_accuracy(Z(2), Z(2), target_weight=ELSEWHERE),
+            "target_weight and target_logits on one device, got meta and cpu",
+        ),
+        (
+            lambda: prototype_distance(Z(2, 3), Z(2, 3, device="meta")),
+            "target_means and source_means on one device, got meta and cpu",
+        ),
     ],
 )
-def test_errors(call, message):
+def test_value_errors(call, message):
     with pytest.raises(ValueError, match="^" + re.escape(f"expected {message}") + "$"):
         call()
 
@@ -143,6 +197,11 @@ def test_gradient_norm_without_a_gradient(loss, features):
     message = "expected loss to be a function of features, got no gradient between them"
     with pytest.raises(ValueError, match=f"^{message}$"):
         gradient_norm(loss, features)
+
+
+def test_gradient_norm_of_a_term_in_which_nothing_takes_part():
+    features = torch.randn(3, requires_grad=True)
+    assert gradient_norm(confusion_loss(features, weight=torch.zeros(3)), features).item() == 0
 
 
 def distance(source, target, here):
@@ -188,6 +247,12 @@ def test_prototype_distance_needs_two_classes(weight):
     assert prototype_distance(torch.zeros(classes, 2), torch.ones(classes, 2), weight=weight).isnan().all()
 
 
-def test_prototype_distance_asks_for_no_gradient():
-    means = torch.randn(3, 2, requires_grad=True)
-    assert not prototype_distance(means, means * 2).requires_grad
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_prototype_distance_of_half_means_does_not_overflow(dtype):
+    """An overflowing unit would make every distance 0: the look of perfect alignment."""
+    source, target = ((1000 * torch.rand(3, 6000)).to(dtype) for _ in range(2))
+    assert torch.equal(prototype_distance(source, target), prototype_distance(source.float(), target.float()))
+
+
+def test_prototype_distance_of_collapsed_features_is_not_alignment():
+    assert prototype_distance(torch.ones(3, 4), torch.ones(3, 4)).isnan().all()

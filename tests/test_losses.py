@@ -119,6 +119,18 @@ def test_half_precision_counts_beyond_its_range(dtype):
     assert torch.equal(class_confusion_loss(rows, classes=torch.ones(100_000, 1, dtype=dtype)), expected)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_half_logits_are_widened_before_they_are_squared(objective):
+    """The square of -300 is beyond float16, and so is the sum of these weights; the mean of the others is not."""
+    logits = torch.tensor([-300.0, 2.0], dtype=torch.float16, requires_grad=True)
+    weight = torch.tensor([1e-3, 1e6])
+    loss = confusion_loss(logits, objective=objective, weight=weight)
+    wide = confusion_loss(logits.detach().float(), objective=objective, weight=weight)
+    assert torch.equal(loss, wide.half())
+    loss.backward()
+    assert logits.grad.isfinite().all()
+
+
 def test_wasserstein_sets_no_boundary():
     offset = torch.zeros((), requires_grad=True)
     discriminator_loss(torch.randn(4) + offset, torch.randn(7) + offset, objective="wasserstein").backward()
@@ -189,6 +201,19 @@ def test_what_takes_no_part_may_hold_anything(objective, as_bool):
             assert torch.equal(x.grad[~here], torch.zeros_like(x.grad[~here]))
 
 
+def test_weights_that_their_cast_takes_to_zero_take_no_part():
+    weight = torch.tensor([1e-60, 2.0], dtype=torch.float64)
+    loss = confusion_loss(torch.tensor([math.nan, 2.0]), weight=weight)
+    assert torch.equal(loss, confusion_loss(torch.tensor([2.0])))
+
+
+def test_classes_of_what_takes_no_part_may_be_anything():
+    logits, weight = torch.randn(2, 6), torch.tensor([0.0, 1.0])
+    classes = torch.tensor([[math.nan, math.inf, 0.0], [0.2, 0.3, 0.5]])
+    loss = class_confusion_loss(logits, classes=classes, weight=weight)
+    torch.testing.assert_close(loss, class_confusion_loss(logits[1:], classes=classes[1:]))
+
+
 @pytest.mark.parametrize("objective", GAMES)
 def test_weights_have_no_scale(objective):
     source, target, weight = drawn(objective), drawn(objective), torch.rand(3, dtype=torch.float64)
@@ -242,6 +267,11 @@ def test_entropy_gradient(dtype):
     )
 
 
+def test_entropy_map_takes_rounding_and_hands_on_nan():
+    entropy_map(torch.tensor([[[1 + 2e-7], [0.0]]]))
+    assert entropy_map(torch.tensor([[[math.nan], [0.5]]])).isnan().sum() == 1
+
+
 # R1.
 
 
@@ -279,6 +309,12 @@ def test_r1_of_no_samples():
     assert r1_penalty(x.square().sum(1), x).item() == 0
 
 
+def test_r1_of_half_inputs_does_not_overflow():
+    """The gradient of 2 x^2 at 100 is 400 in each of 4 channels."""
+    x = torch.full((2, 4), 100.0, dtype=torch.float16, requires_grad=True)
+    assert r1_penalty((2 * x * x).sum(1), x).item() == 4 * 400**2 / 2
+
+
 def test_r1_goes_backward():
     a, b, x = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 2), (2,), (3, 2)))
     weight = torch.tensor([1.0, 0.0, 2.0])
@@ -312,6 +348,11 @@ def test_reverse_gradient_default_and_second_order():
     assert torch.autograd.gradgradcheck(lambda x: reverse_gradient(x, scale=0.5) * 2, (x,))
 
 
+def test_reverse_gradient_under_transforms():
+    per_row = torch.func.vmap(torch.func.grad(lambda v: reverse_gradient(v, scale=2).sum()))(torch.ones(2, 3))
+    assert torch.equal(per_row, torch.full((2, 3), -2.0))
+
+
 # Torch warns of what its own tracer does with any autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_full_graph():
@@ -338,9 +379,9 @@ def test_full_graph():
         torch.testing.assert_close(compiled, eager, rtol=0, atol=32 * 100 * EPS)
 
 
-# Errors.
+# Errors. `meta` stands for another device.
 
-INTEGERS = torch.ones(2, dtype=torch.int64)
+INTEGERS, ELSEWHERE = torch.ones(2, dtype=torch.int64), torch.zeros(2, device="meta")
 NO_FLOAT = "to be floating point, got torch.int64"
 NO_WEIGHT = "to be bool or floating point, got torch.int64"
 TYPE_ERRORS = {
@@ -353,10 +394,21 @@ TYPE_ERRORS = {
     f"probabilities {NO_FLOAT}": lambda: entropy_map(INTEGERS),
     f"inputs {NO_FLOAT}": lambda: r1_penalty(ones(2), INTEGERS),
     f"features {NO_FLOAT}": lambda: reverse_gradient(INTEGERS),
+    f"classes {NO_FLOAT}": lambda: class_confusion_loss(ones(1, 4), classes=INTEGERS),
+    "logits to be a tensor, got list": lambda: confusion_loss([0.0]),
+    "target_logits to be a tensor, got NoneType": lambda: discriminator_loss(ones(2), None),
+    "weight to be a tensor or None, got list": lambda: confusion_loss(ones(2), weight=[1, 1]),
+    "probabilities to be a tensor, got NoneType": lambda: entropy_map(None),
+    "logits to be a tensor, got float": lambda: r1_penalty(1.0, ones(2)),
+    "sample_dims to be an int, got True": lambda: r1_penalty(ones(2), ones(2), sample_dims=True),
+    "sample_dims to be an int, got 1.0": lambda: r1_penalty(ones(2), ones(2), sample_dims=1.0),
+    "scale to be a number, got '1'": lambda: reverse_gradient(ones(2), scale="1"),
+    "scale to be a number, got True": lambda: reverse_gradient(ones(2), scale=True),
 }
 UNKNOWN = "objective to be one of bce, least-squares, hinge, wasserstein, got 'lsgan'"
 UNLINKED = "logits computed from inputs that require grad, got no gradient between them"
 SCALE = "scale to be finite and not negative, got"
+BETWEEN = "on one device, got meta and cpu"
 VALUE_ERRORS = [
     (lambda: discriminator_loss(ones(2), ones(2), objective="lsgan"), UNKNOWN),
     (lambda: confusion_loss(ones(2), objective="lsgan"), UNKNOWN),
@@ -385,6 +437,27 @@ VALUE_ERRORS = [
     (lambda: reverse_gradient(ones(2), scale=-1), f"{SCALE} -1"),
     (lambda: reverse_gradient(ones(2), scale=math.inf), f"{SCALE} inf"),
     (lambda: reverse_gradient(ones(2), scale=math.nan), f"{SCALE} nan"),
+    (
+        lambda: confusion_loss(ones(2), weight=torch.tensor([1.0, -2.0])),
+        "weight to be finite and not negative, got -2.0",
+    ),
+    (
+        lambda: discriminator_loss(ones(2), ones(2), target_weight=torch.tensor([math.inf, 1.0])),
+        "target_weight to be finite and not negative, got inf",
+    ),
+    (
+        lambda: class_confusion_loss(ones(2, 4), weight=torch.tensor([1.0, math.nan])),
+        "weight to be finite and not negative, got nan",
+    ),
+    (lambda: entropy_map(ones(2, 2) - 3), "probabilities in [0, 1], got -2.0"),
+    (lambda: entropy_map(ones(2, 2) + 0.5), "probabilities in [0, 1], got 1.5"),
+    (lambda: confusion_loss(ones(2), weight=ELSEWHERE), f"weight and logits {BETWEEN}"),
+    (lambda: discriminator_loss(ones(2), ELSEWHERE), f"target_logits and source_logits {BETWEEN}"),
+    (
+        lambda: class_discriminator_loss(ones(2, 4), ones(2, 4).to("meta")),
+        f"target_logits and source_logits {BETWEEN}",
+    ),
+    (lambda: class_confusion_loss(ones(5, 4), classes=ones(5, 2).to("meta")), f"classes and logits {BETWEEN}"),
 ]
 
 

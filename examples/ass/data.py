@@ -98,14 +98,19 @@ class FolderPair:
     Args:
         root: the data root; a folder outside it is refused.
         folder: the two folders.
-        num_classes: K; labels lie in `[0, K)`.
-        ignore_index: id of pixels without a class.
+        num_classes: K, in 1 to 256; labels lie in `[0, K)`.
+        ignore_index: id of pixels without a class, in 0 to 255.
 
     Raises:
-        InputError: a folder is missing, empty or outside the root, or a file has no partner or a double.
+        InputError: a folder is missing, empty or outside the root, a file has no partner or a double, or labels
+            would not fit into 8 bits.
     """
 
     def __init__(self, root: Path, folder: Folder, *, num_classes: int, ignore_index: int = 255) -> None:
+        if not (1 <= num_classes <= 256 and 0 <= ignore_index <= 255):
+            raise InputError(
+                f"expected num_classes in 1 to 256 and ignore_index in 0 to 255, got {num_classes} and {ignore_index}"
+            )
         images = _list(root, folder.images, IMAGES)
         masks = _list(root, folder.labels, (".png",))
         for name in images:
@@ -134,8 +139,12 @@ class FolderPair:
             InputError: a file is damaged, no image or no index mask, or the two do not fit.
         """
         image_file, mask_file = self._files[index]
-        image = np.asarray(_read(image_file, convert="RGB"))
-        mask = _read(mask_file)
+        picture, bits = _read(image_file)
+        # Pillow drops the lower half of three channels of 16 bits, and clips one channel, nearly all of it to white.
+        if bits > 8:
+            raise InputError(f"expected {image_file} to be an image of 8 bits a channel, got one of {bits}")
+        image = np.asarray(picture.convert("RGB"))
+        mask, _ = _read(mask_file)
         if mask.mode not in ("L", "P", "I", "I;16"):
             raise InputError(
                 f"expected {mask_file} to be an index mask of one channel, got an image of mode {mask.mode}"
@@ -226,7 +235,7 @@ def image_tensor(image: np.ndarray) -> Tensor:
 
 
 class TrainingSet(Dataset[dict[str, Tensor]]):
-    """The concatenation of several domains, augmented by (seed, step, place in the batch) alone.
+    """The concatenation of several domains, augmented by (seed, step, place in the batch of all ranks) alone.
 
     Args:
         domains: a domain's name to its images, in the sampler's order.
@@ -255,23 +264,36 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         self.unlabelled = unlabelled
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Tensor]:
-        """The image at an index of the concatenation, as it looks at a place of a step's batch."""
+        """The image at an index of the concatenation, as it looks at a place of a step's batch of all ranks."""
         step, place, index = key
-        remaining = iter(self.domains.items())
-        name, samples = next(remaining)
-        while index >= len(samples):
-            index -= len(samples)
-            name, samples = next(remaining)
+        name, inside = self._find(index)
+        samples = self.domains[name]
         rng = np.random.default_rng((self.seed, step, place))
-        sample = augment(samples[index], self.size, rng, self.augmentation, ignore_index=self.ignore_index)
+        sample = augment(samples[inside], self.size, rng, self.augmentation, ignore_index=self.ignore_index)
         image = {"image": image_tensor(sample.image)}
         return image if name in self.unlabelled else image | {"label": torch.from_numpy(sample.label).long()}
+
+    def _find(self, index: int) -> tuple[str, int]:
+        inside = index
+        for name, samples in self.domains.items():
+            if 0 <= inside < len(samples):
+                return name, inside
+            inside -= len(samples)
+        raise IndexError(f"expected an index below {index - inside}, the images of all domains, got {index}")
 
 
 def batches(
     training: TrainingSet, sampler: MixedBatchSampler, *, workers: int = 0
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
-    """Steps and their batches, a domain's name to its images and labels; the same for any number of workers."""
+    """Steps and their batches, a domain's name to its images and labels; the same for any number of workers.
+
+    Raises:
+        ValueError: the sampler is over other domains, or other numbers of images, than the training set.
+        InputError: a file is damaged.
+    """
+    lengths = [(name, len(samples)) for name, samples in training.domains.items()]
+    if list(sampler.sizes.items()) != lengths:
+        raise ValueError(f"expected a sampler over {dict(lengths)} in order, got one over {sampler.sizes}")
     keys = _Keys(sampler)
     collate = functools.partial(collate_by_domain, per_batch=sampler.per_batch)
     loader: DataLoader[Any] = DataLoader(training, batch_sampler=keys, collate_fn=collate, num_workers=workers)
@@ -283,12 +305,20 @@ def batches(
 
 
 class _Keys:
+    """Indices with the step, and their place among the draws of all ranks: two ranks do what one would."""
+
     def __init__(self, sampler: MixedBatchSampler) -> None:
         self.sampler = sampler
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        rank, world_size = self.sampler.rank, self.sampler.world_size
+        places: list[int] = []
+        before = 0
+        for images in self.sampler.per_batch.values():
+            places += range(before + rank * images, before + (rank + 1) * images)
+            before += world_size * images
         for step, indices in enumerate(self.sampler, start=self.sampler.first_step):
-            yield [(step, place, index) for place, index in enumerate(indices)]
+            yield [(step, place, index) for place, index in zip(places, indices)]
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -302,7 +332,8 @@ def _offset(inside: int, crop: int, rng: np.random.Generator) -> int:
 
 def _list(root: Path, folder: str, endings: Sequence[str]) -> dict[str, Path]:
     where = root / folder
-    if not where.resolve().is_relative_to(root.resolve()):
+    # By its name alone: a link below the root is how large data sets are often kept.
+    if Path(folder).is_absolute() or ".." in Path(folder).parts:
         raise InputError(f"expected a folder below the data root {root}, got {folder}")
     if not where.is_dir():
         raise InputError(f"expected a folder {where}, got none")
@@ -318,11 +349,15 @@ def _list(root: Path, folder: str, endings: Sequence[str]) -> dict[str, Path]:
     return files
 
 
-def _read(file: Path, *, convert: str | None = None) -> Image.Image:
+def _read(file: Path) -> tuple[Image.Image, int]:
+    """An image, and the bits of a channel in its file: up to 8, 16 or 32."""
     try:
         with Image.open(file) as image:
+            # Before it is loaded: the mode of colours is RGB for any number of bits.
+            bits = 16 if ";16" in f"{image.mode} {image.tile}" else 32 if image.mode in ("I", "F") else 8
             image.load()
-            whole: Image.Image = image.convert(convert) if convert else image.copy()
-            return whole
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"expected {file} to be a whole image, got one that does not read: {error}") from error
+            return image.copy(), bits
+    # Whatever it is: on a damaged file the decoders raise OSError, SyntaxError, ValueError and more.
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        raise InputError(f"expected {file} to be a whole image, got one that does not read: {why}") from error

@@ -98,6 +98,8 @@ class Severity:
     def __post_init__(self) -> None:
         for part in fields(self):
             value = getattr(self, part.name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise InputError(f"expected severity.{part.name} to be a number, got {value!r}")
             if not 0 <= value <= 1:
                 raise InputError(f"expected severity.{part.name} in [0, 1], got {value}")
 
@@ -114,7 +116,7 @@ class Scenes:
         severity: of the target's shift.
 
     Raises:
-        InputError: an unknown domain or split, or a number out of range.
+        InputError: an unknown domain or split, a number out of range, or an argument of another type.
     """
 
     def __init__(
@@ -127,9 +129,8 @@ class Scenes:
         size: tuple[int, int] = (64, 96),
         severity: Severity | None = None,
     ) -> None:
-        if count < 1:
-            raise InputError(f"expected a count of scenes of at least 1, got {count}")
-        _check(domain, split, 0, seed, size)
+        _check_int("a count of scenes", count, 1)
+        _check(domain, split, 0, seed, size, severity)
         self.domain: Literal["source", "target"] = domain
         self.split: Literal["train", "val", "test"] = split
         self.count = count
@@ -149,7 +150,8 @@ class Scenes:
 
     def __getitem__(self, index: int) -> Sample:
         """Draw an image and its labels."""
-        if not 0 <= index < self.count:
+        # 1.0 would find the scene that 1 has left.
+        if not _is_int(index) or not 0 <= index < self.count:
             raise IndexError(f"expected an index in [0, {self.count}), got {index}")
         if index not in self._drawn:
             image, label = draw(self.domain, self.split, index, seed=self.seed, size=self.size, severity=self.severity)
@@ -180,9 +182,9 @@ def draw(
         The image, `uint8 [H, W, 3]`, and its labels, `uint8 [H, W]`, ids of `CLASSES`.
 
     Raises:
-        InputError: an unknown domain or split, or a number out of range.
+        InputError: an unknown domain or split, a number out of range, or an argument of another type.
     """
-    _check(domain, split, index, seed, size)
+    _check(domain, split, index, seed, size, severity)
     severity = Severity(0, 0, 0, 0, 0, 0) if domain == "source" else severity or Severity()
     key = (seed, DOMAINS.index(domain), SPLITS.index(split), index)
     # Two generators, so that the layout does not hang on how many numbers the look takes.
@@ -312,14 +314,27 @@ def _between(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * float(rng.random())
 
 
-def _check(domain: str, split: str, index: int, seed: int, size: tuple[int, int]) -> None:
+def _check(domain: str, split: str, index: int, seed: int, size: tuple[int, int], severity: Severity | None) -> None:
     if domain not in DOMAINS:
         raise InputError(f"expected domain to be one of {', '.join(DOMAINS)}, got {domain}")
     if split not in SPLITS:
         raise InputError(f"expected split to be one of {', '.join(SPLITS)}, got {split}")
-    if index < 0:
-        raise InputError(f"expected an index of at least 0, got {index}")
-    if seed < 0:
-        raise InputError(f"expected seed of at least 0, got {seed}")
+    _check_int("an index", index, 0)
+    _check_int("seed", seed, 0)
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(_is_int(extent) for extent in size):
+        raise InputError(f"expected a size of two ints, height and width, got {size!r}")
     if min(size) < 32:
         raise InputError(f"expected a size of at least 32 each way, got {tuple(size)}")
+    if not isinstance(severity, Severity | None):
+        raise InputError(f"expected severity to be a Severity or None, got {severity!r}")
+
+
+def _check_int(name: str, value: int, least: int) -> None:
+    if not _is_int(value):
+        raise InputError(f"expected {name} to be an int, got {value!r}")
+    if value < least:
+        raise InputError(f"expected {name} of at least {least}, got {value}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,10 +1,14 @@
 """Discriminators of source against target: over output maps, over class prototypes, over pixels by class.
 
-All return logits, positive for source, and stay in float32 whatever the precision around them. None has batch norm:
-a discriminator sees source and target one after another, and its running statistics would be of neither.
+All return logits, never probabilities: positive for source where there is one output per judgement, and where there
+are 2K the first K are the source's classes and the other K the target's. All stay in float32 whatever the precision
+around them: half inputs are cast, autocast is off inside, and one that was itself cast to half precision says so.
+None has batch norm: a discriminator sees source and target one after another, and running statistics would be of
+neither.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -12,6 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as _spectral_norm
 
 __all__ = ["ClassPixelDiscriminator", "FCDiscriminator", "PrototypeDiscriminator", "frozen"]
+
+# Where there is no autocast to switch off, naming it is an error: "mps" before torch 2.5. Asked here, since torch 2.4
+# does not trace the question.
+_WITHOUT_AUTOCAST = frozenset(device for device in ("meta", "mps") if not torch.amp.is_autocast_available(device))
 
 
 class FCDiscriminator(nn.Module):
@@ -26,7 +34,7 @@ class FCDiscriminator(nn.Module):
         spectral_norm: divide each kernel by its largest singular value (Miyato et al. 2018).
 
     Raises:
-        TypeError: a count that is no int.
+        TypeError: a count that is no int, or a spectral_norm that is no bool.
         ValueError: a count below 1.
 
     Example:
@@ -55,13 +63,15 @@ class FCDiscriminator(nn.Module):
             Logits `[B, 1, H // 32, W // 32]` float32, positive for source.
 
         Raises:
-            ValueError: another shape, or a map that is too small for five halvings.
+            TypeError: maps that are no floating-point tensor, or a discriminator in half precision.
+            ValueError: another shape or device, or a map that is too small for five halvings.
         """
+        _check_floating("maps", maps)
         if maps.dim() != 4 or maps.shape[1] != self.in_channels:
             raise ValueError(f"expected maps [B, {self.in_channels}, H, W], got {list(maps.shape)}")
         if min(maps.shape[2:]) < 32:
             raise ValueError(f"expected maps of at least 32 x 32, got {maps.shape[2]} x {maps.shape[3]}")
-        return _in_float32(self.layers, maps)
+        return _in_float32(self.layers, "maps", maps)
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -85,7 +95,7 @@ class PrototypeDiscriminator(nn.Module):
         spectral_norm: divide each matrix by its largest singular value.
 
     Raises:
-        TypeError: a count that is no int.
+        TypeError: a count that is no int, widths that are no sequence, or a spectral_norm that is no bool.
         ValueError: a count below 1, or an unknown conditioning.
 
     Example:
@@ -105,10 +115,9 @@ class PrototypeDiscriminator(nn.Module):
         super().__init__()
         _check_count("in_channels", in_channels)
         _check_count("num_classes", num_classes)
-        for width in hidden_channels:
-            _check_count("hidden_channels", width)
+        _check_widths(hidden_channels)
         outputs = {"none": 1, "per-class": num_classes, "class-and-domain": 2 * num_classes}
-        if conditioning not in outputs:
+        if conditioning not in list(outputs):
             raise ValueError(f"expected conditioning to be one of {', '.join(outputs)}, got {conditioning!r}")
         self.in_channels = in_channels
         self.num_classes = num_classes
@@ -128,13 +137,15 @@ class PrototypeDiscriminator(nn.Module):
             Logits `[..., K]` float32, positive for source; `[..., K, 2K]` with `"class-and-domain"`.
 
         Raises:
-            ValueError: another shape.
+            TypeError: prototypes that are no floating-point tensor, or a discriminator in half precision.
+            ValueError: another shape or device.
         """
+        _check_floating("prototypes", prototypes)
         if prototypes.dim() < 2 or prototypes.shape[-2:] != (self.num_classes, self.in_channels):
             raise ValueError(
                 f"expected prototypes [..., {self.num_classes}, {self.in_channels}], got {list(prototypes.shape)}"
             )
-        logits = _in_float32(self.layers, prototypes)
+        logits = _in_float32(self.layers, "prototypes", prototypes)
         if self.conditioning == "none":
             return logits.squeeze(-1)
         return logits.diagonal(dim1=-2, dim2=-1) if self.conditioning == "per-class" else logits
@@ -160,7 +171,7 @@ class ClassPixelDiscriminator(nn.Module):
         spectral_norm: divide each kernel by its largest singular value.
 
     Raises:
-        TypeError: a count that is no int.
+        TypeError: a count that is no int, widths that are no sequence, or a spectral_norm that is no bool.
         ValueError: a count below 1.
 
     Example:
@@ -179,8 +190,7 @@ class ClassPixelDiscriminator(nn.Module):
         super().__init__()
         _check_count("in_channels", in_channels)
         _check_count("num_classes", num_classes)
-        for width in hidden_channels:
-            _check_count("hidden_channels", width)
+        _check_widths(hidden_channels)
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.hidden_channels = tuple(hidden_channels)
@@ -196,14 +206,16 @@ class ClassPixelDiscriminator(nn.Module):
             features: `[B, C, H, W]`, floating point.
 
         Returns:
-            Logits `[B, 2K, H, W]` float32.
+            Logits `[B, 2K, H, W]` float32; the losses take them as `.movedim(1, -1)`.
 
         Raises:
-            ValueError: another shape.
+            TypeError: features that are no floating-point tensor, or a discriminator in half precision.
+            ValueError: another shape or device.
         """
+        _check_floating("features", features)
         if features.dim() != 4 or features.shape[1] != self.in_channels:
             raise ValueError(f"expected features [B, {self.in_channels}, H, W], got {list(features.shape)}")
-        return _in_float32(self.layers, features)
+        return _in_float32(self.layers, "features", features)
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -248,16 +260,40 @@ def frozen(module: nn.Module) -> Callable[..., Any]:
 
 
 def _leaky_stack(layers: Sequence[nn.Module], spectral_norm: bool) -> nn.Sequential:
+    if not isinstance(spectral_norm, bool):
+        raise TypeError(f"expected spectral_norm to be a bool, got {spectral_norm!r}")
     stack: list[nn.Module] = []
     for layer in layers:
         stack += [_spectral_norm(layer) if spectral_norm else layer, nn.LeakyReLU(0.2)]
     return nn.Sequential(*stack[:-1])
 
 
-def _in_float32(layers: nn.Module, inputs: Tensor) -> Tensor:
-    with torch.autocast(inputs.device.type, enabled=False):
-        result: Tensor = layers(inputs.float())
+def _in_float32(layers: nn.Sequential, name: str, inputs: Tensor) -> Tensor:
+    # The bias, since reading a spectrally normalised weight would run a power iteration.
+    bias: Tensor = layers[0].bias  # type: ignore[assignment]  # because nn.Module types no attribute
+    if bias.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"expected a discriminator in float32, which it is to stay in, got {bias.dtype}")
+    if inputs.device != bias.device:
+        raise ValueError(f"expected {name} and the discriminator on one device, got {inputs.device} and {bias.device}")
+    device = inputs.device.type
+    with nullcontext() if device in _WITHOUT_AUTOCAST else torch.autocast(device, enabled=False):
+        result: Tensor = layers(inputs.to(bias.dtype))
     return result
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"expected {name} to be floating point, got {tensor.dtype}")
+
+
+def _check_widths(hidden_channels: Sequence[int]) -> None:
+    # A generator would be used up by the check and leave no hidden layer.
+    if not isinstance(hidden_channels, Sequence) or isinstance(hidden_channels, str):
+        raise TypeError(f"expected hidden_channels to be a sequence of ints, got {hidden_channels!r}")
+    for width in hidden_channels:
+        _check_count("hidden_channels", width)
 
 
 def _check_count(name: str, value: int) -> None:

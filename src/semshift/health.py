@@ -35,7 +35,7 @@ def domain_accuracy(
     0 is wrong on both sides.
 
     Args:
-        source_logits: any shape, positive for source.
+        source_logits: any shape, positive for source; nan is wrong on both sides too.
         target_logits: any shape.
         source_weight: bool or floating point in the shape of `source_logits`; elements of weight 0 take no part and
             the others count alike. None counts all.
@@ -45,13 +45,16 @@ def domain_accuracy(
         `DomainAccuracy`, two float32 scalars on the logits' device; nan where nothing takes part.
 
     Raises:
-        ValueError: a weight of another shape.
+        TypeError: logits that are no floating-point tensor, or a weight that is neither bool nor floating point.
+        ValueError: a weight of another shape or device.
 
     Example:
         >>> accuracy = domain_accuracy(torch.tensor([1.0, -1.0]), torch.tensor([-2.0, -1.0]))
         >>> accuracy.source.item(), accuracy.target.item()
         (0.5, 1.0)
     """
+    _check_floating("source_logits", source_logits)
+    _check_floating("target_logits", target_logits)
     return DomainAccuracy(
         _share("source_", source_logits > 0, source_weight), _share("target_", target_logits < 0, target_weight)
     )
@@ -76,7 +79,8 @@ def class_domain_accuracy(
         `DomainAccuracy`, two float32 scalars on the logits' device; nan where nothing takes part.
 
     Raises:
-        ValueError: logits with an odd last dimension, or a weight of another shape.
+        TypeError: logits that are no floating-point tensor, or a weight that is neither bool nor floating point.
+        ValueError: logits with an odd last dimension, or a weight of another shape or device.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0, 0.0, 0.0]])
@@ -85,9 +89,10 @@ def class_domain_accuracy(
     """
     halves = []
     for name, logits in (("source_logits", source_logits), ("target_logits", target_logits)):
+        _check_floating(name, logits)
         if logits.dim() < 1 or logits.shape[-1] < 2 or logits.shape[-1] % 2:
             raise ValueError(f"expected {name} [..., 2K], got {list(logits.shape)}")
-        source_half, target_half = logits.chunk(2, dim=-1)
+        source_half, target_half = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).chunk(2, dim=-1)
         halves.append(source_half.logsumexp(-1) - target_half.logsumexp(-1))
     return domain_accuracy(halves[0], halves[1], source_weight=source_weight, target_weight=target_weight)
 
@@ -106,13 +111,17 @@ def gradient_norm(loss: Tensor, features: Tensor) -> Tensor:
         A scalar in the dtype of `features`, at least float32.
 
     Raises:
-        ValueError: a loss that is no scalar or does not depend on features.
+        TypeError: a loss or features that are no floating-point tensor.
+        ValueError: a loss that is no scalar or does not depend on features. A loss in which nothing takes part does
+            depend on them: its norm is 0.
 
     Example:
         >>> features = torch.tensor([3.0, 4.0], requires_grad=True)
         >>> gradient_norm(features.square().sum(), features)
         tensor(10.)
     """
+    _check_floating("loss", loss)
+    _check_floating("features", features)
     if loss.dim() != 0:
         raise ValueError(f"expected loss to be a scalar, got {list(loss.shape)}")
     linked = loss.requires_grad and features.requires_grad
@@ -128,7 +137,8 @@ def prototype_distance(source_means: Tensor, target_means: Tensor, *, weight: Op
     """How far the two domains' prototypes of a class lie apart, in units of the distance between classes.
 
     The unit is the mean distance between different classes, each at the middle of its two prototypes. Without it,
-    features that shrink would look like domains that meet.
+    features that shrink would look like domains that meet. Where all prototypes have become one point there is no
+    unit, and the distance is nan rather than 0.
 
     Args:
         source_means: prototypes `[K, C]`.
@@ -136,25 +146,29 @@ def prototype_distance(source_means: Tensor, target_means: Tensor, *, weight: Op
         weight: bool or floating point `[K]`, the classes that are present in both; None takes all.
 
     Returns:
-        `[K]` in the dtype of the means; nan for classes that take no part, and for all with fewer than two that do.
+        `[K]` float32 (float64 for float64 means), without gradient; nan for classes that take no part, and for all
+        with fewer than two that do.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        TypeError: means that are no floating-point tensors, or a weight that is neither bool nor floating point.
+        ValueError: shapes or devices that do not belong together.
 
     Example:
         >>> source, target = torch.tensor([[0.0], [4.0]]), torch.tensor([[0.0], [2.0]])
         >>> prototype_distance(source, target)
         tensor([0.0000, 0.6667])
     """
+    _check_floating("source_means", source_means)
+    _check_floating("target_means", target_means)
     if source_means.dim() != 2 or source_means.shape != target_means.shape:
         raise ValueError(
             f"expected source_means and target_means [K, C], got {list(source_means.shape)} "
             f"and {list(target_means.shape)}"
         )
-    if weight is not None and weight.shape != source_means.shape[:1]:
-        raise ValueError(f"expected weight {list(source_means.shape[:1])}, got {list(weight.shape)}")
-    source, target = source_means.detach(), target_means.detach()
-    here = torch.ones_like(source[:, 0], dtype=torch.bool) if weight is None else weight > 0
+    _check_device("target_means", target_means, "source_means", source_means)
+    wide = torch.promote_types(torch.promote_types(source_means.dtype, target_means.dtype), torch.float32)
+    source, target = source_means.detach().to(wide), target_means.detach().to(wide)
+    here = _taking_part("weight", weight, "source_means", source[:, 0])
     middle = torch.where(here[:, None], (source + target) / 2, 0.0)
     between = torch.linalg.vector_norm(middle[:, None] - middle, dim=-1)
     pairs = here[:, None] & here & ~torch.eye(len(here), dtype=torch.bool, device=here.device)
@@ -163,9 +177,31 @@ def prototype_distance(source_means: Tensor, target_means: Tensor, *, weight: Op
     return torch.where(here, apart / unit, torch.nan)
 
 
-def _share(prefix: str, right: Tensor, weight: Optional[Tensor]) -> Tensor:
+def _share(domain: str, right: Tensor, weight: Optional[Tensor]) -> Tensor:
+    here = _taking_part(f"{domain}weight", weight, f"{domain}logits", right)
+    return (right & here).sum() / here.sum()
+
+
+def _taking_part(name: str, weight: Optional[Tensor], of: str, like: Tensor) -> Tensor:
     if weight is None:
-        return right.float().mean()
-    if weight.shape != right.shape:
-        raise ValueError(f"expected {prefix}weight {list(right.shape)}, got {list(weight.shape)}")
-    return (right & (weight > 0)).sum() / (weight > 0).sum()
+        return torch.ones_like(like, dtype=torch.bool)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"expected {name} to be a tensor or None, got {type(weight).__name__}")
+    if weight.dtype != torch.bool and not weight.is_floating_point():
+        raise TypeError(f"expected {name} to be bool or floating point, got {weight.dtype}")
+    if weight.shape != like.shape:
+        raise ValueError(f"expected {name} {list(like.shape)}, got {list(weight.shape)}")
+    _check_device(name, weight, of, like)
+    return weight > 0
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"expected {name} to be floating point, got {tensor.dtype}")
+
+
+def _check_device(name: str, tensor: Tensor, of: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"expected {name} and {of} on one device, got {tensor.device} and {other.device}")

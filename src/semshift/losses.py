@@ -3,7 +3,11 @@
 Every function takes logits, never probabilities, positive for source, and the boundary between the domains is 0 in
 every objective but `wasserstein`, which is blind to an offset that both domains share. Weights say which elements take
 part: where the weight is 0, neither the loss nor its gradient sees the logit, whatever it holds; where nothing takes
-part, the loss is 0 with gradient 0.
+part, the loss is 0 with gradient 0. A weight that is negative or not finite is an error on the CPU and not looked for
+elsewhere, since looking would wait for the device.
+
+Half-precision logits are widened to float32 and the result alone goes back: a float16 sum overflows beyond 65504, and
+one in bfloat16 stops counting at 256.
 """
 
 import math
@@ -50,16 +54,19 @@ def discriminator_loss(
         A scalar in the logits' dtype.
 
     Raises:
-        TypeError: logits that are not floating point, or a weight that is neither bool nor floating point.
-        ValueError: a weight of another shape, or an unknown objective.
+        TypeError: logits that are no floating-point tensor, or a weight that is neither bool nor floating point.
+        ValueError: a weight of another shape or device, one that is negative or not finite, or an unknown objective.
 
     Example:
         >>> discriminator_loss(torch.tensor([2.0]), torch.tensor([-3.0]), objective="hinge")
         tensor(0.)
     """
     _check_objective(objective)
+    _check_floating("source_logits", source_logits)
+    _check_floating("target_logits", target_logits)
     _check_weight("source_weight", source_weight, "source_logits", source_logits, source_logits.shape)
     _check_weight("target_weight", target_weight, "target_logits", target_logits, target_logits.shape)
+    _check_device("target_logits", target_logits, "source_logits", source_logits)
     source, source_weight = _taking_part(source_logits, source_weight)
     target, target_weight = _taking_part(target_logits, target_weight)
     if objective == "bce":
@@ -70,7 +77,8 @@ def discriminator_loss(
         losses = F.relu(1 - source), F.relu(1 + target)
     else:
         losses = -source, target
-    return (_weighted_mean(losses[0], source_weight) + _weighted_mean(losses[1], target_weight)) / 2
+    loss = (_weighted_mean(losses[0], source_weight) + _weighted_mean(losses[1], target_weight)) / 2
+    return loss.to(torch.promote_types(source_logits.dtype, target_logits.dtype))
 
 
 def confusion_loss(logits: Tensor, *, objective: Objective = "bce", weight: Optional[Tensor] = None) -> Tensor:
@@ -85,23 +93,24 @@ def confusion_loss(logits: Tensor, *, objective: Objective = "bce", weight: Opti
         A scalar in the logits' dtype.
 
     Raises:
-        TypeError: logits that are not floating point, or a weight that is neither bool nor floating point.
-        ValueError: a weight of another shape, or an unknown objective.
+        TypeError: logits that are no floating-point tensor, or a weight that is neither bool nor floating point.
+        ValueError: a weight of another shape or device, one that is negative or not finite, or an unknown objective.
 
     Example:
         >>> confusion_loss(torch.tensor([0.0, float("nan")]), weight=torch.tensor([True, False]))
         tensor(0.6931)
     """
     _check_objective(objective)
+    _check_floating("logits", logits)
     _check_weight("weight", weight, "logits", logits, logits.shape)
-    logits, weight = _taking_part(logits, weight)
+    wide, weight = _taking_part(logits, weight)
     if objective == "bce":
-        losses = F.softplus(-logits)
+        losses = F.softplus(-wide)
     elif objective == "least-squares":
-        losses = (logits - 1).square()
+        losses = (wide - 1).square()
     else:
-        losses = -logits
-    return _weighted_mean(losses, weight)
+        losses = -wide
+    return _weighted_mean(losses, weight).to(logits.dtype)
 
 
 def class_discriminator_loss(
@@ -132,8 +141,8 @@ def class_discriminator_loss(
         A scalar in the logits' dtype.
 
     Raises:
-        TypeError: logits that are not floating point, or a weight that is neither bool nor floating point.
-        ValueError: shapes that do not belong together.
+        TypeError: logits that are no floating-point tensor, or a weight that is neither bool nor floating point.
+        ValueError: shapes or devices that do not belong together, or a weight that is negative or not finite.
 
     Example:
         >>> class_discriminator_loss(torch.zeros(3, 6), torch.zeros(3, 6))
@@ -141,6 +150,7 @@ def class_discriminator_loss(
     """
     source = _class_domain_losses("source_", source_logits, source_classes, source_weight, of_source=True)
     target = _class_domain_losses("target_", target_logits, target_classes, target_weight, of_source=False)
+    _check_device("target_logits", target_logits, "source_logits", source_logits)
     return (source + target) / 2
 
 
@@ -161,8 +171,8 @@ def class_confusion_loss(
         A scalar in the logits' dtype.
 
     Raises:
-        TypeError: logits that are not floating point, or a weight that is neither bool nor floating point.
-        ValueError: shapes that do not belong together.
+        TypeError: logits that are no floating-point tensor, or a weight that is neither bool nor floating point.
+        ValueError: shapes or devices that do not belong together, or a weight that is negative or not finite.
 
     Example:
         >>> class_confusion_loss(torch.zeros(3, 6))
@@ -184,8 +194,8 @@ def entropy_map(probabilities: Tensor) -> Tensor:
         `[B, K, *S]` in the dtype of `probabilities`.
 
     Raises:
-        TypeError: probabilities that are not floating point.
-        ValueError: another shape.
+        TypeError: probabilities that are no floating-point tensor.
+        ValueError: another shape; on the CPU, a value outside [0, 1], as of logits passed by mistake.
 
     Example:
         >>> entropy_map(torch.tensor([[[0.5], [0.5]]])).flatten()
@@ -194,6 +204,11 @@ def entropy_map(probabilities: Tensor) -> Tensor:
     _check_floating("probabilities", probabilities)
     if probabilities.dim() < 2 or probabilities.shape[1] < 2:
         raise ValueError(f"expected probabilities [B, K, *S] with K of at least 2, got {list(probabilities.shape)}")
+    if _may_look(probabilities) and probabilities.numel() > 0:
+        low, high = (value.item() for value in probabilities.detach().aminmax())
+        # Interpolated maps exceed 1 by rounding; nan passes through, for the caller's own check of the loss.
+        if low < 0 or high > 1 + 8 * torch.finfo(probabilities.dtype).eps:
+            raise ValueError(f"expected probabilities in [0, 1], got {low if low < 0 else high}")
     smallest = torch.finfo(probabilities.dtype).tiny
     return -probabilities * probabilities.clamp(min=smallest).log() / math.log(probabilities.shape[1])
 
@@ -212,18 +227,23 @@ def r1_penalty(logits: Tensor, inputs: Tensor, *, sample_dims: int = 1, weight: 
         weight: bool or floating point in the shape of those dimensions, not negative; None weighs all alike.
 
     Returns:
-        A scalar in the dtype of `inputs`.
+        A scalar, float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError: a weight that is neither bool nor floating point.
+        TypeError: logits or inputs that are no floating-point tensor, a sample_dims that is no int, or a weight that
+            is neither bool nor floating point.
         ValueError: logits that do not depend on inputs, a number of dimensions that inputs do not have, or a weight
-            of another shape.
+            of another shape or device, negative or not finite.
 
     Example:
         >>> inputs = torch.ones(2, 3, requires_grad=True)
         >>> r1_penalty(2 * inputs.sum(1), inputs)
         tensor(6.)
     """
+    _check_floating("logits", logits)
+    _check_floating("inputs", inputs)
+    if not isinstance(sample_dims, int) or isinstance(sample_dims, bool):
+        raise TypeError(f"expected sample_dims to be an int, got {sample_dims!r}")
     if not 1 <= sample_dims <= inputs.dim():
         raise ValueError(
             f"expected sample_dims in 1 to {inputs.dim()} for inputs {list(inputs.shape)}, got {sample_dims}"
@@ -236,8 +256,7 @@ def r1_penalty(logits: Tensor, inputs: Tensor, *, sample_dims: int = 1, weight: 
         raise ValueError("expected logits computed from inputs that require grad, got no gradient between them")
     # A last axis of one, so that there is something to flatten where every dimension counts samples.
     gradient = gradient.unsqueeze(-1).flatten(sample_dims)
-    if weight is not None:
-        gradient = torch.where(weight[..., None] > 0, gradient, 0.0)
+    gradient, weight = _taking_part(gradient, weight, trailing=1)
     return _weighted_mean(gradient.square().sum(-1), weight) / 2
 
 
@@ -255,7 +274,7 @@ def reverse_gradient(features: Tensor, *, scale: float = 1.0) -> Tensor:
         A tensor equal to `features`.
 
     Raises:
-        TypeError: features that are not floating point.
+        TypeError: features that are no floating-point tensor, or a scale that is no number.
         ValueError: a scale that is negative or not finite.
 
     Example:
@@ -265,6 +284,9 @@ def reverse_gradient(features: Tensor, *, scale: float = 1.0) -> Tensor:
         tensor([-0.5000, -0.5000])
     """
     _check_floating("features", features)
+    # A tuple of types, since torch 2.4 does not trace a union.
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        raise TypeError(f"expected scale to be a number, got {scale!r}")
     if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"expected scale to be finite and not negative, got {scale}")
     result: Tensor = _Reverse.apply(features, scale)  # type: ignore[no-untyped-call]  # because torch's apply is untyped
@@ -272,10 +294,16 @@ def reverse_gradient(features: Tensor, *, scale: float = 1.0) -> Tensor:
 
 
 class _Reverse(torch.autograd.Function):
+    # With the context apart from the forward, torch.func's transforms work as well.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, features: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
+    def forward(features: Tensor, scale: float) -> Tensor:
         return features.view_as(features)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.scale = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -294,31 +322,42 @@ def _class_domain_losses(
             raise ValueError(
                 f"expected {prefix}logits [..., K, 2K] of prototypes, or {prefix}classes, got {list(logits.shape)}"
             )
-        classes = torch.eye(num_classes, dtype=logits.dtype, device=logits.device).expand(*logits.shape[:-1], -1)
-    elif classes.shape != (*logits.shape[:-1], num_classes):
-        raise ValueError(
-            f"expected {prefix}classes {[*logits.shape[:-1], num_classes]} for {prefix}logits {list(logits.shape)}, "
-            f"got {list(classes.shape)}"
-        )
+    else:
+        _check_floating(f"{prefix}classes", classes)
+        if classes.shape != (*logits.shape[:-1], num_classes):
+            raise ValueError(
+                f"expected {prefix}classes {[*logits.shape[:-1], num_classes]} for {prefix}logits "
+                f"{list(logits.shape)}, got {list(classes.shape)}"
+            )
+        _check_device(f"{prefix}classes", classes, f"{prefix}logits", logits)
     _check_weight(f"{prefix}weight", weight, f"{prefix}logits", logits, logits.shape[:-1])
-    if weight is not None:
-        logits = torch.where(weight[..., None] > 0, logits, 0.0)
-    log_probabilities = logits.log_softmax(-1)
+    wide, weight = _taking_part(logits, weight, trailing=1)
+    log_probabilities = wide.log_softmax(-1)
     half = log_probabilities[..., :num_classes] if of_source else log_probabilities[..., num_classes:]
-    return _weighted_mean(-(classes * half).sum(-1), weight)
+    if classes is None:
+        losses = -half.diagonal(dim1=-2, dim2=-1)
+    else:
+        classes, _ = _taking_part(classes, weight, trailing=1)
+        losses = -(classes.to(half.dtype) * half).sum(-1)
+    return _weighted_mean(losses, weight).to(logits.dtype)
 
 
-def _taking_part(logits: Tensor, weight: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
-    # A logit of weight 0 may hold anything: 0 * nan would be nan, in the value or in the gradient.
-    return (logits if weight is None else torch.where(weight > 0, logits, 0.0)), weight
+def _taking_part(values: Tensor, weight: Optional[Tensor], *, trailing: int = 0) -> tuple[Tensor, Optional[Tensor]]:
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    if weight is None:
+        return values, None
+    # Cast before it is compared: a weight that the cast takes to 0 takes no part.
+    weight = weight.to(values.dtype)
+    # Anything may stand where the weight is 0, and 0 * nan would be nan, in the value or in the gradient.
+    here = (weight > 0).reshape(*weight.shape, *[1] * trailing)
+    return torch.where(here, values, 0.0), weight
 
 
 def _weighted_mean(losses: Tensor, weight: Optional[Tensor]) -> Tensor:
-    # In float32 at least: a float16 total would overflow beyond 65504 elements.
-    wide = losses.to(torch.promote_types(losses.dtype, torch.float32))
-    weight = torch.ones_like(wide) if weight is None else weight.to(wide.dtype)
+    if weight is None:
+        weight = torch.ones_like(losses)
     total = weight.sum()
-    return ((wide * weight).sum() / torch.where(total > 0, total, 1.0)).to(losses.dtype)
+    return (losses * weight).sum() / torch.where(total > 0, total, 1.0)
 
 
 def _check_objective(objective: str) -> None:
@@ -327,15 +366,33 @@ def _check_objective(objective: str) -> None:
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"expected {name} to be floating point, got {tensor.dtype}")
 
 
+def _check_device(name: str, tensor: Tensor, of: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"expected {name} and {of} on one device, got {tensor.device} and {other.device}")
+
+
 def _check_weight(name: str, weight: Optional[Tensor], of: str, tensor: Tensor, shape: torch.Size) -> None:
-    _check_floating(of, tensor)
     if weight is None:
         return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"expected {name} to be a tensor or None, got {type(weight).__name__}")
     if weight.dtype != torch.bool and not weight.is_floating_point():
         raise TypeError(f"expected {name} to be bool or floating point, got {weight.dtype}")
     if weight.shape != shape:
         raise ValueError(f"expected {name} {list(shape)} for {of} {list(tensor.shape)}, got {list(weight.shape)}")
+    _check_device(name, weight, of, tensor)
+    if weight.is_floating_point() and _may_look(weight):
+        wrong = weight[~((weight >= 0) & (weight < math.inf))]
+        if wrong.numel() > 0:
+            raise ValueError(f"expected {name} to be finite and not negative, got {wrong[0].item()}")
+
+
+def _may_look(tensor: Tensor) -> bool:
+    # Values are looked at where that waits for no device and breaks no graph.
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

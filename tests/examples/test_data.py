@@ -1,7 +1,10 @@
 """Folders of images, augmentation, and batches that do not hang on workers."""
 
+import contextlib
 import re
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -76,6 +79,22 @@ def cut(file):
     file.write_bytes(file.read_bytes()[:200])
 
 
+def break_header(file):
+    content = bytearray(file.read_bytes())
+    content[8:12] = (5).to_bytes(4, "big")
+    content[21:25] = zlib.crc32(content[12:21]).to_bytes(4, "big")
+    file.write_bytes(content)
+
+
+def write_deep_colours(file):
+    # Pillow writes no colours of 16 bits.
+    content = b"\x89PNG\r\n\x1a\n"
+    header, pixels = struct.pack(">2I5B", 30, 20, 16, 2, 0, 0, 0), zlib.compress(bytes(20 * (1 + 30 * 6)))
+    for kind, data in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    file.write_bytes(content)
+
+
 def save(array, file):
     Image.fromarray(array).save(file)
 
@@ -130,6 +149,37 @@ def save(array, file):
             "expected {root}/img/1.jpg to be a whole image, got one that does not*",
         ),
         (
+            lambda r: save(sample().image[..., 0].astype(np.uint16) * 257, r / "img" / "0.png"),
+            0,
+            "expected {root}/img/0.png to be an image of 8 bits a channel, got one of 16",
+        ),
+        (
+            lambda r: write_deep_colours(r / "img" / "0.png"),
+            0,
+            "expected {root}/img/0.png to be an image of 8 bits a channel, got one of 16",
+        ),
+        (
+            lambda r: Image.fromarray(sample().image[..., 0].astype(np.float32)).save(r / "img" / "0.png", "TIFF"),
+            0,
+            "expected {root}/img/0.png to be an image of 8 bits a channel, got one of 32",
+        ),
+        (
+            lambda r: save(np.full((20, 30), 300, np.uint16), r / "lbl" / "0.png"),
+            0,
+            "{root}/lbl/0.png: expected labels in [0, 3) or ignore_index 255, got 300 (600 pixels)",
+        ),
+        (
+            # A header whose length field is wrong: Pillow's decoder raises a bare ValueError.
+            lambda r: break_header(r / "img" / "0.png"),
+            0,
+            "expected {root}/img/0.png to be a whole image, got one that does not read: *",
+        ),
+        (
+            lambda r: (r / "img" / "0.png").write_bytes(b""),
+            0,
+            "expected {root}/img/0.png to be a whole image, got one that does not*",
+        ),
+        (
             lambda r: (r / "img" / "0.png").write_text("not an image"),
             0,
             "expected {root}/img/0.png to be a whole image, got one that does not*",
@@ -143,7 +193,39 @@ def test_bad_folders(root, damage, index, message):
         pair(root)[index or 0]
 
 
-@pytest.mark.parametrize("outside", ["../img", "/etc"])
+@pytest.mark.parametrize("file", ["img/0.png", "img/1.jpg", "lbl/0.png"])
+def test_a_file_cut_anywhere_is_told_or_whole(root, file):
+    file = root / file
+    content, whole = file.read_bytes(), pair(root)[int(file.stem)]
+    for length in range(0, len(content), max(1, len(content) // 100)):
+        file.write_bytes(content[:length])
+        # The last 20 bytes of a PNG hold no pixel: two checksums and the chunk that ends the file.
+        if len(content) - length > 20:
+            start = f"expected {file} to be a whole image, got one that does not read: "
+            with pytest.raises(InputError, match="^" + re.escape(start) + "[^\n]+$"):
+                pair(root)[int(file.stem)]
+            continue
+        with contextlib.suppress(InputError):
+            read = pair(root)[int(file.stem)]
+            assert np.array_equal(read.image, whole.image)
+            assert np.array_equal(read.label, whole.label)
+
+
+@pytest.mark.parametrize(("num_classes", "ignore_index"), [(0, 255), (257, 255), (3, 256), (3, -1)])
+def test_labels_must_fit_into_eight_bits(root, num_classes, ignore_index):
+    message = f"expected num_classes in 1 to 256 and ignore_index in 0 to 255, got {num_classes} and {ignore_index}"
+    with pytest.raises(InputError, match="^" + re.escape(message) + "$"):
+        pair(root, num_classes=num_classes, ignore_index=ignore_index)
+
+
+def test_a_link_below_the_root_may_lead_anywhere(root, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "img"
+    (root / "img").rename(elsewhere)
+    (root / "img").symlink_to(elsewhere)
+    assert pair(root)[0].name == "0"
+
+
+@pytest.mark.parametrize("outside", ["../img", "/etc", "img/../../img"])
 def test_folders_stay_below_the_root(root, outside):
     message = f"expected a folder below the data root {root}, got {outside}"
     with pytest.raises(InputError, match="^" + re.escape(message) + "$"):
@@ -261,6 +343,33 @@ def same(a, b):
     assert [step for step, _ in a] == [step for step, _ in b]
     for (_, left), (_, right) in zip(a, b):
         assert all(torch.equal(left[domain][key], right[domain][key]) for domain in left for key in left[domain])
+
+
+def test_two_ranks_do_what_one_does():
+    domains = {"source": [sample(seed=i) for i in range(5)], "target": [sample(seed=9 + i) for i in range(4)]}
+    training = TrainingSet(domains, (32, 32), Augmentation(), 0)
+    sizes = {"source": 5, "target": 4}
+    whole = MixedBatchSampler(sizes, {"source": 4, "target": 2}, seed=0, steps=3)
+    halves = [
+        MixedBatchSampler(sizes, {"source": 2, "target": 1}, seed=0, rank=rank, world_size=2, steps=3)
+        for rank in range(2)
+    ]
+    for (_, one), *two in zip(batches(training, whole), *(batches(training, half) for half in halves)):
+        for domain, part in one.items():
+            for key, value in part.items():
+                assert torch.equal(value, torch.cat([batch[domain][key] for _, batch in two]))
+
+
+def test_a_sampler_over_other_images_is_refused():
+    training = TrainingSet({"source": [sample()] * 5}, (32, 32), PLAIN, 0)
+    # An index past the end would otherwise end an epoch without a word, or be an image of another domain.
+    message = "expected a sampler over {'source': 5} in order, got one over {'source': 6}"
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        next(batches(training, MixedBatchSampler({"source": 6}, {"source": 1}, seed=0)))
+    for index in (5, -1):
+        message = f"expected an index below 5, the images of all domains, got {index}"
+        with pytest.raises(IndexError, match="^" + re.escape(message) + "$"):
+            training[0, 0, index]
 
 
 def test_batches():

@@ -6,11 +6,11 @@ import re
 import numpy as np
 import pytest
 
-from examples.ass import scenes
 from examples.ass.data import InputError
 from examples.ass.scenes import CLASSES, Scenes, Severity, draw
 
 NONE = Severity(0, 0, 0, 0, 0, 0)
+SIZE = "expected a size of two ints, height and width, got"
 PARTS = ("light", "fog", "noise", "camera", "texture", "colour")
 
 
@@ -52,15 +52,25 @@ def test_no_image_is_in_two_places():
     assert len(drawn) == 2 * 3 * 12 * 2
 
 
-def test_without_severity_the_domains_look_alike():
-    # The same layout painted from the same numbers is the same image, whatever the domain's name is.
-    layout = scenes._lay_out(np.random.default_rng(0), (64, 96), NONE)
-    as_source = scenes._paint(np.random.default_rng(1), *layout, NONE)
-    as_target = scenes._paint(np.random.default_rng(1), *layout, Severity(0, 0, 0, 0, 0, 0))
-    assert np.array_equal(as_source, as_target)
-    # And the source has no severity at all.
+def test_without_severity_the_domains_look_alike(monkeypatch):
+    # Where both draw from the same numbers, which are keyed by (seed, domain, split, index, part).
+    seeded = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda key: seeded((key[0], *key[2:])))
+    for index in range(3):
+        source, target, shifted = (
+            draw(domain, "train", index, seed=0, severity=severity)
+            for domain, severity in (("source", NONE), ("target", NONE), ("target", None))
+        )
+        assert np.array_equal(source[0], target[0])
+        assert np.array_equal(source[1], target[1])
+        assert not np.array_equal(source[0], shifted[0])
+
+
+def test_the_source_has_no_severity():
     strong = draw("source", "train", 0, seed=0, severity=Severity(1, 1, 1, 1, 1, 1))
-    assert np.array_equal(strong[0], draw("source", "train", 0, seed=0, severity=NONE)[0])
+    plain = draw("source", "train", 0, seed=0, severity=NONE)
+    assert np.array_equal(strong[0], plain[0])
+    assert np.array_equal(strong[1], plain[1])
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -83,8 +93,9 @@ def test_a_split_is_drawn_once():
     assert split[1] is split[1]
     assert split[1].name == "target-test-00001"
     assert np.array_equal(split[1].image, draw("target", "test", 1, seed=0, size=(32, 48))[0])
-    with pytest.raises(IndexError, match=r"^expected an index in \[0, 3\), got 3$"):
-        split[3]
+    for index in (3, -1, 1.0, True):
+        with pytest.raises(IndexError, match=re.escape(f"expected an index in [0, 3), got {index}") + "$"):
+            split[index]
 
 
 @pytest.mark.parametrize(
@@ -99,6 +110,22 @@ def test_a_split_is_drawn_once():
             "expected a size of at least 32 each way, got (16, 64)",
         ),
         (lambda: Scenes("source", "val", 0, seed=0), "expected a count of scenes of at least 1, got 0"),
+        (lambda: draw("source", "val", True, seed=0), "expected an index to be an int, got True"),
+        (lambda: draw("source", "val", 0, seed=0.5), "expected seed to be an int, got 0.5"),
+        (lambda: Scenes("source", "val", 2.0, seed=0), "expected a count of scenes to be an int, got 2.0"),
+        (lambda: Scenes("source", "val", 1, seed=None), "expected seed to be an int, got None"),
+        (lambda: draw("source", "val", 0, seed=0, size=64), f"{SIZE} 64"),
+        (lambda: draw("source", "val", 0, seed=0, size=(64,)), f"{SIZE} (64,)"),
+        (lambda: draw("source", "val", 0, seed=0, size=(64, 64, 3)), f"{SIZE} (64, 64, 3)"),
+        (lambda: draw("source", "val", 0, seed=0, size=(64, 96.0)), f"{SIZE} (64, 96.0)"),
+        (lambda: Scenes("target", "val", 1, seed=0, size="64"), f"{SIZE} '64'"),
+        (lambda: draw("source", "val", 0, seed=0, severity=0), "expected severity to be a Severity or None, got 0"),
+        (
+            lambda: Scenes("target", "val", 1, seed=0, severity={"fog": 1}),
+            "expected severity to be a Severity or None, got {'fog': 1}",
+        ),
+        (lambda: Severity(fog="0.5"), "expected severity.fog to be a number, got '0.5'"),
+        (lambda: Severity(noise=True), "expected severity.noise to be a number, got True"),
         (lambda: Severity(fog=1.5), "expected severity.fog in [0, 1], got 1.5"),
         (lambda: Severity(light=float("nan")), "expected severity.light in [0, 1], got nan"),
     ],

@@ -315,6 +315,22 @@ def test_folders_from_the_command_line(folders, capsys):
     assert capsys.readouterr().err == "error: expected --subset to be one of ['ends'], got all\n"
 
 
+def test_any_id_may_be_ignored(folders):
+    """Of files, and where a crop leaves the image, which it does at a scale below 1."""
+    arguments = ["train", "--config", str(folders / "settings.yaml"), "--data-root", str(folders / "data")]
+    arguments += ["--data.augmentation.scale", "[0.6, 0.6]", "--optimiser.images", "2"]
+    assert main([*arguments, "--out", str(folders / "255")]) == 0
+    for file in (folders / "data").glob("*/labels/*.png"):
+        label = np.array(Image.open(file))
+        label[label == 255] = 7
+        Image.fromarray(label).save(file)
+    assert main([*arguments, "--out", str(folders / "7"), "--data.ignore_index", "7"]) == 0
+    assert equal(checkpoint(folders / "255")["stateful"], checkpoint(folders / "7")["stateful"])
+    scores = [json.loads((folders / run / "metrics.json").read_text()) for run in ("255", "7")]
+    assert scores[0]["iou"] == scores[1]["iou"]
+    assert scores[0]["validation"] == scores[1]["validation"]
+
+
 def test_an_image_cut_short_ends_the_run_and_keeps_the_checkpoint(folders, capsys):
     # The image that the sampler draws last.
     *_, last = MixedBatchSampler({"source": 3}, {"source": 1}, seed=0, steps=3)
