@@ -95,10 +95,11 @@ def by_torch_scatter(features: Tensor, slots: Tensor, rows: int) -> Tensor:
 
 
 def by_lightly(features: Tensor, slots: Tensor, rows: int) -> Tensor:
-    """`pool_masked` of the package lightly, image by image: of a batch it knows the mean alone (1.6.0)."""
-    pool_masked = importlib.import_module("lightly.models.utils").pool_masked
-    images = [pool_masked(image, slot, rows, reduce="sum") for image, slot in zip(features, slots)]
-    return torch.stack(images).sum(0).mT
+    """`pool_masked` of the package lightly, times the counts of each image: of a batch it knows the mean alone."""
+    means: Tensor = importlib.import_module("lightly.models.utils").pool_masked(features, slots, rows)
+    flat = slots.flatten(1)
+    counts = means.new_zeros(len(flat), rows).scatter_add_(1, flat, means.new_ones(()).expand_as(flat))
+    return (means * counts[:, None]).sum(0).mT
 
 
 WAYS: dict[str, Way] = {
@@ -156,7 +157,8 @@ def label_map(images: int, height: int, width: int, num_classes: int, kind: str,
 def agree(calls: dict[str, Call], leaf: Tensor, labels: Tensor, grad: Tensor, ignore: int | None) -> dict[str, float]:
     """Refuse a way that float64 does not bear out; the seconds of a first forward and backward of each.
 
-    Any order of adding n floats is off by at most n * eps * sum |x|. The gradient is a copy of rows, hence exact.
+    Any order of adding n floats is off by at most n * eps * sum |x|. The gradient is a copy of rows; those that go by
+    the mean round it twice.
     """
     num_classes, wide = len(grad), leaf.detach().double()
     want, counts = whole(by_index_add, wide, labels, num_classes, ignore)
@@ -169,9 +171,9 @@ def agree(calls: dict[str, Call], leaf: Tensor, labels: Tensor, grad: Tensor, ig
     for name, call in calls.items():
         begin = time.perf_counter()
         gradient = round_trip(call, leaf, grad)
-        if not torch.equal(gradient, spread):
-            raise SystemExit(f"{name}: off in the backward by {(gradient - spread).abs().max().item():.3g}")
         seconds[name] = time.perf_counter() - begin
+        if not ((gradient - spread).abs() <= torch.finfo(leaf.dtype).eps * spread.abs()).all():
+            raise SystemExit(f"{name}: off in the backward by {(gradient - spread).abs().max().item():.3g}")
         sums, mass = call(leaf.detach())
         if not torch.equal(mass, counts):
             raise SystemExit(f"{name}: other counts")
@@ -331,21 +333,27 @@ def bilinear(args: argparse.Namespace) -> dict[str, Any]:
     # Adding n terms, reading at float32 places of up to h and w, and a product of weights for each cell.
     roundings = counts + 4 * (height + width) + height * width
     bound = (torch.finfo(torch.float32).eps * features.abs().max() * counts * roundings)[:, None]
+    first = {}
     for name, run in runs.items():
+        begin = time.perf_counter()
         sums, mass = run()
+        first[name] = time.perf_counter() - begin
         if not torch.equal(counts, mass) or not ((sums[:, some] - want).abs() <= bound).all():
             raise SystemExit(f"bilinear: {name} does not agree with float64")
     del large, sums
+    # Calls of gigabytes: only the best of them is timed again.
+    best = min(set(runs) - {"ours"}, key=first.__getitem__)
+    runs = {best: runs[best], "ours": line}
     seconds = medians(runs, min(3, args.reps), args.device)
     memory = {name: peak_mib(run, args.device) for name, run in runs.items()}
-    best = min(set(runs) - {"ours"}, key=seconds.__getitem__)
-    least = min(memory[name] or 0.0 for name in set(runs) - {"ours"})
+    theirs, mine = memory[best], memory["ours"]
     return {
         "ms": {name: 1e3 * value for name, value in seconds.items()},
         "extra_mib": memory,
+        "first_ms": {name: 1e3 * value for name, value in first.items()},
         "best": best,
         "times_faster": seconds[best] / seconds["ours"],
-        "times_smaller": None if memory["ours"] is None else least / max(memory["ours"], 1e-3),
+        "times_smaller": None if theirs is None or mine is None else theirs / max(mine, 1e-3),
     }
 
 
@@ -358,13 +366,8 @@ def main() -> None:
     parts = ["hard", "small", "bilinear"]
     parser.add_argument("--only", nargs="+", default=parts, choices=parts)
     parser.add_argument("--shape", nargs=5, type=int, action="append", metavar=("B", "C", "h", "w", "K"))
-    parser.add_argument(
-        "--bilinear",
-        nargs=6,
-        type=int,
-        default=[2048, 65, 129, 512, 1024, 19],
-        metavar=("C", "h", "w", "H", "W", "K"),
-    )
+    usual = [2048, 65, 129, 512, 1024, 19]
+    parser.add_argument("--bilinear", nargs=6, type=int, default=usual, metavar=("C", "h", "w", "H", "W", "K"))
     parser.add_argument("--reps", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="of the CPU; PyTorch's choice if not given")

@@ -1,7 +1,7 @@
 """What the semantic branch adds to a training step: `python benchmarks/step.py [--check] [--json FILE]`.
 
-The step is the example trainer's, built from its own functions: cross-entropy on source and labelled target images, with
-and without class prototypes pooled from both, a discriminator of them that the target confuses, and its own step.
+The step is the example trainer's, built from its own functions: cross-entropy on source and labelled target images.
+The branch pools class prototypes from both, confuses a discriminator of them, and lets it learn in turn.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from timing import head, medians, table
@@ -30,11 +31,9 @@ Batch = dict[str, dict[str, Tensor]]
 def scenes(settings: Settings, device: str) -> Batch:
     """Images and labels of the built-in scenes, so many of each labelled domain as a step takes."""
     batch: Batch = {}
-    for name, domain in (("source", "source"), ("labelled", "target")):
-        drawn = [
-            draw("source" if domain == "source" else "target", "train", i, seed=0, size=settings.data.size)
-            for i in range(settings.optimiser.images)
-        ]
+    domains: dict[str, Literal["source", "target"]] = {"source": "source", "labelled": "target"}
+    for name, domain in domains.items():
+        drawn = [draw(domain, "train", i, seed=0, size=settings.data.size) for i in range(settings.optimiser.images)]
         batch[name] = {
             "image": torch.stack([image_tensor(image) for image, _ in drawn]).to(device),
             "label": torch.stack([torch.from_numpy(label).long() for _, label in drawn]).to(device),

@@ -52,16 +52,14 @@ def medians(runs: Mapping[str, Callable[[], object]], reps: int, device: str) ->
 
 
 def peak_mib(run: Callable[[], object], device: str) -> float | None:
-    """MiB that a call takes at its peak beyond what is held before it; None where the system does not say."""
+    """MiB that a call, not the first of its kind, takes at its peak beyond what is held before; None if not known."""
     if device == "cuda":
-        run()
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - held) / 2**20
-    run()
     before = resident_mib()
     if before is None:
         return None

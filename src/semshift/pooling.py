@@ -20,11 +20,15 @@ from semshift.labels import _check_arguments, _shares, _slots, resize_labels
 __all__ = ["ClassSums", "class_sums", "weighted_class_sums"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Elements of half precision that are widened at a time, so that they stay in the cache.
 _BLOCK = 2**18
+# Where one way on the CPU becomes faster than another: docs/benchmarks.md has what each is worth.
 _SMALL = 2**14
+_NARROW = 64
 _WIDE = 512
-_FEW = 256
 _PRODUCT = 32
+# Up to so many classes the kernels add in a fixed order.
+_FEW = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +267,7 @@ def _add_up(
     flat = keys.flatten()
     mass = _count(flat, num_rows)
     pixels = features.movedim(1, -1)
-    by_pixel = _channels_last(features)
+    by_pixel = features.stride(1) == 1
     widened = channels if dtype != features.dtype else 0
     sums = None
     if features.numel() <= _SMALL:
@@ -277,7 +281,7 @@ def _add_up(
         sums = features.new_zeros((num_rows, channels), dtype=dtype)
         for part, to in _runs(pixels, keys.long(), widened):
             sums.index_add_(0, to, part.to(dtype))
-    elif num_classes <= _PRODUCT and channels >= 64 and not widened and features.is_contiguous():
+    elif num_classes <= _PRODUCT and channels >= _NARROW and not widened and features.is_contiguous():
         sums = _product(features, slots, num_classes, per_image)
     if sums is None:
         keys, lanes = _in_lanes(keys, num_rows)
@@ -348,7 +352,7 @@ def _in_lanes(keys: Tensor, num_rows: int) -> tuple[Tensor, int]:
         return keys.long(), 1
     size = keys.shape[1:]
     turns = (torch.arange(lanes) * num_rows).repeat(math.ceil(math.prod(size) / lanes))
-    return keys + turns[: math.prod(size)].view(size), lanes
+    return keys.long() + turns[: math.prod(size)].view(size), lanes
 
 
 def _runs(pixels: Tensor, keys: Tensor, widened: int) -> Iterator[tuple[Tensor, Tensor]]:
