@@ -456,3 +456,14 @@ def test_on_cuda_a_label_out_of_range_takes_no_part(mode):
     got = class_sums(features.cuda(), unchecked.cuda(), 4, resample=mode, ignore_index=None)
     torch.testing.assert_close(got.sums.cpu(), want.sums, rtol=0, atol=1e-12)
     torch.testing.assert_close(got.mass.cpu(), want.mass, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_many_vectors_without_extent(transposed):
+    """Features `[B, C]`, such as tokens, in numbers beyond those that are simply copied."""
+    features = torch.randint(-8, 9, (500, 40)).float()
+    labels = torch.randint(0, 7, (500,), dtype=torch.uint8)
+    want = torch.stack([features[labels == k].sum(0) for k in range(7)])
+    features = features.T.contiguous().T if transposed else features
+    assert torch.equal(class_sums(features, labels, 7).sums, want)
+    assert torch.equal(class_sums(features, labels, 7, per_image=True).sums.sum(0), want)
