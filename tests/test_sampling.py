@@ -192,6 +192,15 @@ def test_extreme_weights_stay_within_their_domain(scale):
     assert set(draws) == {0, 1}
 
 
+@pytest.mark.parametrize(("hashed", "image"), [(0, 1), (2**64 - 1, 2)])
+def test_ends_of_the_interval_never_draw_an_image_of_weight_0(monkeypatch, hashed, image):
+    sampler = MixedBatchSampler({"a": 4}, {"a": 1}, seed=0, steps=1, weights={"a": [0.0, 1.0, 3.0, 0.0]})
+    list(sampler)
+    # After a first batch, so that the stream's key, which is cached, is the true one.
+    monkeypatch.setattr(sampling, "_mix", lambda key, value: np.full(value.shape, hashed, np.uint64))
+    assert list(sampler) == [[image]]
+
+
 def test_weighted_draws():
     weights = np.array([0.0, 1.0, 3.0])
     sampler = MixedBatchSampler({"a": 3}, {"a": 1}, seed=0, steps=4000, weights={"a": weights})

@@ -114,6 +114,9 @@ def test_is_a_value(schedule):
         (lambda: Then(Constant(0.0), -1, Constant(1.0)), ValueError, "expected steps to be at least 1, got -1"),
         (lambda: Constant(1.0)(-1), ValueError, "expected step to be at least 0, got -1"),
         (lambda: Then(Constant(0.0), 1, Constant(1.0))(-1), ValueError, "expected step to be at least 0, got -1"),
+        # Any function of the step will do, and most of them check nothing.
+        (lambda: Then(float, 1, float)(-1), ValueError, "expected step to be at least 0, got -1"),
+        (lambda: Then(float, 1, float)(2.5), TypeError, "expected step to be an int, got 2.5"),
         (lambda: Sigmoid(1.0, 2)(0.5), TypeError, "expected step to be an int, got 0.5"),
         (lambda: Linear(0.0, 1.0, 2)(True), TypeError, "expected step to be an int, got True"),
     ],
