@@ -224,3 +224,19 @@ def resize(labels=MAP, size=(2, 2), **changes):
 def test_errors(call, error, message):
     with pytest.raises(error, match="^" + re.escape(message) + "$"):
         call()
+
+
+def test_negative_labels_are_refused_where_none_is_too_large():
+    with pytest.raises(ValueError, match=r"^expected labels in \[0, 3\) or ignore_index 255, got -1 \(1 pixel\)$"):
+        check_labels(torch.tensor([[0, -1, 2]]), 3)
+
+
+def test_more_classes_than_the_dtype_of_the_labels_holds():
+    labels = torch.tensor([[[0, 100], [127, -1]]], dtype=torch.int8)
+    shares = class_shares(labels, (1, 1), 200, mode="area", ignore_index=-1)
+    assert shares.flatten().nonzero().flatten().tolist() == [0, 100, 127]
+
+
+def test_a_label_beyond_the_table_is_told():
+    with pytest.raises(ValueError, match=r"^expected labels to be ids of table, got 9 \(1 pixel\)$"):
+        remap_labels(torch.tensor([1, 9]), {0: 0, 1: 1})
