@@ -266,14 +266,15 @@ def _shares(
     device = labels.device
     rows, in_row, row_weights = _overlaps(labels.shape[1], height, mode, align_corners, device)
     columns, in_column, column_weights = _overlaps(labels.shape[2], width, mode, align_corners, device)
-    # Column by column first, so that no pixel is met more than twice, then whole rows at a time.
-    shares = labels.new_zeros((len(labels), height, (num_classes + 1) * width), dtype=torch.float64)
+    # Along the columns first, where a pixel meets few cells; then whole rows at a time, by a product.
+    shares = labels.new_empty((len(labels), height, (num_classes + 1) * width), dtype=torch.float64)
+    by_row = shares.new_zeros((height, labels.shape[1])).index_put_((in_row, rows), row_weights, accumulate=True)
     line = torch.arange(labels.shape[1], device=device)[:, None] * ((num_classes + 1) * width)
+    weights = column_weights.expand(labels.shape[1], -1).flatten()
     for share, slot in zip(shares, slots):
         across = share.new_zeros((labels.shape[1], (num_classes + 1) * width))
-        to = torch.addcmul(line + in_column, slot[:, columns], torch.tensor(width, device=device))
-        across.view(-1).index_add_(0, to.flatten(), column_weights.expand(labels.shape[1], -1).flatten())
-        share.index_add_(0, in_row, across[rows] * row_weights[:, None])
+        across.view(-1).index_add_(0, (slot[:, columns] * width + (line + in_column)).flatten(), weights)
+        torch.mm(by_row, across, out=share)
     shares = shares.view(len(labels), height, num_classes + 1, width).movedim(2, 1)
     return shares.contiguous()
 
