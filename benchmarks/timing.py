@@ -13,7 +13,7 @@ import torch
 
 import semshift
 
-__all__ = ["head", "medians", "peak_mib", "resident_mib", "table"]
+__all__ = ["head", "medians", "peak_mib", "resident_mib", "rounds", "table"]
 
 
 def head(device: str) -> str:
@@ -31,16 +31,15 @@ def head(device: str) -> str:
     )
 
 
-def medians(runs: Mapping[str, Callable[[], object]], reps: int, device: str) -> dict[str, float]:
-    """Median seconds of each, all of them once in every round, the first round left out.
+def rounds(runs: Mapping[str, Callable[[], object]], reps: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each, all of them once in every round; a first round is left out.
 
-    Rounds that take less than a tenth of a second come five times as often, since their noise is that much larger.
+    There are `reps` rounds, and more of short ones, up to ten times as many within two seconds: their noise is larger.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     # In another order each round: what runs after a copy of everything finds less in the cache.
     order, shuffled = list(runs), random.Random(0)
-    left = reps + 1
-    while left:
+    while len(taken := seconds[order[0]]) <= reps or (len(taken) <= 10 * reps and sum(map(sum, seconds.values())) < 2):
         shuffled.shuffle(order)
         for name in order:
             run = runs[name]
@@ -50,10 +49,12 @@ def medians(runs: Mapping[str, Callable[[], object]], reps: int, device: str) ->
             _wait(device)
             seconds[name].append(time.perf_counter() - begin)
             del kept
-        first = left == reps + 1 and len(seconds[name]) == 1
-        left += 4 * reps if first and sum(of[0] for of in seconds.values()) < 0.1 else 0
-        left -= 1
-    return {name: statistics.median(of[1:]) for name, of in seconds.items()}
+    return {name: of[1:] for name, of in seconds.items()}
+
+
+def medians(runs: Mapping[str, Callable[[], object]], reps: int, device: str) -> dict[str, float]:
+    """Median seconds of each over such rounds."""
+    return {name: statistics.median(of) for name, of in rounds(runs, reps, device).items()}
 
 
 def peak_mib(run: Callable[[], object], device: str) -> float | None:

@@ -20,3 +20,12 @@ def deterministic():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module", params=["few", "many"])
+def few_or_many(request):
+    """Features so small that autograd sees every step of pooling, and the same ones through the op."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "many":
+            patch.setattr("semshift._pooling_ops._SMALL", 0)
+        yield

@@ -7,11 +7,15 @@ import torch
 from torch.nn.functional import interpolate
 from torch.utils import _pytree as pytree
 
+from semshift import _pooling_ops
 from semshift.labels import class_shares
 from semshift.pooling import ClassSums, class_sums, weighted_class_sums
 
 # Compiling on Python 3.13.0 itself, torch warns of its own slowness there.
-pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
+    pytest.mark.usefixtures("few_or_many"),
+]
 
 MODES = [None, "nearest", "majority", "area", "bilinear"]
 
@@ -133,7 +137,9 @@ def test_autocast_does_not_reach_the_sums(mode):
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("mode", MODES)
-def test_layouts_agree_and_gradients_follow_dtype_and_layout(mode, dtype, per_image):
+def test_layouts_agree_and_gradients_follow_dtype_and_layout(mode, dtype, per_image, monkeypatch):
+    # What a copy costs does not matter for few features, whose gradients may lie as they come.
+    monkeypatch.setattr(_pooling_ops, "_SMALL", 0)
     features, labels = batch(mode, dtype)
     features = features.mul(8).round()
     rows = torch.randint(-9, 10, (2, 4, 3) if per_image else (4, 3)).float()

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from semshift.pooling import _add_up, class_sums
+from semshift._pooling_ops import _add_up
+from semshift.pooling import class_sums
 
 pytest.importorskip("triton", reason="because the kernels need Triton")
 from semshift import _pooling_triton as kernels

@@ -298,16 +298,25 @@ def _slots(labels: Tensor, num_classes: int, ignore_index: Optional[int], *, che
     In the dtype of the labels where that holds `num_classes`: eight passes over int64 cost more than those over uint8.
     """
     narrow = labels if _holds(labels.dtype, num_classes) else labels.long()
+    if check and _is_looked_at(labels) and _all_take_part(narrow, num_classes, ignore_index):
+        return narrow
     ignored = _ignored(narrow, ignore_index)
-    if _is_looked_at(labels):
-        if check:
-            # A class stands in for the ignored pixels while the others are looked at.
-            classes = narrow if ignored is None else narrow.masked_fill(ignored, 0)
-            _check_values(classes, num_classes, ignore_index)
-            return classes if ignored is None else classes.masked_fill_(ignored, num_classes)
+    if not _is_looked_at(labels):
+        nowhere = (narrow < 0) | (narrow >= num_classes)
+        return narrow.masked_fill(nowhere if ignored is None else nowhere | ignored, num_classes)
+    if not check:
         return narrow if ignored is None else narrow.masked_fill(ignored, num_classes)
-    nowhere = (narrow < 0) | (narrow >= num_classes)
-    return narrow.masked_fill(nowhere if ignored is None else nowhere | ignored, num_classes)
+    # A class stands in for the ignored pixels while the others are looked at.
+    classes = narrow if ignored is None else narrow.masked_fill(ignored, 0)
+    _check_values(classes, num_classes, ignore_index)
+    return classes if ignored is None else classes.masked_fill_(ignored, num_classes)
+
+
+def _all_take_part(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> bool:
+    if labels.numel() == 0:
+        return True
+    low, high = (int(value) for value in torch.aminmax(labels))
+    return low >= 0 and high < num_classes and (ignore_index is None or not low <= ignore_index <= high)
 
 
 def _is_looked_at(labels: Tensor) -> bool:

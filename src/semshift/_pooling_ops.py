@@ -1,0 +1,347 @@
+"""The ops under pooling: bodies, fakes and backward. Arguments have been checked by then, but for the labels' values.
+
+`semshift::class_sums` adds up by label, `semshift::spread_rows` is its adjoint, and `semshift::soft_class_sums` adds up
+by weight.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from semshift.labels import _slots
+
+__all__ = ["hard_sums", "soft_sums", "sum_dtype"]
+
+# Elements of half precision that are widened at a time, and of sums that are held, so that they stay in the cache.
+_BLOCK = 2**18
+# Where one way on the CPU becomes faster than another: docs/benchmarks.md has what each is worth.
+_SMALL = 2**14
+_NARROW = 64
+_WIDE = 512
+_PRODUCT = 32
+# Up to so many classes the kernels add in a fixed order.
+_FEW = 256
+
+
+def hard_sums(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
+) -> tuple[Tensor, Tensor]:
+    """Sums `[(B,) K, C]` of the features of each class, and how many pixels it has."""
+    # The steps to an op and back cost a small call more than all of its arithmetic.
+    plain = not torch.compiler.is_compiling() and type(features) is Tensor
+    body = _add_up_few if plain and _are_few(features) else _class_sums
+    sums, mass = body(features, labels, num_classes, ignore_index, per_image)
+    return sums, mass
+
+
+def _are_few(features: Tensor) -> bool:
+    return features.is_cpu and features.numel() <= _SMALL
+
+
+def _add_up_few(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
+) -> tuple[Tensor, Tensor]:
+    """The definition in the fewest steps, all of which autograd knows."""
+    keys, num_rows = _keys(_slots(labels, num_classes, ignore_index, check=True), num_classes, per_image)
+    flat, dtype = keys.flatten(), sum_dtype(features.dtype)
+    pixels = features.movedim(1, -1).flatten(0, -2).to(dtype)
+    sums = features.new_zeros((num_rows, features.shape[1]), dtype=dtype).index_add_(0, flat.long(), pixels)
+    return _rows_of_classes(sums, torch.bincount(flat, minlength=num_rows), num_classes, per_image)
+
+
+# Defined by hand, since the wrapper of `torch.library.custom_op` costs a small call more than all of its arithmetic.
+_LIBRARY = torch.library.Library("semshift", "FRAGMENT")
+_LIBRARY.define(
+    "class_sums(Tensor features, Tensor labels, SymInt num_classes, int? ignore_index, bool per_image) "
+    "-> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "spread_rows(Tensor rows, Tensor labels, SymInt num_classes, int? ignore_index, bool per_image, "
+    "bool channels_last) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_class_sums = torch.ops.semshift.class_sums.default
+_spread_rows = torch.ops.semshift.spread_rows.default
+
+
+@torch.library.impl(_LIBRARY, "class_sums", "CompositeExplicitAutograd")
+def _add_up(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
+) -> tuple[Tensor, Tensor]:
+    """The definition: add the feature of each pixel to the row of its class."""
+    if _are_few(features):
+        return _add_up_few(features, labels, num_classes, ignore_index, per_image)
+    channels, dtype = features.shape[1], sum_dtype(features.dtype)
+    slots = _slots(labels, num_classes, ignore_index, check=True)
+    keys, num_rows = _keys(slots, num_classes, per_image)
+    mass = _count(keys.flatten(), num_rows)
+    pixels = features.movedim(1, -1)
+    by_pixel = features.stride(1) == 1
+    sums = None
+    if by_pixel and channels < _WIDE and num_rows <= _FEW and _in_bags(pixels):
+        order = keys.flatten().to(torch.uint8).argsort(stable=True)
+        sums = embedding_bag(order, pixels.flatten(0, -2), mass.cumsum(0) - mass, mode="sum")
+    elif by_pixel:
+        sums = features.new_zeros((num_rows, channels), dtype=dtype)
+        for part, to in _runs(pixels, keys.long(), dtype):
+            sums.index_add_(0, to, part.to(dtype))
+    elif num_classes <= _PRODUCT and channels >= _NARROW and dtype == features.dtype and features.is_contiguous():
+        sums = _product(features, slots, num_classes, per_image)
+    if sums is None:
+        sums = _in_lanes(pixels, keys, num_rows, dtype)
+    return _rows_of_classes(sums, mass, num_classes, per_image)
+
+
+@torch.library.impl(_LIBRARY, "spread_rows", "CompositeExplicitAutograd")
+def _spread(
+    rows: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool, channels_last: bool
+) -> Tensor:
+    """The adjoint: give each pixel the row of its class, and 0 to those that take no part; `[B, C, *S]`."""
+    images, channels = labels.shape[0], rows.shape[-1]
+    slots = _slots(labels, num_classes, ignore_index, check=False)
+    padded = torch.cat([rows, rows.new_zeros((*rows.shape[:-2], 1, channels))], dim=-2)
+    if channels_last:
+        keys, _ = _keys(slots, num_classes, per_image)
+        spread = padded.flatten(0, -2).index_select(0, keys.flatten().long())
+        return spread.view(*labels.shape, channels).movedim(-1, 1)
+    keys = slots.long().unsqueeze(-1).flatten(1)[:, None].expand(images, channels, -1)
+    table = padded.mT.contiguous().expand(images, channels, num_classes + 1)
+    return table.gather(2, keys).view(images, channels, *labels.shape[1:])
+
+
+def _keys(slots: Tensor, num_classes: int, per_image: bool) -> tuple[Tensor, int]:
+    """The row of each pixel, in one table for all images, and how many rows that has.
+
+    One row more than classes swallows the pixels that take no part, so that they need no masking.
+    """
+    if not per_image:
+        return slots, num_classes + 1
+    first = torch.arange(len(slots), device=slots.device) * (num_classes + 1)
+    return slots + first.view(-1, *[1] * (slots.dim() - 1)), len(slots) * (num_classes + 1)
+
+
+def _rows_of_classes(sums: Tensor, mass: Tensor, num_classes: int, per_image: bool) -> tuple[Tensor, Tensor]:
+    """Of all rows those that stand for a class."""
+    if per_image:
+        size = (len(mass) // (num_classes + 1), num_classes + 1)
+        sums, mass = sums.unflatten(0, size), mass.unflatten(0, size)
+        return sums[:, :num_classes].contiguous(), mass[:, :num_classes].contiguous()
+    return sums[:num_classes], mass[:num_classes]
+
+
+def _product(features: Tensor, slots: Tensor, num_classes: int, per_image: bool) -> Optional[Tensor]:
+    """Sums as one-hot labels times features, with a last row for no class; None where that would not be exact."""
+    if features.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
+        return None
+    images, channels = features.shape[:2]
+    hot = features.new_zeros((images, num_classes + 1, slots[0].numel()))
+    hot.scatter_(1, slots.flatten(1).long()[:, None], 1)
+    sums = features.new_zeros((images, num_classes + 1, channels))
+    with torch.autocast("cpu", enabled=False):
+        sums[:, :num_classes] = torch.bmm(hot[:, :num_classes], features.flatten(2).mT)
+    # In a product, 0 * inf reaches every class.
+    if not sums.isfinite().all():
+        return None
+    return sums.flatten(0, 1) if per_image else sums.sum(0)
+
+
+def _count(keys: Tensor, rows: int) -> Tensor:
+    if keys.device.type == "cpu":
+        return torch.bincount(keys, minlength=rows)
+    # On CUDA a bincount waits for the device, to find its largest key.
+    return keys.new_zeros(rows, dtype=torch.int64).index_add_(0, keys.long(), torch.ones_like(keys, dtype=torch.int64))
+
+
+def _in_bags(pixels: Tensor) -> bool:
+    return pixels.device.type == "cpu" and pixels.dtype == torch.float32 and pixels.is_contiguous()
+
+
+def _in_lanes(pixels: Tensor, keys: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """Sums `[num_rows, C]` of `[*S, C]` whose pixels lie side by side, channel by channel.
+
+    Neighbours are mostly of one class and would wait for each other's sum: those along a line take turns at several.
+    """
+    channels = pixels.shape[-1]
+    lanes = max(2, min(8, 4096 // num_rows))
+    keys = keys.long() + torch.arange(keys.shape[-1], device=keys.device) % lanes * num_rows
+    sums = pixels.new_empty((num_rows, channels), dtype=dtype)
+    # As many channels at a time as keep their sums in the cache until they are turned around.
+    some = max(1, _BLOCK // (lanes * num_rows))
+    added = pixels.new_empty((min(some, channels), lanes, num_rows), dtype=dtype)
+    for turned, read in zip(sums.split(some, 1), pixels.split(some, -1)):
+        first, second, *others = added[: read.shape[-1]].zero_().unbind(1)
+        for part, to in _runs(read, keys, dtype):
+            added[: read.shape[-1]].flatten(1).index_add_(1, to, part.mT.to(dtype))
+        for other in others:
+            first.add_(other)
+        torch.add(first.mT, second.mT, out=turned)
+    return sums
+
+
+def _runs(pixels: Tensor, keys: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views `[n, C]` of `[*S, C]` with keys `[n]`, as long as the strides allow: nothing is copied.
+
+    Those that will be widened come in blocks, whose copies stay in the cache.
+    """
+    size, stride = pixels.shape[:-1], pixels.stride()
+    # How far apart the images lie does not matter where there is one.
+    outer = 1 if size[0] == 1 else 0
+    if any(stride[i] != stride[i + 1] * size[i + 1] for i in range(outer, len(size) - 1)):
+        for part, to in zip(pixels, keys):
+            yield from _runs(part, to, dtype)
+        return
+    rows, flat = pixels.view(math.prod(size), pixels.shape[-1]), keys.reshape(-1)
+    block = max(1, len(flat) if pixels.dtype == dtype else _BLOCK // max(1, pixels.shape[-1]))
+    yield from zip(rows.split(block), flat.split(block))
+
+
+@functools.lru_cache(maxsize=1)
+def _kernels() -> Any:
+    """Triton's kernels, imported where they are first needed; None without Triton."""
+    try:
+        from semshift import _pooling_triton
+    except ImportError:
+        return None
+    return _pooling_triton
+
+
+@torch.library.impl(_LIBRARY, "class_sums", "CUDA")
+def _(features: Tensor, labels: Tensor, num_classes: int, *options: Any) -> tuple[Tensor, Tensor]:
+    kernels = _kernels()
+    # Sums of many classes are scattered in no fixed order.
+    settled = num_classes <= _FEW or not torch.are_deterministic_algorithms_enabled()
+    body = kernels.add_up if kernels and settled and kernels.takes(features) else _add_up
+    sums, mass = body(features, labels, num_classes, *options)
+    return sums, mass
+
+
+@torch.library.impl(_LIBRARY, "spread_rows", "CUDA")
+def _(rows: Tensor, *arguments: Any) -> Tensor:
+    kernels = _kernels()
+    body = kernels.spread if kernels and rows.dtype != torch.float64 else _spread
+    spread: Tensor = body(rows, *arguments)
+    return spread
+
+
+@torch.library.register_fake("semshift::class_sums")
+def _(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
+) -> tuple[Tensor, Tensor]:
+    rows = (features.shape[0], num_classes) if per_image else (num_classes,)
+    sums = features.new_empty((*rows, features.shape[1]), dtype=sum_dtype(features.dtype))
+    return sums, labels.new_empty(rows, dtype=torch.int64)
+
+
+@torch.library.register_fake("semshift::spread_rows")
+def _(
+    rows: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool, channels_last: bool
+) -> Tensor:
+    channels = rows.shape[-1]
+    if channels_last:
+        return rows.new_empty((*labels.shape, channels)).movedim(-1, 1)
+    return rows.new_empty((labels.shape[0], channels, *labels.shape[1:]))
+
+
+class _ClassSums(torch.autograd.Function):
+    """Pooling with its backward; the two ops are each other's, to any order."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(labels)
+        ctx.options, ctx.dtype, ctx.channels_last = options, features.dtype, _channels_last(features)
+        with torch._C._AutoDispatchBelowAutograd():
+            sums, mass = _class_sums(features, labels, *options)
+        ctx.mark_non_differentiable(mass)
+        return sums, mass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
+        # Rounding the rows is rounding each pixel's copy of them, at a fraction of the memory.
+        return _spread_rows(grad.to(ctx.dtype), *ctx.saved_tensors, *ctx.options, ctx.channels_last), *[None] * 4
+
+
+class _SpreadRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, labels: Tensor, *options: Any) -> Tensor:
+        ctx.save_for_backward(labels)
+        ctx.options, ctx.dtype = options[:-1], rows.dtype
+        with torch._C._AutoDispatchBelowAutograd():
+            spread: Tensor = _spread_rows(rows, labels, *options)
+        return spread
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
+        return _class_sums(grad, *ctx.saved_tensors, *ctx.options)[0].to(ctx.dtype), *[None] * 5
+
+
+@torch.library.impl(_LIBRARY, "class_sums", "Autograd")
+def _(features: Tensor, *arguments: Any) -> Any:
+    if features.requires_grad and torch.is_grad_enabled():
+        return _ClassSums.apply(features, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _class_sums(features, *arguments)
+
+
+@torch.library.impl(_LIBRARY, "spread_rows", "Autograd")
+def _(rows: Tensor, *arguments: Any) -> Any:
+    if rows.requires_grad and torch.is_grad_enabled():
+        return _SpreadRows.apply(rows, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _spread_rows(rows, *arguments)
+
+
+@torch.library.custom_op("semshift::soft_class_sums", mutates_args=())
+def soft_sums(features: Tensor, weights: Tensor) -> Tensor:
+    """The definition: `[B, C, N]` and `[B, K, N]`, multiplied and added up over N, to `[B, K, C]`."""
+    dtype = _soft_dtype(features, weights)
+    sums = features.new_empty((features.shape[0], weights.shape[1], features.shape[1]), dtype=dtype)
+    # Autocast would take the product, and so the sum, down to half precision.
+    with torch.autocast(features.device.type, enabled=False):
+        # One image at a time: what is widened to float32 is never more than that.
+        for pooled, feature, weight in zip(sums, features, weights):
+            wide, by = feature.to(dtype), weight.to(dtype)
+            torch.mm(by, wide.mT, out=pooled)
+            if features.device.type == "cpu" and not pooled.isfinite().all():
+                # A second look: in a product, a place that no class weighs still gives 0 * inf.
+                torch.mm(by, torch.where((by != 0).any(0), wide, 0).mT, out=pooled)
+    return sums
+
+
+@soft_sums.register_fake
+def _(features: Tensor, weights: Tensor) -> Tensor:
+    shape = (features.shape[0], weights.shape[1], features.shape[1])
+    return features.new_empty(shape, dtype=_soft_dtype(features, weights))
+
+
+def _soft_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _soft_backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    features, weights = ctx.saved_tensors
+    needs_features, needs_weights = ctx.needs_input_grad
+    # Both are products of the same kind, so the op is its own backward, to any order.
+    to_features = soft_sums(weights.mT, grad.mT).to(features.dtype) if needs_features else None
+    to_weights = soft_sums(features.mT, grad).to(weights.dtype) if needs_weights else None
+    return to_features, to_weights
+
+
+soft_sums.register_autograd(_soft_backward, setup_context=_soft_setup)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _soft_dtype(features: Tensor, weights: Tensor) -> torch.dtype:
+    return torch.promote_types(sum_dtype(features.dtype), sum_dtype(weights.dtype))
+
+
+def _channels_last(features: Tensor) -> bool:
+    return features.dim() > 2 and features.stride(1) == 1
