@@ -34,16 +34,22 @@ def hard_sums(
     """Sums `[(B,) K, C]` of the features of each class, and how many pixels it has."""
     # The steps to an op and back cost a small call more than all of its arithmetic.
     plain = not torch.compiler.is_compiling() and type(features) is Tensor
-    body = _add_up_few if plain and _are_few(features) else _class_sums
+    body = _add_up_at_once if plain and _as_rows(features, num_classes, per_image) else _class_sums
     sums, mass = body(features, labels, num_classes, ignore_index, per_image)
     return sums, mass
 
 
-def _are_few(features: Tensor) -> bool:
-    return features.is_cpu and features.numel() <= _SMALL
+def _as_rows(features: Tensor, num_classes: int, per_image: bool) -> bool:
+    """Whether a row for each pixel is there without a copy, or at the price of one that costs less than to avoid it."""
+    if not features.is_cpu:
+        return False
+    if features.numel() <= _SMALL:
+        return True
+    at_hand = features.dtype == sum_dtype(features.dtype) and features.movedim(1, -1).is_contiguous()
+    return at_hand and not _in_bags(features, (len(features) if per_image else 1) * (num_classes + 1))
 
 
-def _add_up_few(
+def _add_up_at_once(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
 ) -> tuple[Tensor, Tensor]:
     """The definition in the fewest steps, all of which autograd knows."""
@@ -75,8 +81,8 @@ def _add_up(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
 ) -> tuple[Tensor, Tensor]:
     """The definition: add the feature of each pixel to the row of its class."""
-    if _are_few(features):
-        return _add_up_few(features, labels, num_classes, ignore_index, per_image)
+    if _as_rows(features, num_classes, per_image):
+        return _add_up_at_once(features, labels, num_classes, ignore_index, per_image)
     channels, dtype = features.shape[1], sum_dtype(features.dtype)
     slots = _slots(labels, num_classes, ignore_index, check=True)
     keys, num_rows = _keys(slots, num_classes, per_image)
@@ -84,7 +90,7 @@ def _add_up(
     pixels = features.movedim(1, -1)
     by_pixel = features.stride(1) == 1
     sums = None
-    if by_pixel and channels < _WIDE and num_rows <= _FEW and _in_bags(pixels):
+    if by_pixel and _in_bags(features, num_rows):
         order = keys.flatten().to(torch.uint8).argsort(stable=True)
         sums = embedding_bag(order, pixels.flatten(0, -2), mass.cumsum(0) - mass, mode="sum")
     elif by_pixel:
@@ -139,12 +145,10 @@ def _product(features: Tensor, slots: Tensor, num_classes: int, per_image: bool)
     """Sums as one-hot labels times features, with a last row for no class; None where that would not be exact."""
     if features.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
         return None
-    images, channels = features.shape[:2]
-    hot = features.new_zeros((images, num_classes + 1, slots[0].numel()))
+    hot = features.new_zeros((len(features), num_classes + 1, slots[0].numel()))
     hot.scatter_(1, slots.flatten(1).long()[:, None], 1)
-    sums = features.new_zeros((images, num_classes + 1, channels))
     with torch.autocast("cpu", enabled=False):
-        sums[:, :num_classes] = torch.bmm(hot[:, :num_classes], features.flatten(2).mT)
+        sums = torch.bmm(hot, features.flatten(2).mT)
     # In a product, 0 * inf reaches every class.
     if not sums.isfinite().all():
         return None
@@ -158,8 +162,9 @@ def _count(keys: Tensor, rows: int) -> Tensor:
     return keys.new_zeros(rows, dtype=torch.int64).index_add_(0, keys.long(), torch.ones_like(keys, dtype=torch.int64))
 
 
-def _in_bags(pixels: Tensor) -> bool:
-    return pixels.device.type == "cpu" and pixels.dtype == torch.float32 and pixels.is_contiguous()
+def _in_bags(features: Tensor, num_rows: int) -> bool:
+    few = features.shape[1] < _WIDE and num_rows <= _FEW
+    return few and features.is_cpu and features.dtype == torch.float32 and features.movedim(1, -1).is_contiguous()
 
 
 def _in_lanes(pixels: Tensor, keys: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
