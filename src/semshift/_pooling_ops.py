@@ -17,8 +17,10 @@ from semshift.labels import _slots
 
 __all__ = ["hard_sums", "soft_sums", "sum_dtype"]
 
-# Elements of half precision that are widened at a time, and of sums that are held, so that they stay in the cache.
+# Elements of half precision that are widened at a time, so that they stay in the cache.
 _BLOCK = 2**18
+# Elements of sums that are held in other places than their own.
+_HELD = 2**20
 # Where one way on the CPU becomes faster than another: docs/benchmarks.md has what each is worth.
 _SMALL = 2**14
 _NARROW = 64
@@ -33,8 +35,9 @@ def hard_sums(
 ) -> tuple[Tensor, Tensor]:
     """Sums `[(B,) K, C]` of the features of each class, and how many pixels it has."""
     # The steps to an op and back cost a small call more than all of its arithmetic.
-    plain = not torch.compiler.is_compiling() and type(features) is Tensor
-    body = _add_up_at_once if plain and _as_rows(features, num_classes, per_image) else _class_sums
+    plain = not torch.compiler.is_compiling() and type(features) is Tensor and features.is_cpu
+    unseen = not (features.requires_grad and torch.is_grad_enabled())
+    body = _add_up if plain and (unseen or _as_rows(features, num_classes, per_image)) else _class_sums
     sums, mass = body(features, labels, num_classes, ignore_index, per_image)
     return sums, mass
 
@@ -111,14 +114,15 @@ def _spread(
     """The adjoint: give each pixel the row of its class, and 0 to those that take no part; `[B, C, *S]`."""
     images, channels = labels.shape[0], rows.shape[-1]
     slots = _slots(labels, num_classes, ignore_index, check=False)
-    padded = torch.cat([rows, rows.new_zeros((*rows.shape[:-2], 1, channels))], dim=-2)
     if channels_last:
         keys, _ = _keys(slots, num_classes, per_image)
+        padded = torch.cat([rows, rows.new_zeros((*rows.shape[:-2], 1, channels))], dim=-2)
         spread = padded.flatten(0, -2).index_select(0, keys.flatten().long())
         return spread.view(*labels.shape, channels).movedim(-1, 1)
+    table = rows.new_zeros((*rows.shape[:-2], channels, num_classes + 1))
+    table[..., :num_classes] = rows.mT
     keys = slots.long().unsqueeze(-1).flatten(1)[:, None].expand(images, channels, -1)
-    table = padded.mT.contiguous().expand(images, channels, num_classes + 1)
-    return table.gather(2, keys).view(images, channels, *labels.shape[1:])
+    return table.expand(images, channels, num_classes + 1).gather(2, keys).view(images, channels, *labels.shape[1:])
 
 
 def _keys(slots: Tensor, num_classes: int, per_image: bool) -> tuple[Tensor, int]:
@@ -170,22 +174,17 @@ def _in_bags(features: Tensor, num_rows: int) -> bool:
 def _in_lanes(pixels: Tensor, keys: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
     """Sums `[num_rows, C]` of `[*S, C]` whose pixels lie side by side, channel by channel.
 
-    Neighbours are mostly of one class and would wait for each other's sum: those along a line take turns at several.
+    Neighbours are mostly of one class and would wait for each other's sum: along a line they take turns at two.
     """
-    channels = pixels.shape[-1]
-    lanes = max(2, min(8, 4096 // num_rows))
-    keys = keys.long() + torch.arange(keys.shape[-1], device=keys.device) % lanes * num_rows
-    sums = pixels.new_empty((num_rows, channels), dtype=dtype)
-    # As many channels at a time as keep their sums in the cache until they are turned around.
-    some = max(1, _BLOCK // (lanes * num_rows))
-    added = pixels.new_empty((min(some, channels), lanes, num_rows), dtype=dtype)
+    keys = keys.long() + torch.arange(keys.shape[-1], device=keys.device) % 2 * num_rows
+    sums = pixels.new_empty((num_rows, pixels.shape[-1]), dtype=dtype)
+    # So many channels at a time that what is held does not grow with the product of both.
+    some = max(1, _HELD // num_rows)
     for turned, read in zip(sums.split(some, 1), pixels.split(some, -1)):
-        first, second, *others = added[: read.shape[-1]].zero_().unbind(1)
+        added = pixels.new_zeros((read.shape[-1], 2, num_rows), dtype=dtype)
         for part, to in _runs(read, keys, dtype):
-            added[: read.shape[-1]].flatten(1).index_add_(1, to, part.mT.to(dtype))
-        for other in others:
-            first.add_(other)
-        torch.add(first.mT, second.mT, out=turned)
+            added.flatten(1).index_add_(1, to, part.mT.to(dtype))
+        torch.add(added[:, 0].mT, added[:, 1].mT, out=turned)
     return sums
 
 
