@@ -169,6 +169,7 @@ WAYS = {
     "rows": {"_SMALL": 0, "_WIDE": 0},
     "product": {"_SMALL": 0, "_NARROW": 0},
     "lanes": {"_SMALL": 0, "_PRODUCT": 0},
+    "lanes, few channels at a time": {"_SMALL": 0, "_PRODUCT": 0, "_HELD": 8},
 }
 
 

@@ -307,14 +307,23 @@ def soft_sums(features: Tensor, weights: Tensor) -> Tensor:
     sums = features.new_empty((features.shape[0], weights.shape[1], features.shape[1]), dtype=dtype)
     # Autocast would take the product, and so the sum, down to half precision.
     with torch.autocast(features.device.type, enabled=False):
-        # One image at a time: what is widened to float32 is never more than that.
-        for pooled, feature, weight in zip(sums, features, weights):
+        # Small images together, others one by one: what is widened to float32 is never more than one.
+        some = max(1, len(features)) if features.numel() <= _BLOCK else 1
+        for pooled, feature, weight in zip(sums.split(some), features.split(some), weights.split(some)):
             wide, by = feature.to(dtype), weight.to(dtype)
-            torch.mm(by, wide.mT, out=pooled)
+            _multiply(by, wide, pooled)
             if features.device.type == "cpu" and not pooled.isfinite().all():
                 # A second look: in a product, a place that no class weighs still gives 0 * inf.
-                torch.mm(by, torch.where((by != 0).any(0), wide, 0).mT, out=pooled)
+                _multiply(by, torch.where((by != 0).any(1, keepdim=True), wide, 0), pooled)
     return sums
+
+
+def _multiply(weights: Tensor, features: Tensor, out: Tensor) -> None:
+    # A batch of one is slower than a plain product by a tenth.
+    if len(out) == 1:
+        torch.mm(weights[0], features[0].mT, out=out[0])
+    else:
+        torch.bmm(weights, features.mT, out=out)
 
 
 @soft_sums.register_fake

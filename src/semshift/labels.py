@@ -9,6 +9,8 @@ from torch import Tensor
 __all__ = ["check_labels", "class_shares", "remap_labels", "resize_labels"]
 
 _DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# Elements of shares that are held beside the result, unless a single image has more.
+_HELD = 2**20
 
 
 def check_labels(labels: Tensor, num_classes: int, *, ignore_index: Optional[int] = 255) -> None:
@@ -262,19 +264,23 @@ def _shares(
     ignore_index: Optional[int],
 ) -> Tensor:
     """Weights `[B, K + 1, h, w]` in float64, the last row of ignored pixels; area in units of 1 / (h * w) pixels."""
-    slots = _slots(labels, num_classes, ignore_index, check=True).long()
+    # Where the cells of a pixel's class begin in a line of all classes.
+    begins = _slots(labels, num_classes, ignore_index, check=True).long() * width
     device = labels.device
     rows, in_row, row_weights = _overlaps(labels.shape[1], height, mode, align_corners, device)
     columns, in_column, column_weights = _overlaps(labels.shape[2], width, mode, align_corners, device)
     # Along the columns first, where a pixel meets few cells; then whole rows at a time, by a product.
-    shares = labels.new_empty((len(labels), height, (num_classes + 1) * width), dtype=torch.float64)
-    by_row = shares.new_zeros((height, labels.shape[1])).index_put_((in_row, rows), row_weights, accumulate=True)
-    line = torch.arange(labels.shape[1], device=device)[:, None] * ((num_classes + 1) * width)
-    weights = column_weights.expand(labels.shape[1], -1).flatten()
-    for share, slot in zip(shares, slots):
-        across = share.new_zeros((labels.shape[1], (num_classes + 1) * width))
-        across.view(-1).index_add_(0, (slot[:, columns] * width + (line + in_column)).flatten(), weights)
-        torch.mm(by_row, across, out=share)
+    lines, cells = labels.shape[1], (num_classes + 1) * width
+    shares = labels.new_empty((len(labels), height, cells), dtype=torch.float64)
+    by_row = shares.new_zeros((height, lines)).index_put_((in_row, rows), row_weights, accumulate=True)
+    # Small images together, large ones one by one.
+    some = max(1, min(len(labels), _HELD // max(1, lines * cells)))
+    line = torch.arange(some * lines, device=device).view(some, lines, 1) * cells
+    for share, begin in zip(torch.split(shares, some), torch.split(begins, some)):
+        across = share.new_zeros((len(begin), lines, cells))
+        keys = begin[:, :, columns] + (line[: len(begin)] + in_column)
+        across.view(-1).index_add_(0, keys.flatten(), column_weights.expand(len(begin) * lines, -1).flatten())
+        torch.matmul(by_row, across, out=share)
     shares = shares.view(len(labels), height, num_classes + 1, width).movedim(2, 1)
     return shares.contiguous()
 
