@@ -240,3 +240,12 @@ def test_more_classes_than_the_dtype_of_the_labels_holds():
 def test_a_label_beyond_the_table_is_told():
     with pytest.raises(ValueError, match=r"^expected labels to be ids of table, got 9 \(1 pixel\)$"):
         remap_labels(torch.tensor([1, 9]), {0: 0, 1: 1})
+
+
+@pytest.mark.parametrize("mode", ["area", "bilinear"])
+def test_shares_do_not_depend_on_how_many_images_go_together(mode, monkeypatch):
+    labels = torch.tensor([0, 1, 2, 255])[torch.randint(0, 4, (3, 7, 9))]
+    together = class_shares(labels, (4, 5), 3, mode=mode)
+    for images in (0, 2):
+        monkeypatch.setattr("semshift.labels._HELD", images * 7 * 4 * 5)
+        assert torch.equal(class_shares(labels, (4, 5), 3, mode=mode), together)
