@@ -166,9 +166,11 @@ def test_half_features_wider_than_a_block():
     assert torch.equal(class_sums(features.to(memory_format=torch.channels_last), labels, 3).sums, want)
 
 
-def test_channels_last_is_read_as_it_lies(monkeypatch):
-    """A copy of the features would take 64 MB; all that pooling allocates here is labels and sums."""
-    features = torch.zeros(1, 256, 256, 256).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_features_are_read_as_they_lie(layout, dtype):
+    """A copy of the features would take 32 or 64 MB; all that pooling allocates here is labels, sums and small blocks."""
+    features = torch.zeros(1, 256, 256, 256, dtype=dtype).to(memory_format=layout)
     labels = torch.zeros(1, 256, 256, dtype=torch.uint8)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         class_sums(features, labels, 2)
