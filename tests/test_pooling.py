@@ -169,7 +169,7 @@ def test_half_features_wider_than_a_block():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_features_are_read_as_they_lie(layout, dtype):
-    """A copy of the features would take 32 or 64 MB; all that pooling allocates here is labels, sums and small blocks."""
+    """A copy of the features would take 32 or 64 MB; all that pooling allocates is labels, sums and small blocks."""
     features = torch.zeros(1, 256, 256, 256, dtype=dtype).to(memory_format=layout)
     labels = torch.zeros(1, 256, 256, dtype=torch.uint8)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
