@@ -35,10 +35,11 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[s
     """Estimate the memory of a step from the tensors that a forward without data, on the meta device, keeps.
 
     An estimate: the images of every domain go through the segmenter, the up-sampled logits into the loss and the
-    global discriminator. It leaves out prototypes, the gradient penalty, the workspace of convolutions,
-    tensors that live within one operation, and what an allocator holds in reserve; and it counts activations and
-    gradients as if all were there at once, while a backward frees the ones as it makes the others. The tests hold it
-    within a quarter of the largest sum of tensors that live at once in a run on the CPU; leave room above it on a GPU.
+    global discriminator. It leaves out prototypes, the gradient penalty, spectral norm's copies of weights, the
+    workspace of convolutions, tensors that live within one operation, and what an allocator holds in reserve; and it
+    counts activations and gradients as if all were there at once, while a backward frees the ones as it makes the
+    others. The tests hold it within an eighth of the largest sum of tensors that live at once in a run on the CPU;
+    leave room above it on a GPU.
 
     Args:
         settings: of the run.
