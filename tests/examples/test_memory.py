@@ -56,7 +56,7 @@ class Live(TorchDispatchMode):
         {"method": "ass"},
         {"method": "semantic", "optimiser": Optimiser(name="sgd", images=3)},
         {"method": "ass", "global_adversary": GlobalAdversary(base_channels=64)},
-        {"method": "joint", "network": DEEPLAB},
+        pytest.param({"method": "joint", "network": DEEPLAB}, marks=pytest.mark.slow),
         pytest.param(
             {"method": "ass", "network": DEEPLAB, "optimiser": Optimiser(name="sgd", images=1, unlabelled=1)},
             marks=pytest.mark.slow,
