@@ -12,6 +12,7 @@ import jsonargparse
 from examples.ass import runs
 from examples.ass.compare import compare, comparison_table
 from examples.ass.data import InputError
+from examples.ass.deeplab import DeepLabV2
 from examples.ass.evaluate import Scores, evaluate, illustrate, score_table
 from examples.ass.models import SmallSegmenter
 from examples.ass.settings import METHODS, Settings, check, open_images
@@ -175,6 +176,7 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[Settings, argparse.N
     parser.add_argument("--config", metavar="FILE", help="a YAML file of settings")
     parser.add_argument("--data-root", metavar="DIR", help="where the image folders of the settings lie")
     parser.add_argument("--out", metavar="DIR", help="the run folder")
+    parser.add_argument("--init", metavar="FILE", help="short for --network.init")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
     parser.add_argument("--save-predictions", action="store_true", help="write the test set's index masks")
     parser.add_class_arguments(Settings, None)
@@ -182,10 +184,13 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[Settings, argparse.N
         options = parser.instantiate(parser.parse_args(list(arguments)))
     except argparse.ArgumentError as error:
         raise InputError(f"{error} (with the settings of {file})" if file else str(error)) from error
-    return Settings(**{part.name: options[part.name] for part in dataclasses.fields(Settings)}), options
+    settings = Settings(**{part.name: options[part.name] for part in dataclasses.fields(Settings)})
+    if options.init is not None:
+        settings = dataclasses.replace(settings, network=dataclasses.replace(settings.network, init=options.init))
+    return settings, options
 
 
-def _load(settings: Settings, checkpoint: Path) -> SmallSegmenter:
+def _load(settings: Settings, checkpoint: Path) -> SmallSegmenter | DeepLabV2:
     segmenter = build_segmenter(settings)
     segmenter.load_state_dict(runs.load_weights(checkpoint))
     return segmenter.eval()

@@ -66,6 +66,10 @@ class SmallSegmenter(nn.Module):
         features = at8 if self.feature_layer == "encoder" else decoded
         return Segmentation(features, self.classifier(decoded))
 
+    def classifier_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the last layer."""
+        return list(self.classifier.parameters())
+
 
 class _Residual(nn.Module):
     def __init__(self, channels: int, dilation: int = 1) -> None:

@@ -92,15 +92,29 @@ class Data:
 
 @dataclass(frozen=True)
 class Network:
-    """The segmenter.
+    """The segmenter: a small one to be trained from nothing, or the paper's, which wants trained weights.
 
     Args:
-        width: channels of the first stage, a multiple of 8.
-        feature_layer: the layer whose prototypes are aligned.
+        name: `small` or `deeplab-v2`.
+        width: of small: channels of the first stage, a multiple of 8.
+        feature_layer: the layer whose prototypes are aligned; deeplab-v2 has its `encoder` only.
+        depth: of deeplab-v2: layers of its ResNet.
+        aspp_dilations: of deeplab-v2: dilations of the convolutions that its classifier sums.
+        origin: of deeplab-v2: where its weights come from, which decides stride placement and preprocessing.
+        init: of deeplab-v2: a file of weights to start from, a state dict with torchvision's names.
+        init_classifier: take the classifier from `init` too, where it has one.
+        frozen_batch_norm: of deeplab-v2: keep the statistics, weights and biases of `init`.
     """
 
+    name: Literal["small", "deeplab-v2"] = "small"
     width: int = 16
     feature_layer: Literal["encoder", "decoder"] = "encoder"
+    depth: Literal[101, 50] = 101
+    aspp_dilations: tuple[int, ...] = (6, 12, 18, 24)
+    origin: Literal["torchvision", "caffe"] = "torchvision"
+    init: str | None = None
+    init_classifier: bool = True
+    frozen_batch_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,7 @@ class Optimiser:
     Args:
         name: `sgd` has momentum 0.9.
         learning_rate: at step 0, decaying as (1 - step / steps) ** power.
+        classifier_factor: by which the learning rate of the last layer is multiplied.
         weight_decay: as the optimiser defines it.
         power: of the decay; 0 keeps the rate.
         images: labelled images of a domain in a step.
@@ -118,6 +133,7 @@ class Optimiser:
 
     name: Literal["sgd", "adamw"] = "adamw"
     learning_rate: float = 3e-3
+    classifier_factor: float = 1.0
     weight_decay: float = 1e-4
     power: float = 0.9
     images: int = 4
@@ -268,6 +284,7 @@ def check(settings: Settings) -> None:
             raise InputError(f"expected {name} to be finite and not negative, got {amount}")
     rates = {
         "optimiser.learning_rate": settings.optimiser.learning_rate,
+        "optimiser.classifier_factor": settings.optimiser.classifier_factor,
         "global_adversary.learning_rate": settings.global_adversary.learning_rate,
         "semantic_adversary.learning_rate": settings.semantic_adversary.learning_rate,
     }
@@ -283,8 +300,7 @@ def check(settings: Settings) -> None:
     for name, share in shares.items():
         if not 0 <= share <= 1:
             raise InputError(f"expected {name} to be a share of the steps in [0, 1], got {share}")
-    if settings.network.width < 8 or settings.network.width % 8:
-        raise InputError(f"expected network.width to be a positive multiple of 8, got {settings.network.width}")
+    _check_network(settings.network)
     if settings.accelerator not in ("auto", "cpu", "cuda", "mps"):
         raise InputError(f"expected accelerator to be one of auto, cpu, cuda, mps, got {settings.accelerator}")
     if settings.accelerator == "cuda" and not torch.cuda.is_available():
@@ -310,6 +326,22 @@ def check(settings: Settings) -> None:
             "expected semantic_adversary.objective bce and r1 0 with semantic_adversary.conditioning class-and-domain, "
             f"got {semantic.objective} and {semantic.r1}"
         )
+
+
+def _check_network(network: Network) -> None:
+    if network.width < 8 or network.width % 8:
+        raise InputError(f"expected network.width to be a positive multiple of 8, got {network.width}")
+    if not network.aspp_dilations or min(network.aspp_dilations) < 1:
+        raise InputError(
+            f"expected network.aspp_dilations to be one or more of at least 1, got {list(network.aspp_dilations)}"
+        )
+    if network.name == "small" and (network.init is not None or network.frozen_batch_norm):
+        setting = "frozen_batch_norm true" if network.init is None else f"init {network.init}"
+        raise InputError(f"expected network.init and network.frozen_batch_norm with deeplab-v2 only, got {setting}")
+    if network.name == "deeplab-v2" and network.feature_layer != "encoder":
+        raise InputError(f"expected network.feature_layer encoder of deeplab-v2, got {network.feature_layer}")
+    if network.frozen_batch_norm and network.init is None:
+        raise InputError("expected network.init, whose statistics network.frozen_batch_norm would keep, got none")
 
 
 def open_images(settings: Settings, data_root: Path | None) -> Images:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,11 @@ from tqdm import tqdm
 import semshift
 from examples.ass import runs
 from examples.ass.data import InputError, Samples, Some, TrainingSet, batches, labelled_subset
+from examples.ass.deeplab import DeepLabV2
 from examples.ass.evaluate import evaluate, illustrate
+from examples.ass.memory import estimate_memory
 from examples.ass.models import Segmentation, SmallSegmenter
+from examples.ass.pretrained import load_pretrained
 from examples.ass.settings import METHODS, GlobalAdversary, SemanticAdversary, Settings, check, open_images
 from semshift.discriminators import FCDiscriminator, PrototypeDiscriminator, frozen
 from semshift.health import DomainAccuracy, class_domain_accuracy, domain_accuracy, gradient_norm
@@ -79,13 +83,18 @@ def train(
     check(settings)
     images = open_images(settings, data_root)
     labelled = labelled_subset(len(images.target), settings.labelled)
+    # Before the run folder is made, so that a bad file leaves none; a run that goes on has them in its checkpoint.
+    segmenter = build_segmenter(settings)
+    if isinstance(segmenter, DeepLabV2) and settings.network.init is not None and not (out / runs.LAST).exists():
+        loaded = load_pretrained(segmenter, Path(settings.network.init), classifier=settings.network.init_classifier)
+        tqdm.write(str(loaded), file=sys.stderr)
     runs.prepare(out, settings, labelled=[images.target.names[i] for i in labelled], resume=resume)
     logger = TensorBoardLogger(out, name="tensorboard", version="")
     fabric = Fabric(accelerator=settings.accelerator, devices=1, precision=settings.precision, loggers=logger)
     fabric.launch()
 
     # The networks and how they learn. Which of them exist is all that tells the methods apart.
-    segmenter = build_segmenter(settings).to(fabric.device)
+    segmenter = segmenter.to(fabric.device)
     optimiser = build_optimiser(settings, segmenter)
     learning_rate = Polynomial(settings.optimiser.learning_rate, settings.steps, power=settings.optimiser.power)
     adversaries: dict[str, GlobalAdversary | SemanticAdversary] = {
@@ -98,6 +107,7 @@ def train(
         name: torch.optim.Adam(critic.parameters(), adversaries[name].learning_rate, betas=(0.9, 0.99))
         for name, critic in critics.items()
     }
+    tqdm.write(str(estimate_memory(settings, segmenter, critics)), file=sys.stderr)
     weights = {name: weight_schedule(adversary, settings.steps) for name, adversary in adversaries.items()}
     classes = len(settings.data.classes)
     seen = {domain: torch.zeros(classes, dtype=torch.bool, device=fabric.device) for domain in ("source", "labelled")}
@@ -142,8 +152,8 @@ def train(
         for step, batch in batches(training, sampler, workers=settings.data.workers):
             if step == adaptation_starts:
                 runs.save_before(out, segmenter)
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step)
+            for group, factor in zip(optimiser.param_groups, (1.0, settings.optimiser.classifier_factor)):
+                group["lr"] = factor * learning_rate(step)
             batch = fabric.to_device(batch)
 
             # Segmenter: cross-entropy on every labelled image, and the discriminators, frozen, confused by the target.
@@ -221,6 +231,7 @@ def train(
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
                 runs.save_checkpoint(out, step + 1, stateful, seen, settings=settings, resumed_from=resumed_from)
 
+    segmenter.eval()
     scores = {
         split: evaluate(
             segmenter,
@@ -233,7 +244,7 @@ def train(
         )
         for split in ("validation", "test")
     }
-    earlier = build_segmenter(settings).to(fabric.device)
+    earlier = build_segmenter(settings).to(fabric.device).eval()
     earlier.load_state_dict(runs.load_weights(out / runs.BEFORE))
     illustrate(
         out / "report.png",
@@ -262,22 +273,38 @@ def train(
     return metrics
 
 
-def build_segmenter(settings: Settings) -> SmallSegmenter:
-    """The segmenter with its first weights, which depend on the seed alone: every method starts from the same."""
+def build_segmenter(settings: Settings) -> SmallSegmenter | DeepLabV2:
+    """The segmenter with its first weights, which depend on the seed alone: every method starts from the same.
+
+    Those of `network.init` are not among them: `train` loads them over these, once.
+    """
     torch.manual_seed(settings.seed)
-    network = settings.network
-    return SmallSegmenter(len(settings.data.classes), width=network.width, feature_layer=network.feature_layer)
+    network, classes = settings.network, len(settings.data.classes)
+    if network.name == "small":
+        return SmallSegmenter(classes, width=network.width, feature_layer=network.feature_layer)
+    return DeepLabV2(
+        classes,
+        depth=network.depth,
+        aspp_dilations=network.aspp_dilations,
+        origin=network.origin,
+        freeze_batch_norm=network.frozen_batch_norm,
+    )
 
 
-def build_optimiser(settings: Settings, segmenter: nn.Module) -> torch.optim.Optimizer:
-    """The segmenter's optimiser."""
+def build_optimiser(settings: Settings, segmenter: SmallSegmenter | DeepLabV2) -> torch.optim.Optimizer:
+    """The segmenter's optimiser; its second group, where there is one, is the classifier."""
     how = settings.optimiser
+    groups = [{"params": list(segmenter.parameters())}]
+    if how.classifier_factor != 1:
+        classifier = segmenter.classifier_parameters()
+        chosen = set(map(id, classifier))
+        groups = [{"params": [p for p in segmenter.parameters() if id(p) not in chosen]}, {"params": classifier}]
     if how.name == "adamw":
-        return torch.optim.AdamW(segmenter.parameters(), how.learning_rate, weight_decay=how.weight_decay)
-    return torch.optim.SGD(segmenter.parameters(), how.learning_rate, momentum=0.9, weight_decay=how.weight_decay)
+        return torch.optim.AdamW(groups, how.learning_rate, weight_decay=how.weight_decay)
+    return torch.optim.SGD(groups, how.learning_rate, momentum=0.9, weight_decay=how.weight_decay)
 
 
-def build_critic(name: str, settings: Settings, segmenter: SmallSegmenter) -> nn.Module:
+def build_critic(name: str, settings: Settings, segmenter: SmallSegmenter | DeepLabV2) -> nn.Module:
     """The discriminator called `global` or `semantic`, from a seed of its own."""
     classes = len(settings.data.classes)
     if name == "global":
