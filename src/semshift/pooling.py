@@ -220,10 +220,9 @@ def _resampled(
     pooled = weighted_class_sums(features, shares.to(sum_dtype(features.dtype)), per_image=per_image)
     if resample == "area":
         return pooled
-    # Interpolation weights sum to one for each label pixel, so the mass is a count, and counts are exact.
-    nothing = features.new_empty((labels.shape[0], 0, *labels.shape[1:]))
-    _, mass = hard_sums(nothing, labels, num_classes, ignore_index, per_image)
-    return ClassSums(pooled.sums, mass)
+    # Interpolation weights sum to one for each label pixel, so the mass is a count, and rounding makes it exact.
+    mass = shares.sum((2, 3)).round().long()
+    return ClassSums(pooled.sums, mass if per_image else mass.sum(0))
 
 
 def _check_features(features: Tensor) -> None:
