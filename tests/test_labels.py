@@ -242,6 +242,14 @@ def test_a_label_beyond_the_table_is_told():
         remap_labels(torch.tensor([1, 9]), {0: 0, 1: 1})
 
 
+@pytest.mark.parametrize("mode", ["nearest", "majority"])
+@pytest.mark.parametrize("size", [(0, 4), (4, 0), (0, 0)])
+@pytest.mark.parametrize("grid", [(3, 0), (0, 3), (0, 0)])
+def test_no_pixels_to_a_grid_without_cells(mode, size, grid):
+    labels = torch.zeros(2, *size, dtype=torch.uint8)
+    assert resize_labels(labels, grid, mode=mode, num_classes=3).shape == (2, *grid)
+
+
 @pytest.mark.parametrize("mode", ["area", "bilinear"])
 def test_shares_do_not_depend_on_how_many_images_go_together(mode, monkeypatch):
     labels = torch.tensor([0, 1, 2, 255])[torch.randint(0, 4, (3, 7, 9))]

@@ -175,6 +175,8 @@ def _resize(
         if _is_looked_at(labels):
             # The pixels that no cell takes are looked at too: a wrong label is wrong wherever it lies.
             check_labels(labels, num_classes, ignore_index=ignore_index)
+        if height * width == 0:
+            return labels.new_empty((len(labels), height, width))
         rows, columns = (_centres(n, to, labels.device) for n, to in zip(labels.shape[1:], (height, width)))
         return labels[:, rows][:, :, columns]
     votes = _shares(labels, height, width, num_classes, "area", False, ignore_index)
