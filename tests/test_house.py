@@ -18,6 +18,7 @@ ARROWS = {
     ("pooling", "_pooling_ops"),
     ("_pooling_ops", "labels"),
     ("_pooling_ops", "_pooling_triton"),
+    ("mixing", "labels"),
     ("prototypes", "pooling"),
     ("prototypes", "distributed"),
 }

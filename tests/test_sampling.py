@@ -272,6 +272,20 @@ def test_rare_class_weights_against_a_loop():
         np.testing.assert_allclose(weights, held / held.sum(), atol=1e-12)
 
 
+def test_rare_class_weights_of_images_that_show_enough():
+    # Class 1 is shown by the last image alone and class 2 by none, so the probabilities are of 0 and 1 only.
+    counts = np.array([[80, 0, 2], [60, 4, 0], [40, 14, 0]])
+    first, second = np.exp((1 - np.array([180, 18]) / 200) / 0.5)
+    expected = np.array([first / 3, first / 3, first / 3 + second]) / (first + second)
+    weights = rare_class_weights(counts, temperature=0.5, min_pixels=5)
+    np.testing.assert_allclose(weights, expected, rtol=1e-12)
+    # At the border it counts.
+    assert rare_class_weights(counts, temperature=1e-4, min_pixels=2)[0] == pytest.approx(1)
+    assert rare_class_weights(counts, temperature=1e-4, min_pixels=3)[0] < 1e-12
+    sampler = MixedBatchSampler({"a": 3}, {"a": 1}, seed=0, steps=4, weights={"a": weights})
+    assert len(list(sampler)) == 4
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -393,6 +407,21 @@ def test_errors(changes, error, message):
             lambda: rare_class_weights(np.ones((2, 2)), temperature=0.0),
             ValueError,
             "expected temperature to be finite and positive, got 0.0",
+        ),
+        (
+            lambda: rare_class_weights(np.ones((2, 2)), min_pixels=2.0),
+            TypeError,
+            "expected min_pixels to be an int, got 2.0",
+        ),
+        (
+            lambda: rare_class_weights(np.ones((2, 2)), min_pixels=0),
+            ValueError,
+            "expected min_pixels to be at least 1, got 0",
+        ),
+        (
+            lambda: rare_class_weights([[1, 4]], min_pixels=5),
+            ValueError,
+            "expected class_counts of at least min_pixels 5 somewhere, got 4.0",
         ),
     ],
 )

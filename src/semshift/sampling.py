@@ -225,23 +225,28 @@ def collate_by_domain(samples: Sequence[Any], per_batch: Mapping[str, int]) -> d
     return {name: default_collate([next(remaining) for _ in range(images)]) for name, images in per_batch.items()}
 
 
-def rare_class_weights(class_counts: np.ndarray | torch.Tensor, *, temperature: float = 0.01) -> np.ndarray:
+def rare_class_weights(
+    class_counts: np.ndarray | torch.Tensor, *, temperature: float = 0.01, min_pixels: int = 1
+) -> np.ndarray:
     """Weights for images such that rare classes are seen more often.
 
     DAFormer's rare class sampling (Hoyer et al. 2022, arXiv 2111.14887), section 3.2: a class of frequency f is chosen
     with probability proportional to `exp((1 - f) / temperature)`, then one of the images that hold it. This is the
-    probability of each image under that.
+    probability of each image under that. A class that no image holds is never chosen.
 
     Args:
         class_counts: `[N, K]`, pixels of each class in each image, not negative.
         temperature: the smaller, the more the rarest class is favoured; positive.
+        min_pixels: an image holds a class from so many of its pixels on, at least 1. A random crop of an image that
+            has a handful mostly misses them. Frequencies count every pixel.
 
     Returns:
         `float64 [N]`, summing to 1; 0 for images without any class.
 
     Raises:
-        TypeError: counts or a temperature that are no numbers.
-        ValueError: another shape, counts that are negative or all 0, or a temperature that is not positive.
+        TypeError: counts or a temperature that are no numbers, or a min_pixels that is no int.
+        ValueError: another shape, counts that are negative, all 0 or all below `min_pixels`, a temperature that is
+            not positive, or a min_pixels below 1.
 
     Example:
         >>> rare_class_weights(np.array([[90, 0], [90, 10]]), temperature=0.5).round(2)
@@ -255,8 +260,11 @@ def rare_class_weights(class_counts: np.ndarray | torch.Tensor, *, temperature: 
         raise TypeError(f"expected temperature to be a number, got {temperature!r}")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"expected temperature to be finite and positive, got {temperature}")
+    _check_count("min_pixels", min_pixels, 1)
     frequency = counts.sum(0) / counts.sum()
-    held = counts > 0
+    held = counts >= min_pixels
+    if not held.any():
+        raise ValueError(f"expected class_counts of at least min_pixels {min_pixels} somewhere, got {counts.max()}")
     occurs = held.any(0)
     # Only ratios count: the rarest class is put at exp(0), or a small temperature would overflow. Others may vanish.
     with np.errstate(over="ignore"):

@@ -1,0 +1,140 @@
+"""Training on mixtures of two images: pseudo-labels of the target, and which pixels of the source go on top of it.
+
+The mixture itself is a `torch.where`, of whatever there is for each pixel: images, labels, weights.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from semshift.labels import _check_arguments, check_labels
+
+__all__ = ["PseudoLabels", "class_mix", "pseudo_labels"]
+
+
+class PseudoLabels(NamedTuple):
+    """What a network takes the classes for, and how far to trust it."""
+
+    labels: Tensor
+    """`[B, *S]` int64, in `[0, K)`."""
+    weight: Tensor
+    """`[B]` float32 in [0, 1], the share of an image's pixels of which the network is sure."""
+
+
+def pseudo_labels(logits: Tensor, *, threshold: float = 0.968) -> PseudoLabels:
+    """The likeliest class of every pixel, and for every image the share of pixels of which the network is sure.
+
+    DACS (Tranheden et al. 2021, arXiv 2007.08702), section 3.2, image by image as in DAFormer (Hoyer et al. 2022,
+    arXiv 2111.14887), section 3.1: every pixel has a label, and the weight goes before the loss of the image's pixels.
+    The logits come from a teacher or the network itself; no gradient flows back. Probabilities by mistake show as a
+    weight of 0 at every step.
+
+    Args:
+        logits: `[B, K, *S]`, floating point, K at least 1; the softmax is taken in float32 at least.
+        threshold: a network is sure where its largest probability exceeds this; in [0, 1].
+
+    Returns:
+        `PseudoLabels`: labels `[B, *S]` int64 and weight `[B]` float32, 0 for an image without pixels.
+
+    Raises:
+        TypeError: logits that are no floating-point tensor, or a threshold that is no number.
+        ValueError: another shape, a threshold outside [0, 1], or on the CPU, logits without probabilities, such as
+            nan; on CUDA the network is not sure of those.
+
+    Example:
+        >>> pseudo_labels(torch.tensor([[[9.0, 0.0], [0.0, 0.5]]]))
+        PseudoLabels(labels=tensor([[0, 1]]), weight=tensor([0.5000]))
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"expected logits to be a tensor, got {type(logits).__name__}")
+    if not logits.is_floating_point():
+        raise TypeError(f"expected logits to be floating point, got {logits.dtype}")
+    if logits.dim() < 2 or logits.shape[1] < 1:
+        raise ValueError(f"expected logits [B, K, *S] with K of at least 1, got {list(logits.shape)}")
+    if not isinstance(threshold, (int, float)) or isinstance(threshold, bool):
+        raise TypeError(f"expected threshold to be a number, got {threshold!r}")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"expected threshold in [0, 1], got {threshold}")
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    largest, labels = wide.max(1)
+    probability = (largest - wide.logsumexp(1)).exp()
+    if _may_look(logits):
+        unknown = int(probability.isnan().sum())
+        if unknown:
+            pixels = f"{unknown} pixel{'s' if unknown > 1 else ''}"
+            raise ValueError(f"expected logits of which there is a softmax, got nan, inf or only -inf at {pixels}")
+    # A last axis of one, so that there is something to flatten in `[B, K]` too. Counted first, divided last.
+    sure = (probability > threshold).unsqueeze(-1).flatten(1)
+    return PseudoLabels(labels, sure.sum(1).float() / max(sure.shape[1], 1))
+
+
+def class_mix(
+    labels: Tensor,
+    num_classes: int,
+    *,
+    ignore_index: Optional[int] = 255,
+    generator: Optional[torch.Generator] = None,
+) -> Tensor:
+    """Choose half of the classes of each image, rounded up, and return their pixels, which go on top of another image.
+
+    ClassMix (Olsson et al. 2021, arXiv 2007.07936), section 3.1; from source to target as in DACS (Tranheden et al.
+    2021, arXiv 2007.08702). Images choose one by one, among the classes that they hold; ignored pixels are never
+    chosen. What lies under the mask comes from the source, with a weight of 1, the rest from the target, with the
+    weight of its pseudo-labels::
+
+        images = torch.where(mask[:, None], source_images, target_images)
+        labels = torch.where(mask, source_labels, pseudo.labels)
+        weight = torch.where(mask, 1.0, pseudo.weight[:, None, None])
+
+    Args:
+        labels: of the source, `[B, *S]`, uint8, int8, int16, int32 or int64, in `[0, num_classes)` or `ignore_index`.
+            On CUDA any other label is never chosen, since to look would wait for the device: see
+            `labels.check_labels`.
+        num_classes: K, at least 1.
+        ignore_index: id of pixels without a class, None if there is none. The default is refused with more than 255
+            classes.
+        generator: of the choice, on any device; None takes PyTorch's own, on the labels' device. One on the CPU
+            chooses the same on every device, and one seeded by the step makes the mask a function of it.
+
+    Returns:
+        `[B, *S]` bool, on the device of `labels`.
+
+    Raises:
+        TypeError: labels of another dtype, or a count that is no int.
+        ValueError: labels without dimensions of pixels, or on the CPU a label out of range.
+
+    Example:
+        >>> labels = torch.tensor([[[0, 0, 255], [1, 1, 1]]])
+        >>> mask = class_mix(labels, 2, generator=torch.Generator().manual_seed(0))
+        >>> int(mask.sum()) in (2, 3), labels[mask].unique().numel()
+        (True, 1)
+    """
+    _check_arguments(labels, num_classes, ignore_index)
+    if labels.dim() < 2:
+        raise ValueError(f"expected labels [B, *S], got {list(labels.shape)}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"expected generator to be a torch.Generator or None, got {type(generator).__name__}")
+    if _may_look(labels):
+        check_labels(labels, num_classes, ignore_index=ignore_index)
+    ids = labels.flatten(1).long()
+    takes_part = (ids >= 0) & (ids < num_classes)
+    if ignore_index is not None:
+        takes_part = takes_part & (ids != ignore_index)
+    # Pixels without a class have a slot of their own, the last, which is never chosen.
+    slots = torch.where(takes_part, ids, num_classes)
+    held = torch.zeros(len(labels), num_classes + 1, dtype=torch.bool, device=labels.device)
+    held = held.scatter(1, slots, True)[:, :num_classes]
+    keys = torch.rand(
+        len(labels), num_classes, generator=generator, device=labels.device if generator is None else generator.device
+    )
+    # The lower half of the keys is chosen, by rank: equal keys would choose a class too many.
+    order = keys.to(labels.device, non_blocking=True).masked_fill(~held, 2.0).argsort(dim=1, stable=True)
+    chosen = order.argsort(1) < (held.sum(1, keepdim=True) + 1) // 2
+    return F.pad(chosen, (0, 1)).gather(1, slots).reshape(labels.shape)
+
+
+def _may_look(tensor: Tensor) -> bool:
+    # Values are looked at where that waits for no device and breaks no graph.
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,0 +1,184 @@
+"""Running prototypes of a domain, which remember the classes that a batch lacks.
+
+Sums and mass are averaged apart and divided last, as in pooling: an average of means would count a class of three
+pixels as much as one that fills the image.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from semshift.distributed import all_reduce_sum
+from semshift.pooling import ClassSums
+
+__all__ = ["FilledPrototypes", "PrototypeBank"]
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+class FilledPrototypes(NamedTuple):
+    """Prototypes of a batch, and the bank's where the batch has none."""
+
+    means: Tensor
+    """`[(B,) K, C]`; 0 for a class that neither has ever seen."""
+    present: Tensor
+    """`[(B,) K]` bool, the classes that either has."""
+
+
+class PrototypeBank(nn.Module):
+    """Remember the class prototypes of one domain over many batches; use one bank for each domain.
+
+    A class k that is present in an update moves by `S_k = m S_k + (1 - m) s_k` and `M_k = m M_k + (1 - m) n_k`, for
+    the update's sums s and mass n and the momentum m; one that is absent keeps both, bit for bit. Its prototype is
+    `S_k / M_k`: the mean over all features so far, those of j updates of the class ago at a weight of `m ** j`. So an
+    update counts by its mass, and the start from 0 leaves no bias, since it is the same in both.
+
+    The state is two buffers, which a checkpoint holds and which no gradient reaches. The bank stays in float32
+    whatever the model's precision: keep it out of what you cast to half precision, or it says so.
+
+    Args:
+        num_classes: K, at least 1.
+        channels: C, the length of a prototype, at least 1.
+        momentum: m, in [0, 1); 0 remembers the last update of a class alone.
+
+    Raises:
+        TypeError: a count that is no int, or a momentum that is no number.
+        ValueError: a count below 1, or a momentum outside [0, 1).
+
+    Example:
+        >>> bank = PrototypeBank(2, 1, momentum=0.5)
+        >>> bank.update(ClassSums(torch.tensor([[6.0], [0.0]]), torch.tensor([3, 0])))
+        >>> bank.update(ClassSums(torch.tensor([[4.0], [0.0]]), torch.tensor([1, 0])))
+        >>> bank.means.flatten(), bank.present
+        (tensor([2.8000, 0.0000]), tensor([ True, False]))
+    """
+
+    sums: Tensor
+    mass: Tensor
+
+    def __init__(self, num_classes: int, channels: int, *, momentum: float = 0.99) -> None:
+        super().__init__()
+        _check_count("num_classes", num_classes)
+        _check_count("channels", channels)
+        if not isinstance(momentum, (int, float)) or isinstance(momentum, bool):
+            raise TypeError(f"expected momentum to be a number, got {momentum!r}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"expected momentum in [0, 1), got {momentum}")
+        self.num_classes = num_classes
+        self.channels = channels
+        self.momentum = momentum
+        self.register_buffer("sums", torch.zeros(num_classes, channels))
+        self.register_buffer("mass", torch.zeros(num_classes))
+
+    @property
+    def means(self) -> Tensor:
+        """The prototypes `[K, C]` float32, without gradient; 0 for a class that was never seen."""
+        return self._state().means
+
+    @property
+    def present(self) -> Tensor:
+        """`[K]` bool, the classes that were ever seen."""
+        return self._state().present
+
+    @torch.no_grad()
+    def update(self, pooled: ClassSums) -> None:
+        """Take in a batch; on several ranks, the batches of all of them, so that every rank holds the same bank.
+
+        Every rank must call it, also one whose batch lacks every class. Images are added up first, each rank's sums
+        and mass then go through `distributed.all_reduce_sum`. Sums that were already added up over ranks do no harm,
+        since the prototype is a ratio.
+
+        Args:
+            pooled: sums `[K, C]` or, with `per_image`, `[B, K, C]`.
+
+        Raises:
+            TypeError: something else than `ClassSums`, sums that are not float32 or float64, or a bank in half
+                precision.
+            ValueError: another shape or device; on the CPU, sums of a present class that are not finite in the
+                bank's dtype, or a mass that is negative or not finite; the bank is then as it was. Elsewhere, where
+                to look would wait for the device, such a class keeps its value, and so it does in a compiled graph.
+        """
+        state = self._state()
+        self._check(pooled)
+        sums, mass = pooled.sums, pooled.mass
+        if sums.dim() == 3:
+            sums, mass = sums.sum(0), mass.sum(0)
+        # Counts are added up as integers; what is checked is the total, so that ranks refuse together or not at all.
+        sums = all_reduce_sum(sums.detach()).to(state.sums.dtype)
+        mass = all_reduce_sum(mass.detach()).to(state.mass.dtype)
+        weighs = (mass >= 0) & mass.isfinite()
+        finite = sums.isfinite().all(-1)
+        if sums.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_values(sums, mass, weighs, finite)
+        moves = (mass > 0) & weighs & finite
+        momentum = self.momentum
+        # An absent class keeps its bits, and whatever its sums hold is thrown away.
+        self.sums.copy_(torch.where(moves[:, None], momentum * state.sums + (1 - momentum) * sums, state.sums))
+        self.mass.copy_(torch.where(moves, momentum * state.mass + (1 - momentum) * mass, state.mass))
+
+    def forward(self, pooled: ClassSums) -> FilledPrototypes:
+        """Fill in the classes that a batch lacks; the bank itself stays as it is.
+
+        Gradients flow to the batch's own rows; those of the bank are constants.
+
+        Args:
+            pooled: sums `[K, C]` or `[B, K, C]`.
+
+        Returns:
+            `FilledPrototypes` of the shape of `pooled`, means in the dtype of its sums.
+
+        Raises:
+            TypeError: what `update` refuses.
+            ValueError: another shape or device.
+        """
+        state = self._state()
+        self._check(pooled)
+        means = torch.where(pooled.present[..., None], pooled.means, state.means.to(pooled.sums.dtype))
+        return FilledPrototypes(means, pooled.present | state.present)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"{self.num_classes}, {self.channels}, momentum={self.momentum}"
+
+    def _state(self) -> ClassSums:
+        if self.sums.dtype not in _DTYPES:
+            raise TypeError(f"expected a bank in float32, which it is to stay in, got {self.sums.dtype}")
+        return ClassSums(self.sums, self.mass)
+
+    def _check(self, pooled: ClassSums) -> None:
+        if not isinstance(pooled, ClassSums):
+            raise TypeError(f"expected pooled to be ClassSums, got {type(pooled).__name__}")
+        if pooled.sums.dtype not in _DTYPES:
+            raise TypeError(f"expected pooled.sums of dtype float32 or float64, got {pooled.sums.dtype}")
+        if pooled.sums.dim() not in (2, 3) or pooled.sums.shape[-2:] != self.sums.shape:
+            raise ValueError(
+                f"expected pooled.sums [{self.num_classes}, {self.channels}] or "
+                f"[B, {self.num_classes}, {self.channels}], got {list(pooled.sums.shape)}"
+            )
+        if pooled.mass.shape != pooled.sums.shape[:-1]:
+            raise ValueError(
+                f"expected pooled.mass {list(pooled.sums.shape[:-1])} for pooled.sums {list(pooled.sums.shape)}, "
+                f"got {list(pooled.mass.shape)}"
+            )
+        for name, tensor in (("sums", pooled.sums), ("mass", pooled.mass)):
+            if tensor.device != self.sums.device:
+                raise ValueError(
+                    f"expected pooled.{name} and the bank on one device, got {tensor.device} and {self.sums.device}"
+                )
+
+
+def _check_values(sums: Tensor, mass: Tensor, weighs: Tensor, finite: Tensor) -> None:
+    for k in (~weighs).nonzero()[:1].flatten().tolist():
+        raise ValueError(f"expected pooled.mass to be finite and not negative, got {mass[k].item()} for class {k}")
+    for k in ((mass > 0) & ~finite).nonzero()[:1].flatten().tolist():
+        wrong = next(value for value in sums[k].tolist() if not math.isfinite(value))
+        raise ValueError(f"expected pooled.sums to be finite in {sums.dtype}, got {wrong} for class {k}")
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"expected {name} to be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"expected {name} to be at least 1, got {value}")
