@@ -22,7 +22,7 @@ _BLOCK = 2**18
 # Elements of sums that are held in other places than their own.
 _HELD = 2**20
 # Where one way on the CPU becomes faster than another: docs/benchmarks.md has what each is worth.
-_SMALL = 2**14
+_SMALL = 2**17
 _NARROW = 64
 _WIDE = 512
 _PRODUCT = 32
