@@ -158,6 +158,7 @@ def test_it_is_a_module_of_two_buffers():
     parent = nn.ModuleDict({"bank": bank}).double()
     bank.update(pooled)
     assert bank.means.dtype == torch.float64
+    assert bank(pooled).means.dtype == torch.float32
     parent.half()
     for call in (lambda: bank.update(pooled), lambda: bank(pooled), lambda: bank.means, lambda: bank.present):
         with pytest.raises(TypeError, match=r"^expected a bank in float32, which it is to stay in, got torch.float16$"):

@@ -26,7 +26,7 @@ class PseudoLabels(NamedTuple):
 def pseudo_labels(logits: Tensor, *, threshold: float = 0.968) -> PseudoLabels:
     """The likeliest class of every pixel, and for every image the share of pixels of which the network is sure.
 
-    DACS (Tranheden et al. 2021, arXiv 2007.08702), section 3.2, image by image as in DAFormer (Hoyer et al. 2022,
+    As in DACS (Tranheden et al. 2021, arXiv 2007.08702), image by image as in DAFormer (Hoyer et al. 2022,
     arXiv 2111.14887), section 3.1: every pixel has a label, and the weight goes before the loss of the image's pixels.
     The logits come from a teacher or the network itself; no gradient flows back. Probabilities by mistake show as a
     weight of 0 at every step.

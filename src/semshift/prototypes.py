@@ -106,8 +106,8 @@ class PrototypeBank(nn.Module):
         if sums.dim() == 3:
             sums, mass = sums.sum(0), mass.sum(0)
         # Counts are added up as integers; what is checked is the total, so that ranks refuse together or not at all.
-        sums = all_reduce_sum(sums.detach()).to(state.sums.dtype)
-        mass = all_reduce_sum(mass.detach()).to(state.mass.dtype)
+        sums = all_reduce_sum(sums).to(state.sums.dtype)
+        mass = all_reduce_sum(mass).to(state.mass.dtype)
         weighs = (mass >= 0) & mass.isfinite()
         finite = sums.isfinite().all(-1)
         if sums.device.type == "cpu" and not torch.compiler.is_compiling():
