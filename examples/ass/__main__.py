@@ -10,13 +10,16 @@ from typing import Any
 import jsonargparse
 
 from examples.ass import runs
+from examples.ass.build import build_segmenter
+from examples.ass.checks import check
 from examples.ass.compare import compare, comparison_table
 from examples.ass.data import InputError
 from examples.ass.deeplab import DeepLabV2
 from examples.ass.evaluate import Scores, evaluate, illustrate, score_table
+from examples.ass.images import open_images
 from examples.ass.models import SmallSegmenter
-from examples.ass.settings import METHODS, Settings, check, open_images
-from examples.ass.train import build_segmenter, train
+from examples.ass.settings import METHODS, Settings
+from examples.ass.train import train
 
 __all__ = ["main"]
 

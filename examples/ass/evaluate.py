@@ -15,8 +15,9 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from tqdm import tqdm
 
 from examples.ass.data import InputError, Sample, Samples, Some, fit, image_tensor
+from examples.ass.images import Images
 from examples.ass.report import Prototypes, Shown, draw_report
-from examples.ass.settings import Images, Settings
+from examples.ass.settings import Settings
 from semshift.pooling import class_sums
 
 __all__ = ["Scores", "evaluate", "illustrate", "mean_iou", "predict", "prototypes", "save_masks", "score_table"]

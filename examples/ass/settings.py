@@ -1,29 +1,22 @@
-"""The trainer's settings, and the images that they name."""
+"""The trainer's settings."""
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
-
-from examples.ass.data import Augmentation, Folder, FolderPair, InputError, Samples
-from examples.ass.scenes import CLASSES, Scenes, Severity
+from examples.ass.data import Augmentation, Folder
+from examples.ass.scenes import CLASSES, Severity
 
 __all__ = [
     "METHODS",
     "Data",
     "GlobalAdversary",
-    "Images",
     "Network",
     "Optimiser",
     "SceneSettings",
     "SemanticAdversary",
     "Settings",
     "as_plain",
-    "check",
-    "open_images",
 ]
 
 Method = Literal["source-only", "labelled-only", "joint", "global", "semantic", "ass"]
@@ -233,157 +226,6 @@ class Settings:
     optimiser: Optimiser = field(default_factory=Optimiser)
     global_adversary: GlobalAdversary = field(default_factory=GlobalAdversary)
     semantic_adversary: SemanticAdversary = field(default_factory=SemanticAdversary)
-
-
-class Images(NamedTuple):
-    """Every image of a run, by what it is for."""
-
-    source: Samples
-    target: Samples
-    validation: Samples
-    test: Samples
-
-
-def check(settings: Settings) -> None:
-    """Refuse settings that no run could honour.
-
-    Raises:
-        InputError: naming the setting, the rule and the value.
-    """
-    data, scenes = settings.data, settings.data.scenes
-    counts = {
-        "labelled": settings.labelled,
-        "steps": settings.steps,
-        "log_every": settings.log_every,
-        "save_every": settings.save_every,
-        "data.scenes.source": scenes.source,
-        "data.scenes.target": scenes.target,
-        "data.scenes.validation": scenes.validation,
-        "data.scenes.test": scenes.test,
-        "optimiser.images": settings.optimiser.images,
-        "optimiser.unlabelled": settings.optimiser.unlabelled,
-        "global_adversary.every": settings.global_adversary.every,
-        "global_adversary.base_channels": settings.global_adversary.base_channels,
-        "semantic_adversary.every": settings.semantic_adversary.every,
-    }
-    for name, value in counts.items():
-        if value < 1:
-            raise InputError(f"expected {name} of at least 1, got {value}")
-    amounts = {
-        "seed": settings.seed,
-        "data.workers": data.workers,
-        "optimiser.weight_decay": settings.optimiser.weight_decay,
-        "optimiser.power": settings.optimiser.power,
-        "global_adversary.weight": settings.global_adversary.weight,
-        "global_adversary.r1": settings.global_adversary.r1,
-        "semantic_adversary.weight": settings.semantic_adversary.weight,
-        "semantic_adversary.r1": settings.semantic_adversary.r1,
-    }
-    for name, amount in amounts.items():
-        if not (math.isfinite(amount) and amount >= 0):
-            raise InputError(f"expected {name} to be finite and not negative, got {amount}")
-    rates = {
-        "optimiser.learning_rate": settings.optimiser.learning_rate,
-        "optimiser.classifier_factor": settings.optimiser.classifier_factor,
-        "global_adversary.learning_rate": settings.global_adversary.learning_rate,
-        "semantic_adversary.learning_rate": settings.semantic_adversary.learning_rate,
-    }
-    for name, rate in rates.items():
-        if not (math.isfinite(rate) and rate > 0):
-            raise InputError(f"expected {name} to be finite and positive, got {rate}")
-    shares = {
-        "global_adversary.start": settings.global_adversary.start,
-        "global_adversary.ramp": settings.global_adversary.ramp,
-        "semantic_adversary.start": settings.semantic_adversary.start,
-        "semantic_adversary.ramp": settings.semantic_adversary.ramp,
-    }
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise InputError(f"expected {name} to be a share of the steps in [0, 1], got {share}")
-    _check_network(settings.network)
-    if settings.accelerator not in ("auto", "cpu", "cuda", "mps"):
-        raise InputError(f"expected accelerator to be one of auto, cpu, cuda, mps, got {settings.accelerator}")
-    if settings.accelerator == "cuda" and not torch.cuda.is_available():
-        raise InputError("expected an accelerator that this machine has, got cuda")
-    if settings.accelerator == "mps" and not torch.backends.mps.is_available():
-        raise InputError("expected an accelerator that this machine has, got mps")
-    if min(data.size) < 32:
-        raise InputError(f"expected data.size of at least 32 each way, got {list(data.size)}")
-    if not 2 <= len(data.classes) <= 255 or len(set(data.classes)) < len(data.classes):
-        raise InputError(f"expected data.classes to be 2 to 255 different names, got {data.classes}")
-    if not len(data.classes) <= data.ignore_index <= 255:
-        raise InputError(
-            f"expected data.ignore_index between the number of classes, {len(data.classes)}, and 255, "
-            f"got {data.ignore_index}"
-        )
-    for name, members in data.subsets.items():
-        unknown = [member for member in members if member not in data.classes]
-        if unknown or not members:
-            raise InputError(f"expected data.subsets.{name} to list names of data.classes, got {members}")
-    semantic = settings.semantic_adversary
-    if semantic.conditioning == "class-and-domain" and (semantic.objective != "bce" or semantic.r1 > 0):
-        raise InputError(
-            "expected semantic_adversary.objective bce and r1 0 with semantic_adversary.conditioning class-and-domain, "
-            f"got {semantic.objective} and {semantic.r1}"
-        )
-
-
-def _check_network(network: Network) -> None:
-    if network.width < 8 or network.width % 8:
-        raise InputError(f"expected network.width to be a positive multiple of 8, got {network.width}")
-    if not network.aspp_dilations or min(network.aspp_dilations) < 1:
-        raise InputError(
-            f"expected network.aspp_dilations to be one or more of at least 1, got {list(network.aspp_dilations)}"
-        )
-    if network.name == "small" and (network.init is not None or network.frozen_batch_norm):
-        setting = "frozen_batch_norm true" if network.init is None else f"init {network.init}"
-        raise InputError(f"expected network.init and network.frozen_batch_norm with deeplab-v2 only, got {setting}")
-    if network.name == "deeplab-v2" and network.feature_layer != "encoder":
-        raise InputError(f"expected network.feature_layer encoder of deeplab-v2, got {network.feature_layer}")
-    if network.frozen_batch_norm and network.init is None:
-        raise InputError("expected network.init, whose statistics network.frozen_batch_norm would keep, got none")
-
-
-def open_images(settings: Settings, data_root: Path | None) -> Images:
-    """List the images of a run; pixels are read when they are asked for.
-
-    Raises:
-        InputError: a folder is not as described, or the settings describe neither folders nor scenes.
-    """
-    data = settings.data
-    folders = {name: getattr(data, name) for name in Images._fields}
-    given = [name for name, folder in folders.items() if folder is not None]
-    if not given:
-        if data.classes != list(CLASSES):
-            raise InputError(f"expected data.classes {list(CLASSES)} for the built-in scenes, got {data.classes}")
-        scenes = data.scenes
-
-        def draw(domain: Literal["source", "target"], split: Literal["train", "val", "test"], count: int) -> Scenes:
-            return Scenes(domain, split, count, seed=settings.seed, size=data.size, severity=scenes.severity)
-
-        images = Images(
-            draw("source", "train", scenes.source),
-            draw("target", "train", scenes.target),
-            draw("target", "val", scenes.validation),
-            draw("target", "test", scenes.test),
-        )
-    else:
-        missing = [name for name in Images._fields if name not in given]
-        if missing:
-            raise InputError(
-                f"expected a folder for each of data.{', data.'.join(Images._fields)}, got none for {missing[0]}"
-            )
-        if data_root is None:
-            raise InputError("expected --data-root, below which the settings' folders lie, got none")
-        k, ignore = len(data.classes), data.ignore_index
-        images = Images(
-            *(FolderPair(data_root, folder, num_classes=k, ignore_index=ignore) for folder in folders.values())
-        )
-    if settings.labelled > len(images.target):
-        raise InputError(
-            f"expected labelled to be at most the {len(images.target)} target training images, got {settings.labelled}"
-        )
-    return images
 
 
 def as_plain(settings: Settings) -> dict[str, Any]:

@@ -1,59 +1,36 @@
 """Training: ASS and its simpler relatives, top to bottom as in the paper (Wang et al. 2020, arXiv 2004.00794)."""
 
-import functools
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
-from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import semshift
 from examples.ass import runs
+from examples.ass.build import build_critic, build_optimiser, build_segmenter, weight_schedule
+from examples.ass.checks import check
 from examples.ass.data import InputError, Samples, Some, TrainingSet, batches, labelled_subset
 from examples.ass.deeplab import DeepLabV2
 from examples.ass.evaluate import evaluate, illustrate
+from examples.ass.images import open_images
 from examples.ass.memory import estimate_memory
-from examples.ass.models import Segmentation, SmallSegmenter
 from examples.ass.pretrained import load_pretrained
-from examples.ass.settings import METHODS, GlobalAdversary, SemanticAdversary, Settings, check, open_images
-from semshift.discriminators import FCDiscriminator, PrototypeDiscriminator, frozen
-from semshift.health import DomainAccuracy, class_domain_accuracy, domain_accuracy, gradient_norm
-from semshift.losses import (
-    class_confusion_loss,
-    class_discriminator_loss,
-    confusion_loss,
-    discriminator_loss,
-    entropy_map,
-    r1_penalty,
-)
-from semshift.pooling import ClassSums, class_sums
+from examples.ass.settings import METHODS, GlobalAdversary, SemanticAdversary, Settings
+from examples.ass.views import View, cross_entropy, global_view, semantic_view
+from semshift.discriminators import frozen
+from semshift.health import gradient_norm
+from semshift.losses import r1_penalty
 from semshift.sampling import MixedBatchSampler
-from semshift.schedules import Constant, Polynomial, Schedule, Sigmoid, Then
+from semshift.schedules import Polynomial
 
-__all__ = ["build_segmenter", "train"]
-
-
-class View(NamedTuple):
-    """What one discriminator sees of a step, and how its answers are judged."""
-
-    source: Tensor
-    target: Tensor
-    source_weight: Tensor | None
-    target_weight: Tensor | None
-    confusion_loss: Callable[..., Tensor]
-    discriminator_loss: Callable[..., Tensor]
-    accuracy: Callable[..., DomainAccuracy]
-    sample_dims: int
-    """How many leading dimensions of `source` count samples."""
+__all__ = ["train"]
 
 
 def train(
@@ -271,121 +248,3 @@ def train(
     }
     runs.write_metrics(out, metrics)
     return metrics
-
-
-def build_segmenter(settings: Settings) -> SmallSegmenter | DeepLabV2:
-    """The segmenter with its first weights, which depend on the seed alone: every method starts from the same.
-
-    Those of `network.init` are not among them: `train` loads them over these, once.
-    """
-    torch.manual_seed(settings.seed)
-    network, classes = settings.network, len(settings.data.classes)
-    if network.name == "small":
-        return SmallSegmenter(classes, width=network.width, feature_layer=network.feature_layer)
-    return DeepLabV2(
-        classes,
-        depth=network.depth,
-        aspp_dilations=network.aspp_dilations,
-        origin=network.origin,
-        freeze_batch_norm=network.frozen_batch_norm,
-    )
-
-
-def build_optimiser(settings: Settings, segmenter: SmallSegmenter | DeepLabV2) -> torch.optim.Optimizer:
-    """The segmenter's optimiser; its second group, where there is one, is the classifier."""
-    how = settings.optimiser
-    groups = [{"params": list(segmenter.parameters())}]
-    if how.classifier_factor != 1:
-        classifier = segmenter.classifier_parameters()
-        chosen = set(map(id, classifier))
-        groups = [{"params": [p for p in segmenter.parameters() if id(p) not in chosen]}, {"params": classifier}]
-    if how.name == "adamw":
-        return torch.optim.AdamW(groups, how.learning_rate, weight_decay=how.weight_decay)
-    return torch.optim.SGD(groups, how.learning_rate, momentum=0.9, weight_decay=how.weight_decay)
-
-
-def build_critic(name: str, settings: Settings, segmenter: SmallSegmenter | DeepLabV2) -> nn.Module:
-    """The discriminator called `global` or `semantic`, from a seed of its own."""
-    classes = len(settings.data.classes)
-    if name == "global":
-        torch.manual_seed(settings.seed + 1)
-        g = settings.global_adversary
-        return FCDiscriminator(classes, base_channels=g.base_channels, spectral_norm=g.spectral_norm)
-    torch.manual_seed(settings.seed + 2)
-    s = settings.semantic_adversary
-    channels = segmenter.feature_channels
-    return PrototypeDiscriminator(channels, classes, conditioning=s.conditioning, spectral_norm=s.spectral_norm)
-
-
-def weight_schedule(adversary: GlobalAdversary | SemanticAdversary, steps: int) -> Schedule:
-    """The weight of an adversary: zero while its discriminator learns, then a rise to its plateau."""
-    start, ramp = round(adversary.start * steps), round(adversary.ramp * steps)
-    risen = Sigmoid(adversary.weight, ramp) if ramp else Constant(adversary.weight)
-    return Then(Constant(0.0), start, risen) if start else risen
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    """Mean cross-entropy over the pixels that have a class, at the labels' size; 0 where none has."""
-    logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-    ignore_index = settings.data.ignore_index
-    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-    return total / (labels != ignore_index).sum().clamp(min=1)
-
-
-def global_view(outputs: dict[str, Segmentation], settings: Settings) -> View:
-    """The global view: the segmenter's output maps on source and on unlabelled target images."""
-    adversary = settings.global_adversary
-
-    def output_map(logits: Tensor) -> Tensor:
-        size = settings.data.size
-        logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-        probabilities = logits.softmax(1)
-        return entropy_map(probabilities) if adversary.inputs == "entropy" else probabilities
-
-    return View(
-        source=output_map(outputs["source"].logits),
-        target=output_map(outputs["unlabelled"].logits),
-        source_weight=None,
-        target_weight=None,
-        confusion_loss=functools.partial(confusion_loss, objective=adversary.objective),
-        discriminator_loss=functools.partial(discriminator_loss, objective=adversary.objective),
-        accuracy=domain_accuracy,
-        sample_dims=1,
-    )
-
-
-def semantic_view(
-    outputs: dict[str, Segmentation], batch: dict[str, dict[str, Tensor]], seen: dict[str, Tensor], settings: Settings
-) -> View:
-    """The semantic view: class prototypes of source and labelled target images, pooled by their labels.
-
-    A class takes part where it is present in this batch and the other domain has shown it before, `seen`, which is
-    brought up to date: a class that one domain never shows would tell the domain by itself.
-    """
-    adversary = settings.semantic_adversary
-    pooled: dict[str, ClassSums] = {
-        domain: class_sums(
-            outputs[domain].features,
-            batch[domain]["label"],
-            len(settings.data.classes),
-            ignore_index=settings.data.ignore_index,
-            resample=adversary.resample,
-            per_image=adversary.per_image,
-        )
-        for domain in ("source", "labelled")
-    }
-    for domain, sums in pooled.items():
-        seen[domain] |= sums.present.reshape(-1, len(seen[domain])).any(0)
-    by_class, objective = adversary.conditioning == "class-and-domain", adversary.objective
-    return View(
-        source=pooled["source"].means,
-        target=pooled["labelled"].means,
-        source_weight=pooled["source"].present & seen["labelled"],
-        target_weight=pooled["labelled"].present & seen["source"],
-        confusion_loss=class_confusion_loss if by_class else functools.partial(confusion_loss, objective=objective),
-        discriminator_loss=class_discriminator_loss
-        if by_class
-        else functools.partial(discriminator_loss, objective=objective),
-        accuracy=class_domain_accuracy if by_class else domain_accuracy,
-        sample_dims=pooled["source"].means.dim() - 1,
-    )

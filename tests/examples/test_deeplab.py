@@ -16,12 +16,14 @@ from torch.nn import functional as F
 from examples.ass import runs
 from examples.ass import train as train_module
 from examples.ass.__main__ import main
+from examples.ass.build import build_optimiser, build_segmenter
+from examples.ass.checks import check
 from examples.ass.data import InputError, image_tensor
 from examples.ass.deeplab import DeepLabV2
 from examples.ass.models import Segmentation
 from examples.ass.pretrained import load_pretrained
-from examples.ass.settings import Data, Network, Optimiser, SceneSettings, Settings, check
-from examples.ass.train import build_optimiser, build_segmenter, train
+from examples.ass.settings import Data, Network, Optimiser, SceneSettings, Settings
+from examples.ass.train import train
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")

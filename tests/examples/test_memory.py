@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from examples.ass import train as train_module
+from examples.ass.build import build_critic, build_segmenter
 from examples.ass.memory import Memory, estimate_memory
 from examples.ass.settings import Data, GlobalAdversary, Network, Optimiser, SceneSettings, Settings
-from examples.ass.train import build_critic, build_segmenter, train
+from examples.ass.train import train
 
 pytestmark = pytest.mark.filterwarnings("default")
 

@@ -14,10 +14,13 @@ from PIL import Image
 from examples.ass import runs
 from examples.ass import train as train_module
 from examples.ass.__main__ import main
+from examples.ass.build import weight_schedule
+from examples.ass.checks import check
 from examples.ass.data import InputError
 from examples.ass.models import Segmentation, SmallSegmenter
-from examples.ass.settings import METHODS, Data, Network, Optimiser, SceneSettings, Settings, check
-from examples.ass.train import semantic_view, train, weight_schedule
+from examples.ass.settings import METHODS, Data, Network, Optimiser, SceneSettings, Settings
+from examples.ass.train import train
+from examples.ass.views import semantic_view
 from semshift.sampling import MixedBatchSampler
 
 # Libraries under the trainer warn of things that are not ours to mend.

@@ -1,0 +1,103 @@
+"""What the losses of a step look at: the segmenter's output, its output maps and its class prototypes."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from examples.ass.models import Segmentation
+from examples.ass.settings import Settings
+from semshift.health import DomainAccuracy, class_domain_accuracy, domain_accuracy
+from semshift.losses import (
+    class_confusion_loss,
+    class_discriminator_loss,
+    confusion_loss,
+    discriminator_loss,
+    entropy_map,
+)
+from semshift.pooling import ClassSums, class_sums
+
+__all__ = ["View", "cross_entropy", "global_view", "semantic_view"]
+
+
+class View(NamedTuple):
+    """What one discriminator sees of a step, and how its answers are judged."""
+
+    source: Tensor
+    target: Tensor
+    source_weight: Tensor | None
+    target_weight: Tensor | None
+    confusion_loss: Callable[..., Tensor]
+    discriminator_loss: Callable[..., Tensor]
+    accuracy: Callable[..., DomainAccuracy]
+    sample_dims: int
+    """How many leading dimensions of `source` count samples."""
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, settings: Settings) -> Tensor:
+    """Mean cross-entropy over the pixels that have a class, at the labels' size; 0 where none has."""
+    logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    ignore_index = settings.data.ignore_index
+    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    return total / (labels != ignore_index).sum().clamp(min=1)
+
+
+def global_view(outputs: dict[str, Segmentation], settings: Settings) -> View:
+    """The global view: the segmenter's output maps on source and on unlabelled target images."""
+    adversary = settings.global_adversary
+
+    def output_map(logits: Tensor) -> Tensor:
+        size = settings.data.size
+        logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+        probabilities = logits.softmax(1)
+        return entropy_map(probabilities) if adversary.inputs == "entropy" else probabilities
+
+    return View(
+        source=output_map(outputs["source"].logits),
+        target=output_map(outputs["unlabelled"].logits),
+        source_weight=None,
+        target_weight=None,
+        confusion_loss=functools.partial(confusion_loss, objective=adversary.objective),
+        discriminator_loss=functools.partial(discriminator_loss, objective=adversary.objective),
+        accuracy=domain_accuracy,
+        sample_dims=1,
+    )
+
+
+def semantic_view(
+    outputs: dict[str, Segmentation], batch: dict[str, dict[str, Tensor]], seen: dict[str, Tensor], settings: Settings
+) -> View:
+    """The semantic view: class prototypes of source and labelled target images, pooled by their labels.
+
+    A class takes part where it is present in this batch and the other domain has shown it before, `seen`, which is
+    brought up to date: a class that one domain never shows would tell the domain by itself.
+    """
+    adversary = settings.semantic_adversary
+    pooled: dict[str, ClassSums] = {
+        domain: class_sums(
+            outputs[domain].features,
+            batch[domain]["label"],
+            len(settings.data.classes),
+            ignore_index=settings.data.ignore_index,
+            resample=adversary.resample,
+            per_image=adversary.per_image,
+        )
+        for domain in ("source", "labelled")
+    }
+    for domain, sums in pooled.items():
+        seen[domain] |= sums.present.reshape(-1, len(seen[domain])).any(0)
+    by_class, objective = adversary.conditioning == "class-and-domain", adversary.objective
+    return View(
+        source=pooled["source"].means,
+        target=pooled["labelled"].means,
+        source_weight=pooled["source"].present & seen["labelled"],
+        target_weight=pooled["labelled"].present & seen["source"],
+        confusion_loss=class_confusion_loss if by_class else functools.partial(confusion_loss, objective=objective),
+        discriminator_loss=class_discriminator_loss
+        if by_class
+        else functools.partial(discriminator_loss, objective=objective),
+        accuracy=class_domain_accuracy if by_class else domain_accuracy,
+        sample_dims=pooled["source"].means.dim() - 1,
+    )
