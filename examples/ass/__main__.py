@@ -195,7 +195,8 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[Settings, argparse.N
 
 def _load(settings: Settings, checkpoint: Path) -> SmallSegmenter | DeepLabV2:
     segmenter = build_segmenter(settings)
-    segmenter.load_state_dict(runs.load_weights(checkpoint))
+    taught = "self-training" in METHODS[settings.method] and settings.self_training.final == "teacher"
+    segmenter.load_state_dict(runs.load_weights(checkpoint, teacher=taught))
     return segmenter.eval()
 
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from examples.ass.deeplab import DeepLabV2
 from examples.ass.models import SmallSegmenter
-from examples.ass.settings import GlobalAdversary, SemanticAdversary, Settings
+from examples.ass.settings import GlobalAdversary, SelfTraining, SemanticAdversary, Settings
 from semshift.discriminators import FCDiscriminator, PrototypeDiscriminator
 from semshift.schedules import Constant, Schedule, Sigmoid, Then
 
@@ -56,7 +56,7 @@ def build_critic(name: str, settings: Settings, segmenter: SmallSegmenter | Deep
     return PrototypeDiscriminator(channels, classes, conditioning=s.conditioning, spectral_norm=s.spectral_norm)
 
 
-def weight_schedule(adversary: GlobalAdversary | SemanticAdversary, steps: int) -> Schedule:
+def weight_schedule(adversary: GlobalAdversary | SemanticAdversary | SelfTraining, steps: int) -> Schedule:
     """The weight of an adversary: zero while its discriminator learns, then a rise to its plateau."""
     start, ramp = round(adversary.start * steps), round(adversary.ramp * steps)
     risen = Sigmoid(adversary.weight, ramp) if ramp else Constant(adversary.weight)

@@ -43,6 +43,7 @@ def check(settings: Settings) -> None:
         "global_adversary.weight": settings.global_adversary.weight,
         "global_adversary.r1": settings.global_adversary.r1,
         "semantic_adversary.weight": settings.semantic_adversary.weight,
+        "self_training.weight": settings.self_training.weight,
         "semantic_adversary.r1": settings.semantic_adversary.r1,
     }
     for name, amount in amounts.items():
@@ -53,6 +54,7 @@ def check(settings: Settings) -> None:
         "optimiser.classifier_factor": settings.optimiser.classifier_factor,
         "global_adversary.learning_rate": settings.global_adversary.learning_rate,
         "semantic_adversary.learning_rate": settings.semantic_adversary.learning_rate,
+        "self_training.rare_class_temperature": settings.self_training.rare_class_temperature,
     }
     for name, rate in rates.items():
         if not (math.isfinite(rate) and rate > 0):
@@ -62,10 +64,15 @@ def check(settings: Settings) -> None:
         "global_adversary.ramp": settings.global_adversary.ramp,
         "semantic_adversary.start": settings.semantic_adversary.start,
         "semantic_adversary.ramp": settings.semantic_adversary.ramp,
+        "self_training.start": settings.self_training.start,
+        "self_training.ramp": settings.self_training.ramp,
     }
     for name, share in shares.items():
         if not 0 <= share <= 1:
             raise InputError(f"expected {name} to be a share of the steps in [0, 1], got {share}")
+    for name, factor in (("momentum", settings.self_training.momentum), ("threshold", settings.self_training.threshold)):
+        if not 0 <= factor < 1:
+            raise InputError(f"expected self_training.{name} in [0, 1), got {factor}")
     _check_network(settings.network)
     if settings.accelerator not in ("auto", "cpu", "cuda", "mps"):
         raise InputError(f"expected accelerator to be one of auto, cpu, cuda, mps, got {settings.accelerator}")

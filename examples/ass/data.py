@@ -264,14 +264,22 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         self.unlabelled = unlabelled
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Tensor]:
-        """The image at an index of the concatenation, as it looks at a place of a step's batch of all ranks."""
+        """The image at an index of the concatenation, as it looks at a place of a step's batch of all ranks.
+
+        With its `label`; an unlabelled one with where the crop is `inside` of it.
+        """
         step, place, index = key
         name, inside = self._find(index)
         samples = self.domains[name]
         rng = np.random.default_rng((self.seed, step, place))
-        sample = augment(samples[inside], self.size, rng, self.augmentation, ignore_index=self.ignore_index)
+        sample = samples[inside]
+        if name in self.unlabelled:
+            # Nothing of the labels goes further; what is left tells the image from the margin around it.
+            sample = sample._replace(label=np.zeros(sample.image.shape[:2], np.uint8))
+        sample = augment(sample, self.size, rng, self.augmentation, ignore_index=self.ignore_index)
+        label = torch.from_numpy(sample.label)
         image = {"image": image_tensor(sample.image)}
-        return image if name in self.unlabelled else image | {"label": torch.from_numpy(sample.label).long()}
+        return image | ({"inside": label == 0} if name in self.unlabelled else {"label": label.long()})
 
     def _find(self, index: int) -> tuple[str, int]:
         inside = index

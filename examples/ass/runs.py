@@ -133,14 +133,17 @@ def save_before(out: Path, segmenter: Stateful) -> None:
     write_whole(out / BEFORE, lambda path: torch.save(state, path))
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """The segmenter's weights in a checkpoint.
+def load_weights(path: Path, *, teacher: bool = False) -> dict[str, Tensor]:
+    """The segmenter's weights in a checkpoint, or their running mean, the teacher's.
 
     Raises:
         InputError: the file is missing or damaged.
     """
-    weights: dict[str, Tensor] = _read(path)["stateful"]["segmenter"]
-    return weights
+    stateful = _read(path)["stateful"]
+    if not teacher:
+        weights: dict[str, Tensor] = stateful["segmenter"]
+        return weights
+    return {name.removeprefix("module."): value for name, value in stateful["teacher"].items() if name != "n_averaged"}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,12 +14,13 @@ __all__ = [
     "Network",
     "Optimiser",
     "SceneSettings",
+    "SelfTraining",
     "SemanticAdversary",
     "Settings",
     "as_plain",
 ]
 
-Method = Literal["source-only", "labelled-only", "joint", "global", "semantic", "ass"]
+Method = Literal["source-only", "labelled-only", "joint", "global", "semantic", "ass", "ass-plus", "oracle"]
 Objective = Literal["bce", "least-squares", "hinge", "wasserstein"]
 
 METHODS: dict[str, frozenset[str]] = {
@@ -29,8 +30,10 @@ METHODS: dict[str, frozenset[str]] = {
     "global": frozenset({"source", "labelled", "global"}),
     "semantic": frozenset({"source", "labelled", "semantic"}),
     "ass": frozenset({"source", "labelled", "global", "semantic"}),
+    "ass-plus": frozenset({"source", "labelled", "global", "semantic", "self-training"}),
+    "oracle": frozenset({"labelled"}),
 }
-"""What each method trains with: cross-entropy on a domain, and adversaries."""
+"""What each method trains with: cross-entropy on a domain, adversaries, self-training. The oracle has all labels."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class GlobalAdversary:
     """The discriminator D_g over the segmenter's output, and its weight in the segmenter's loss.
 
     Args:
-        weight: lambda_g once the ramp is over.
+        weight: lambda_g once the ramp is over; 0 does without this adversary.
         start: share of the steps before the weight leaves zero; the discriminator learns meanwhile.
         ramp: share of the steps over which the weight rises.
         objective: of both sides.
@@ -167,7 +170,7 @@ class SemanticAdversary:
     """The discriminator D_s over class prototypes, and its weight in the segmenter's loss.
 
     Args:
-        weight: lambda_s once the ramp is over.
+        weight: lambda_s once the ramp is over; 0 does without this adversary.
         start: share of the steps before the weight leaves zero; the discriminator learns meanwhile.
         ramp: share of the steps over which the weight rises.
         objective: of both sides; class-and-domain has a cross-entropy of its own and knows `bce` only.
@@ -194,12 +197,43 @@ class SemanticAdversary:
 
 
 @dataclass(frozen=True)
+class SelfTraining:
+    """What `ass-plus` adds: a teacher, the running mean of the segmenter's weights, and what it is good for.
+
+    Args:
+        weight: of the cross-entropy on unlabelled target images, whose labels are the teacher's.
+        start: share of the steps before the weight leaves zero; nothing of the teacher is used before.
+        ramp: share of the steps over which the weight rises.
+        momentum: by how much a step's weights move the teacher: (1 - momentum).
+        threshold: probability above which the teacher is sure of a pixel.
+        mixed_from: whose classes, with their labels, are pasted onto the unlabelled images; `nothing` pastes none.
+        rare_classes: draw labelled images, of both domains, by the rare classes that they hold.
+        rare_class_temperature: the smaller, the rarer the classes that are drawn for.
+        bank: show the semantic discriminator running prototypes of the classes that an image lacks.
+        soft_pooling: align prototypes of the unlabelled images too, pooled by the teacher's probabilities.
+        final: whose weights are evaluated.
+    """
+
+    weight: float = 1.0
+    start: float = 0.2
+    ramp: float = 0.2
+    momentum: float = 0.99
+    threshold: float = 0.9
+    mixed_from: Literal["source", "labelled", "both", "nothing"] = "both"
+    rare_classes: bool = True
+    rare_class_temperature: float = 0.1
+    bank: bool = True
+    soft_pooling: bool = True
+    final: Literal["teacher", "segmenter"] = "teacher"
+
+
+@dataclass(frozen=True)
 class Settings:
     """A run.
 
     Args:
         method: what is trained; `ass` is the paper's.
-        labelled: number of target training images that keep their labels.
+        labelled: number of target training images that keep their labels; `oracle` keeps all of them.
         steps: of the optimiser.
         seed: of the network, the draws, the augmentation and the built-in scenes.
         log_every: steps between two rows of the log.
@@ -211,6 +245,7 @@ class Settings:
         optimiser: how it learns.
         global_adversary: the global adversary.
         semantic_adversary: the semantic adversary.
+        self_training: what `ass-plus` adds.
     """
 
     method: Method = "ass"
@@ -226,6 +261,7 @@ class Settings:
     optimiser: Optimiser = field(default_factory=Optimiser)
     global_adversary: GlobalAdversary = field(default_factory=GlobalAdversary)
     semantic_adversary: SemanticAdversary = field(default_factory=SemanticAdversary)
+    self_training: SelfTraining = field(default_factory=SelfTraining)
 
 
 def as_plain(settings: Settings) -> dict[str, Any]:

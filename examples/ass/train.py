@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import semshift
@@ -22,11 +23,13 @@ from examples.ass.evaluate import evaluate, illustrate
 from examples.ass.images import open_images
 from examples.ass.memory import estimate_memory
 from examples.ass.pretrained import load_pretrained
+from examples.ass.self_training import rare_classes, soft_weights, taught, taught_cross_entropy
 from examples.ass.settings import METHODS, GlobalAdversary, SemanticAdversary, Settings
 from examples.ass.views import View, cross_entropy, global_view, semantic_view
 from semshift.discriminators import frozen
 from semshift.health import gradient_norm
 from semshift.losses import r1_penalty
+from semshift.prototypes import PrototypeBank
 from semshift.sampling import MixedBatchSampler
 from semshift.schedules import Polynomial
 
@@ -59,7 +62,10 @@ def train(
     began = time.monotonic()
     check(settings)
     images = open_images(settings, data_root)
-    labelled = labelled_subset(len(images.target), settings.labelled)
+    uses, plus = METHODS[settings.method], settings.self_training
+    labelled = labelled_subset(
+        len(images.target), len(images.target) if settings.method == "oracle" else settings.labelled
+    )
     # Before the run folder is made, so that a bad file leaves none; a run that goes on has them in its checkpoint.
     segmenter = build_segmenter(settings)
     if isinstance(segmenter, DeepLabV2) and settings.network.init is not None and not (out / runs.LAST).exists():
@@ -77,7 +83,7 @@ def train(
     adversaries: dict[str, GlobalAdversary | SemanticAdversary] = {
         name: adversary
         for name, adversary in (("global", settings.global_adversary), ("semantic", settings.semantic_adversary))
-        if name in METHODS[settings.method]
+        if name in uses and adversary.weight > 0
     }
     critics = {name: build_critic(name, settings, segmenter).to(fabric.device) for name in adversaries}
     critic_optimisers = {
@@ -87,12 +93,26 @@ def train(
     tqdm.write(str(estimate_memory(settings, segmenter, critics)), file=sys.stderr)
     weights = {name: weight_schedule(adversary, settings.steps) for name, adversary in adversaries.items()}
     classes = len(settings.data.classes)
+    teacher: AveragedModel | None = None
+    banks: dict[str, PrototypeBank] | None = None
+    if "self-training" in uses:
+        teacher = AveragedModel(segmenter, multi_avg_fn=get_ema_multi_avg_fn(plus.momentum))  # type: ignore[no-untyped-call]
+        weights["self-training"] = weight_schedule(plus, settings.steps)
+        if plus.bank and "semantic" in adversaries:
+            banks = {
+                domain: PrototypeBank(classes, segmenter.feature_channels).to(fabric.device)
+                for domain in ("source", "labelled")
+            }
     seen = {domain: torch.zeros(classes, dtype=torch.bool, device=fabric.device) for domain in ("source", "labelled")}
 
     # A checkpoint is these and the step: everything else is a function of the settings and the step.
     stateful: dict[str, runs.Stateful] = {"segmenter": segmenter, "optimiser": optimiser}
     for name in critics:
         stateful |= {f"{name} critic": critics[name], f"{name} critic optimiser": critic_optimisers[name]}
+    if teacher is not None:
+        stateful |= {"teacher": teacher}
+    for domain, bank in (banks or {}).items():
+        stateful |= {f"{domain} bank": bank}
     first_step, resumed_from = runs.load_checkpoint(out, stateful, seen)
     runs.read_history(out, before=first_step)
     fabric_optimiser = fabric.setup_optimizers(optimiser)
@@ -104,9 +124,9 @@ def train(
         "unlabelled": images.target,
     }
     counts = {
-        "source": settings.optimiser.images if "source" in METHODS[settings.method] else 0,
-        "labelled": settings.optimiser.images if "labelled" in METHODS[settings.method] else 0,
-        "unlabelled": settings.optimiser.unlabelled if "global" in METHODS[settings.method] else 0,
+        "source": settings.optimiser.images if "source" in uses else 0,
+        "labelled": settings.optimiser.images if "labelled" in uses else 0,
+        "unlabelled": settings.optimiser.unlabelled if "global" in adversaries or teacher is not None else 0,
     }
     domains = {domain: samples for domain, samples in domains.items() if counts[domain]}
     sampler = MixedBatchSampler(
@@ -115,6 +135,11 @@ def train(
         seed=settings.seed,
         first_step=first_step,
         steps=settings.steps - first_step,
+        weights={
+            domain: rare_classes(domains[domain], settings, progress=domain)
+            for domain in ("source", "labelled")
+            if teacher is not None and plus.rare_classes
+        },
     )
     training = TrainingSet(
         domains,
@@ -123,7 +148,8 @@ def train(
         settings.seed,
         ignore_index=settings.data.ignore_index,
     )
-    adaptation_starts = min((round(a.start * settings.steps) for a in adversaries.values()), default=0)
+    starts = [adversary.start for adversary in adversaries.values()] + ([plus.start] if teacher is not None else [])
+    adaptation_starts = min((round(start * settings.steps) for start in starts), default=0)
 
     with tqdm(total=settings.steps, initial=first_step, desc=settings.method, unit="step") as bar:
         for step, batch in batches(training, sampler, workers=settings.data.workers):
@@ -142,18 +168,34 @@ def train(
                     segmentation_loss = segmentation_loss + cross_entropy(
                         outputs[domain].logits, part["label"], settings
                     )
+            # Past ASS: the teacher labels the unlabelled images, to be learnt from and to be pooled by.
+            self_training_loss, soft = None, None
+            if teacher is not None and weights["self-training"](step) > 0:
+                with torch.no_grad(), fabric.autocast():
+                    teacher_logits = teacher(batch["unlabelled"]["image"]).logits
+                mixed = taught(batch, teacher_logits, settings, step)
+                with fabric.autocast():
+                    logits = segmenter(mixed.image).logits
+                self_training_loss = taught_cross_entropy(logits, mixed)
+                if plus.soft_pooling:
+                    grid = outputs["unlabelled"].features.shape[-2:]
+                    inside = batch["unlabelled"]["inside"]
+                    soft = soft_weights(teacher_logits, inside, (grid[0], grid[1]), threshold=plus.threshold)
+
             views: dict[str, View] = {}
             if "global" in critics:
                 views["global"] = global_view(outputs, settings)
             if "semantic" in critics:
-                views["semantic"] = semantic_view(outputs, batch, seen, settings)
+                views["semantic"] = semantic_view(outputs, batch, seen, settings, banks=banks, soft_weights=soft)
             terms = {
-                name: view.confusion_loss(frozen(critics[name])(view.target), weight=view.target_weight)
+                name: view.confusion_loss(frozen(critics[name])(view.target), weight=view.confusion_weight)
                 for name, view in views.items()
             }
             loss = segmentation_loss
             for name, term in terms.items():
                 loss = loss + weights[name](step) * term
+            if self_training_loss is not None:
+                loss = loss + weights["self-training"](step) * self_training_loss
             value = float(loss.detach())
             log = step % settings.log_every == 0 or step == settings.steps - 1
             if not math.isfinite(value):
@@ -163,6 +205,11 @@ def train(
                 )
             row = {"step": step, "loss/segmentation": float(segmentation_loss.detach())}
             if log:
+                if self_training_loss is not None:
+                    row |= {
+                        "loss/self-training": float(self_training_loss.detach()),
+                        "weight/self-training": weights["self-training"](step),
+                    }
                 for name, term in terms.items():
                     features = outputs["unlabelled" if name == "global" else "labelled"].features
                     row |= {
@@ -173,6 +220,8 @@ def train(
             fabric_optimiser.zero_grad()
             fabric.backward(loss)
             fabric_optimiser.step()
+            if teacher is not None:
+                teacher.update_parameters(segmenter)
 
             # Discriminators: source against target, on detached inputs.
             for name, view in views.items():
@@ -208,10 +257,11 @@ def train(
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
                 runs.save_checkpoint(out, step + 1, stateful, seen, settings=settings, resumed_from=resumed_from)
 
-    segmenter.eval()
+    final = teacher.module if teacher is not None and plus.final == "teacher" else segmenter
+    final.eval()
     scores = {
         split: evaluate(
-            segmenter,
+            final,
             getattr(images, split),
             classes=settings.data.classes,
             size=settings.data.size,
@@ -229,7 +279,7 @@ def train(
         images,
         title=f"{settings.method}: mIoU {100 * scores['test'].miou:.1f} on {len(images.test)} test images",
         before=(f"step {adaptation_starts}", earlier),
-        after=(f"step {settings.steps}", segmenter),
+        after=(f"step {settings.steps}", final),
         history=runs.read_history(out),
     )
     metrics = {

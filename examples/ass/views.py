@@ -1,9 +1,10 @@
 """What the losses of a step look at: the segmenter's output, its output maps and its class prototypes."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +18,8 @@ from semshift.losses import (
     discriminator_loss,
     entropy_map,
 )
-from semshift.pooling import ClassSums, class_sums
+from semshift.pooling import ClassSums, class_sums, weighted_class_sums
+from semshift.prototypes import PrototypeBank
 
 __all__ = ["View", "cross_entropy", "global_view", "semantic_view"]
 
@@ -29,6 +31,8 @@ class View(NamedTuple):
     target: Tensor
     source_weight: Tensor | None
     target_weight: Tensor | None
+    confusion_weight: Tensor | None
+    """Of the target in the segmenter's loss; `target_weight` is the discriminator's."""
     confusion_loss: Callable[..., Tensor]
     discriminator_loss: Callable[..., Tensor]
     accuracy: Callable[..., DomainAccuracy]
@@ -59,6 +63,7 @@ def global_view(outputs: dict[str, Segmentation], settings: Settings) -> View:
         target=output_map(outputs["unlabelled"].logits),
         source_weight=None,
         target_weight=None,
+        confusion_weight=None,
         confusion_loss=functools.partial(confusion_loss, objective=adversary.objective),
         discriminator_loss=functools.partial(discriminator_loss, objective=adversary.objective),
         accuracy=domain_accuracy,
@@ -67,12 +72,27 @@ def global_view(outputs: dict[str, Segmentation], settings: Settings) -> View:
 
 
 def semantic_view(
-    outputs: dict[str, Segmentation], batch: dict[str, dict[str, Tensor]], seen: dict[str, Tensor], settings: Settings
+    outputs: dict[str, Segmentation],
+    batch: dict[str, dict[str, Tensor]],
+    seen: dict[str, Tensor],
+    settings: Settings,
+    *,
+    banks: Mapping[str, PrototypeBank] | None = None,
+    soft_weights: Tensor | None = None,
 ) -> View:
     """The semantic view: class prototypes of source and labelled target images, pooled by their labels.
 
     A class takes part where it is present in this batch and the other domain has shown it before, `seen`, which is
     brought up to date: a class that one domain never shows would tell the domain by itself.
+
+    Args:
+        outputs: of the segmenter, by domain.
+        batch: with the labels of `source` and `labelled`.
+        seen: the classes `[K]` that a domain has shown, bool.
+        settings: of the run.
+        banks: a domain's running prototypes, brought up to date; they stand in, for the discriminator alone, where an
+            image lacks a class.
+        soft_weights: `[B, K, h, w]` on the feature grid of the unlabelled images, whose prototypes join the target's.
     """
     adversary = settings.semantic_adversary
     pooled: dict[str, ClassSums] = {
@@ -86,18 +106,33 @@ def semantic_view(
         )
         for domain in ("source", "labelled")
     }
+    means, shown = {}, {}
     for domain, sums in pooled.items():
         seen[domain] |= sums.present.reshape(-1, len(seen[domain])).any(0)
+        means[domain], shown[domain] = sums.means, sums.present
+        if banks is not None:
+            banks[domain].update(ClassSums(sums.sums.detach(), sums.mass))
+            means[domain], shown[domain] = banks[domain](sums)
+    target, present, own = means["labelled"], shown["labelled"], pooled["labelled"].present
+    if soft_weights is not None:
+        soft = weighted_class_sums(
+            outputs["unlabelled"].features, soft_weights.to(target.dtype), per_image=adversary.per_image
+        )
+        # A class of which less than a cell is left is noise.
+        sure = soft.mass >= 1
+        join = torch.cat if adversary.per_image else torch.stack
+        target, present, own = join([target, soft.means]), join([present, sure]), join([own, sure])
     by_class, objective = adversary.conditioning == "class-and-domain", adversary.objective
     return View(
-        source=pooled["source"].means,
-        target=pooled["labelled"].means,
-        source_weight=pooled["source"].present & seen["labelled"],
-        target_weight=pooled["labelled"].present & seen["source"],
+        source=means["source"],
+        target=target,
+        source_weight=shown["source"] & seen["labelled"],
+        target_weight=present & seen["source"],
+        confusion_weight=own & seen["source"],
         confusion_loss=class_confusion_loss if by_class else functools.partial(confusion_loss, objective=objective),
         discriminator_loss=class_discriminator_loss
         if by_class
         else functools.partial(discriminator_loss, objective=objective),
         accuracy=class_domain_accuracy if by_class else domain_accuracy,
-        sample_dims=pooled["source"].means.dim() - 1,
+        sample_dims=means["source"].dim() - 1,
     )

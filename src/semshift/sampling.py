@@ -13,7 +13,7 @@ __all__ = ["MixedBatchSampler", "collate_by_domain", "rare_class_weights"]
 
 _MASK = (1 << 64) - 1
 _MOST = 1 << 62
-_ROUNDS = 6
+_ROUNDS = 12
 _BLOCK = 512
 
 

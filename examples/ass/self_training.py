@@ -1,0 +1,99 @@
+"""Self-training: a teacher labels the unlabelled target images, onto which labelled classes are pasted."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from examples.ass.data import Samples
+from examples.ass.settings import Settings
+from semshift.mixing import class_mix, pseudo_labels
+from semshift.sampling import rare_class_weights
+
+__all__ = ["Taught", "rare_classes", "soft_weights", "taught", "taught_cross_entropy"]
+
+
+class Taught(NamedTuple):
+    """Unlabelled images with the teacher's labels, other images' classes on top."""
+
+    image: Tensor
+    """`[B, 3, H, W]`."""
+    label: Tensor
+    """`[B, H, W]` int64."""
+    weight: Tensor
+    """`[B, H, W]` in [0, 1], of each pixel in the loss: 1 where pasted, 0 outside of the image."""
+
+
+def taught(batch: dict[str, dict[str, Tensor]], teacher_logits: Tensor, settings: Settings, step: int) -> Taught:
+    """Label the unlabelled images of a batch by the teacher, and paste classes as `self_training.mixed_from` says.
+
+    The classes are a function of the seed and the step (ClassMix, Olsson et al. 2021, arXiv 2007.07936; across domains
+    as in DACS, Tranheden et al. 2021, arXiv 2007.08702). Onto image i goes image i of the donors, which begin anew
+    when they are fewer; of `both`, source and labelled take turns.
+
+    Args:
+        batch: `source`, `labelled` and `unlabelled` images with what `TrainingSet` gives for them.
+        teacher_logits: `[B, K, h, w]` of the unlabelled images.
+        settings: of the run.
+        step: of the run.
+    """
+    how, unlabelled = settings.self_training, batch["unlabelled"]
+    size = unlabelled["image"].shape[-2:]
+    logits = F.interpolate(teacher_logits.float(), size=size, mode="bilinear", align_corners=False)
+    labels, share = pseudo_labels(logits, threshold=how.threshold)
+    weight = share[:, None, None] * unlabelled["inside"]
+    if how.mixed_from == "nothing":
+        return Taught(unlabelled["image"], labels, weight)
+    domains = ["source", "labelled"] if how.mixed_from == "both" else [how.mixed_from]
+    chosen = [
+        (domains[i % len(domains)], i // len(domains) % len(batch[domains[i % len(domains)]]["image"]))
+        for i in range(len(labels))
+    ]
+    donors = {part: torch.stack([batch[domain][part][i] for domain, i in chosen]) for part in ("image", "label")}
+    seed = np.random.SeedSequence((settings.seed, step)).generate_state(1, np.uint32)
+    mask = class_mix(
+        donors["label"],
+        len(settings.data.classes),
+        ignore_index=settings.data.ignore_index,
+        generator=torch.Generator().manual_seed(int(seed[0])),
+    )
+    return Taught(
+        torch.where(mask[:, None], donors["image"], unlabelled["image"]),
+        torch.where(mask, donors["label"], labels),
+        torch.where(mask, 1.0, weight),
+    )
+
+
+def taught_cross_entropy(logits: Tensor, images: Taught) -> Tensor:
+    """Cross-entropy weighted by pixel, its mean over all pixels: one that has a weight of 0 counts as a pixel."""
+    logits = F.interpolate(logits.float(), size=images.label.shape[-2:], mode="bilinear", align_corners=False)
+    return (F.cross_entropy(logits, images.label, reduction="none") * images.weight).mean()
+
+
+def soft_weights(teacher_logits: Tensor, inside: Tensor, size: tuple[int, int], *, threshold: float) -> Tensor:
+    """The teacher's probabilities on the feature grid, 0 where it is not sure or the cell is not in the image.
+
+    Args:
+        teacher_logits: `[B, K, h', w']`.
+        inside: `[B, H, W]` bool.
+        size: height and width of the feature grid.
+        threshold: largest probability of a cell above which the teacher is sure.
+
+    Returns:
+        `[B, K, *size]` float32.
+    """
+    probabilities = F.interpolate(teacher_logits.float().softmax(1), size=size, mode="area")
+    covered = F.interpolate(inside[:, None].float(), size=size, mode="area")
+    return probabilities * (probabilities.amax(1, keepdim=True) > threshold) * (covered == 1)
+
+
+def rare_classes(samples: Samples, settings: Settings, *, progress: str) -> np.ndarray:
+    """Weights by which images are drawn for the rare classes that they hold: reads the labels of all of them."""
+    k = len(settings.data.classes)
+    counts = np.zeros((len(samples), k), np.int64)
+    for i in tqdm(range(len(samples)), desc=f"classes of {progress}", leave=False):
+        counts[i] = np.bincount(samples[i].label.ravel(), minlength=256)[:k]
+    return rare_class_weights(counts, temperature=settings.self_training.rare_class_temperature)
