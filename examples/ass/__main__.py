@@ -19,11 +19,13 @@ from examples.ass.evaluate import Scores, evaluate, illustrate, score_table
 from examples.ass.images import open_images
 from examples.ass.models import SmallSegmenter
 from examples.ass.settings import METHODS, Settings
+from examples.ass.study import draw_study, read_study, run_study, study_table
 from examples.ass.train import train
 
 __all__ = ["main"]
 
 PRESETS = Path(__file__).parent / "presets"
+STUDIES = Path(__file__).parent / "studies"
 USAGE = """usage: python -m examples.ass COMMAND [OPTIONS]
 
 commands:
@@ -31,6 +33,7 @@ commands:
   demo      source-only and ass on the built-in scenes, then a report of the two
   evaluate  score a run again: per class, and averaged over a named subset
   compare   several methods and seeds in one table
+  study     the rows of a file, each with several seeds, into records that are kept and a table
 
 `python -m examples.ass COMMAND --help` lists the options of each.
 """
@@ -38,7 +41,7 @@ commands:
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command; bad input ends in one line on standard error and status 2."""
-    commands = {"train": _train, "demo": _demo, "evaluate": _evaluate, "compare": _compare}
+    commands = {"train": _train, "demo": _demo, "evaluate": _evaluate, "compare": _compare, "study": _study}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -143,6 +146,39 @@ def _compare(arguments: Sequence[str]) -> None:
     )
     print(comparison_table(results))
     print(f"table: {Path(options.out) / 'comparison.md'}")
+
+
+def _study(arguments: Sequence[str]) -> None:
+    parser = _parser("study")
+    names = sorted(path.stem for path in STUDIES.glob("*.yaml"))
+    parser.add_argument("study", metavar="NAME", help=f"{', '.join(names)}, or a YAML file")
+    parser.add_argument("--data-root", metavar="DIR", help="where the image folders lie")
+    parser.add_argument("--records", metavar="DIR", default="docs/results", help="(default: docs/results)")
+    parser.add_argument("--out", metavar="DIR", default="runs/study", help="of the run folders (default: runs/study)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
+    options = parser.parse_args(arguments)
+    if min(options.jobs, options.threads) < 1:
+        raise InputError(f"expected --jobs and --threads of at least 1, got {options.jobs} and {options.threads}")
+    path = STUDIES / f"{options.study}.yaml" if options.study in names else Path(options.study)
+    study = read_study(path)
+    records = Path(options.records) / f"{path.stem}.json"
+    results = run_study(
+        study,
+        records=records,
+        out=Path(options.out) / path.stem,
+        data_root=options.data_root,
+        jobs=options.jobs,
+        threads=options.threads,
+    )
+    table = study_table(study, results)
+    how = (
+        f"`python -m examples.ass study {options.study}`, {options.jobs} runs at a time, {options.threads} thread each."
+    )
+    runs.write_whole(records.with_suffix(".md"), lambda to: to.write_text(f"{table}\n{how}\n", encoding="utf-8"))
+    draw_study(records.with_suffix(".png"), study, results)
+    print(table)
+    print(f"records: {records}")
 
 
 class _OneLineParser(argparse.ArgumentParser):

@@ -70,7 +70,8 @@ def check(settings: Settings) -> None:
     for name, share in shares.items():
         if not 0 <= share <= 1:
             raise InputError(f"expected {name} to be a share of the steps in [0, 1], got {share}")
-    for name, factor in (("momentum", settings.self_training.momentum), ("threshold", settings.self_training.threshold)):
+    plus = settings.self_training
+    for name, factor in (("momentum", plus.momentum), ("threshold", plus.threshold)):
         if not 0 <= factor < 1:
             raise InputError(f"expected self_training.{name} in [0, 1), got {factor}")
     _check_network(settings.network)

@@ -17,6 +17,7 @@ from examples.ass.run_queue import Run, finished, run_all
 from examples.ass.runs import write_whole
 from examples.ass.settings import METHODS
 from examples.ass.style import STYLE, save_figure
+from examples.ass.tables import duration, markdown, percent, spread, versions
 
 __all__ = ["compare", "comparison_table", "draw_comparison"]
 
@@ -87,57 +88,67 @@ def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
     parts = [
         f"mIoU in percent on the test images: mean ± sample standard deviation over the seeds. "
         f"{first['labelled']} labelled target images, {first['steps']} steps.",
-        _markdown(
+        markdown(
             ["method", "mIoU", *seed_names],
-            [[m, _spread(list(of.values())), *(_percent(of.get(s)) for s in seeds)] for m, of in miou.items()],
+            [[m, spread(list(of.values())), *(percent(of.get(s)) for s in seeds)] for m, of in miou.items()],
         ),
     ]
     differences = _differences(miou)
     if differences:
         parts += [
             f"Difference to `{_BASELINE}` with the same seed, in points: mean ± sample standard deviation.",
-            _markdown(
+            markdown(
                 ["method", "difference", *seed_names],
                 [
-                    [m, _spread(list(of.values()), sign="+"), *(_percent(of.get(s), sign="+") for s in seeds)]
+                    [m, spread(list(of.values()), sign="+"), *(percent(of.get(s), sign="+") for s in seeds)]
                     for m, of in differences.items()
                 ],
             ),
         ]
     parts += [
         "IoU of each class in percent: mean over the seeds whose test images or predictions hold it.",
-        _markdown(
+        markdown(
             ["class", *miou],
             [[name, *(_class_mean(results, m, name) for m in miou)] for name in first["iou"]],
         ),
-        f"{len(results)} runs, {_duration(sum(result['seconds'] for result in results))} in all. "
-        f"Versions: {_versions(results)}.",
+        f"{len(results)} runs, {duration(sum(result['seconds'] for result in results))} in all. "
+        f"Versions: {versions(results)}.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Draw each seed and the mean of every method, and beside them the paired differences to `joint`.
+def draw_comparison(
+    path: Path,
+    results: Sequence[Mapping[str, Any]],
+    *,
+    baseline: str = _BASELINE,
+    alike: Sequence[str] = ("labelled", "steps", "num_classes"),
+    split: str = "test",
+) -> None:
+    """Draw each seed and the mean of every method, and beside them the paired differences to the baseline.
 
     Args:
         path: the picture, replaced as a whole.
         results: as for `comparison_table`.
+        baseline: the method that the others are compared with.
+        alike: what the runs must have in common.
+        split: whose scores they are.
 
     Raises:
         InputError: as `comparison_table`.
     """
-    miou, seeds = _by_method(results)
-    differences = _differences(miou)
+    miou, seeds = _by_method(results, alike)
+    differences = _differences(miou, baseline)
     with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)
         figure = Figure(figsize=(12.0 if differences else 7.5, 1.9 + 0.5 * len(miou)), layout=layout)
         panels = figure.subplots(1, 2 if differences else 1, sharey=True, squeeze=False)[0]
         _draw_panel(panels[0], miou, list(miou), seeds, sign="")
-        panels[0].set(title="mIoU on the test images", xlabel="percent")
+        panels[0].set(title=f"mIoU on the {split} images", xlabel="percent")
         if differences:
             panels[1].axvline(0, color="0.5", linewidth=1, zorder=0)
             _draw_panel(panels[1], differences, list(miou), seeds, sign="+")
-            panels[1].set(title=f"Difference to {_BASELINE}, same seed", xlabel="points of mIoU")
+            panels[1].set(title=f"Difference to {baseline}, same seed", xlabel="points of mIoU")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower left", ncols=len(labels))
         save_figure(figure, path)
@@ -153,14 +164,16 @@ def _check(methods: Sequence[str], seeds: Sequence[int], jobs: int, threads: int
             raise InputError(f"expected {name} of at least 1, got {count}")
 
 
-def _by_method(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[int, float]], list[int]]:
+def _by_method(
+    results: Sequence[Mapping[str, Any]], alike: Sequence[str] = ("labelled", "steps", "num_classes")
+) -> tuple[dict[str, dict[int, float]], list[int]]:
     """Sort mIoU by method and seed, in the order of the runs."""
     if not results:
         raise InputError("expected at least one run to compare, got none")
     miou: dict[str, dict[int, float]] = {}
     for result in results:
         name = f"{result['method']} with seed {result['seed']}"
-        for key in ("labelled", "steps", "num_classes"):
+        for key in alike:
             if result[key] != results[0][key]:
                 raise InputError(
                     f"expected runs with the same {key}, got {results[0][key]} and {result[key]}, the latter of {name}"
@@ -176,52 +189,21 @@ def _by_method(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[int
     return miou, list(dict.fromkeys(result["seed"] for result in results))
 
 
-def _differences(miou: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int, float]]:
+def _differences(miou: Mapping[str, Mapping[int, float]], baseline: str = _BASELINE) -> dict[str, dict[int, float]]:
     """Subtract the baseline seed by seed: what a lucky seed gives to both cancels."""
-    base = miou.get(_BASELINE, {})
+    base = miou.get(baseline, {})
     pairs = {
         method: {seed: value - base[seed] for seed, value in of.items() if seed in base}
         for method, of in miou.items()
-        if method != _BASELINE
+        if method != baseline
     }
     return {method: of for method, of in pairs.items() if of}
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _percent(value: float | None, sign: str = "") -> str:
-    # Adding 0.0 turns the -0.0 of a rounded tiny loss into 0.0.
-    return "–" if value is None else format(round(100 * value, 1) + 0.0, f"{sign}.1f")
-
-
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return f"{_percent(statistics.fmean(values), sign)} ± {_percent(spread)}"
 
 
 def _class_mean(results: Sequence[Mapping[str, Any]], method: str, name: str) -> str:
     values = [result["iou"][name] for result in results if result["method"] == method]
     present = [value for value in values if value is not None]
-    return _percent(statistics.fmean(present) if present else None)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def _versions(results: Sequence[Mapping[str, Any]]) -> str:
-    """List each package's version, or its versions where the runs differ."""
-    versions: dict[str, list[str]] = {}
-    for result in results:
-        for package, version in result["versions"].items():
-            if str(version) not in versions.setdefault(package, []):
-                versions[package].append(str(version))
-    return ", ".join(" ".join([package, " and ".join(found)]) for package, found in versions.items())
+    return percent(statistics.fmean(present) if present else None)
 
 
 def _draw_panel(
@@ -248,7 +230,7 @@ def _draw_panel(
             linewidth=3,
             label=label,
         )
-        axes.text(mean, rows[method] - 0.22, _percent(mean / 100, sign), ha="center", va="bottom", fontsize=10)
+        axes.text(mean, rows[method] - 0.22, percent(mean / 100, sign), ha="center", va="bottom", fontsize=10)
     axes.set_yticks(range(len(methods)), methods)
     axes.set_ylim(len(methods) - 0.4, -0.75)
     axes.margins(x=0.08)

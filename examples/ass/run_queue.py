@@ -41,14 +41,16 @@ class Run(NamedTuple):
     seed: int
     out: Path
     train_arguments: tuple[str, ...]
+    row: str = ""
+    """What tells it from other runs of its method."""
 
     @property
     def folder(self) -> Path:
-        return self.out / f"{self.method}-seed{self.seed}"
+        return self.out / f"{self.row or self.method}-seed{self.seed}"
 
     @property
     def log(self) -> Path:
-        return self.out / f"{self.method}-seed{self.seed}.log"
+        return self.out / f"{self.row or self.method}-seed{self.seed}.log"
 
     @property
     def options(self) -> list[str]:

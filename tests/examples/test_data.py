@@ -378,7 +378,7 @@ def test_batches():
     batch = made[0][1]
     assert {domain: sorted(part) for domain, part in batch.items()} == {
         "source": ["image", "label"],
-        "unlabelled": ["image"],
+        "unlabelled": ["image", "inside"],
     }
     assert batch["source"]["image"].shape == (2, 3, 32, 32)
     assert batch["source"]["label"].dtype == torch.int64

@@ -1,0 +1,183 @@
+"""A study: a file of rows, each some settings, run with several seeds; records that are kept, and a table of them."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from examples.ass.compare import draw_comparison
+from examples.ass.data import InputError
+from examples.ass.run_queue import Run, finished, run_all
+from examples.ass.runs import write_whole
+from examples.ass.settings import METHODS
+from examples.ass.tables import duration, markdown, percent, spread, versions
+
+__all__ = ["Study", "draw_study", "read_study", "run_study", "study_table"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is run, and what it is compared with.
+
+    Args:
+        title: of the table.
+        split: whose mIoU is tabulated; settings are chosen on `validation`.
+        baseline: the row that the others are compared with, seed by seed.
+        seeds: of each row.
+        train: options of `train` that every row has.
+        rows: a row's name to the options that it adds; one of them is its `method`.
+    """
+
+    title: str
+    split: str
+    baseline: str
+    seeds: list[int]
+    train: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+
+
+def read_study(path: Path) -> Study:
+    """Read a study's YAML file.
+
+    Raises:
+        InputError: the file is missing or says something else than a study.
+    """
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        study = Study(**plain)
+    except (OSError, yaml.YAMLError, TypeError) as error:
+        parts = ", ".join(field.name for field in fields(Study))
+        raise InputError(f"expected {path} to be a study of {parts}: {error}") from error
+    if study.split not in ("validation", "test"):
+        raise InputError(f"expected split of {path} to be validation or test, got {study.split}")
+    if study.baseline not in study.rows:
+        raise InputError(f"expected baseline of {path} to be one of its rows, got {study.baseline}")
+    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
+        raise InputError(f"expected seeds of {path} to be different numbers, got {study.seeds}")
+    for name, options in study.rows.items():
+        if options.get("method") not in METHODS:
+            raise InputError(
+                f"expected row {name} of {path} to have a method of {', '.join(METHODS)}, got {options.get('method')}"
+            )
+    return study
+
+
+def run_study(
+    study: Study, *, records: Path, out: Path, data_root: str | None, jobs: int, threads: int
+) -> list[dict[str, Any]]:
+    """Run what is not in the records yet, and keep the records up to date, also when it is stopped.
+
+    Args:
+        study: what is to be run.
+        records: JSON file of finished runs; one counts when its options are those of the study.
+        out: folder of the run folders and logs.
+        data_root: where the images lie; not part of a record.
+        jobs: runs at a time.
+        threads: of each run.
+
+    Returns:
+        The study's records, row by row; those of other rows stay in the file.
+
+    Raises:
+        InputError: a run failed, or `out` holds other runs of the same names.
+    """
+    kept: list[dict[str, Any]] = json.loads(records.read_text(encoding="utf-8")) if records.exists() else []
+    wanted = [(name, seed, {**study.train, **options}) for name, options in study.rows.items() for seed in study.seeds]
+    done = {(r["row"], r["seed"]): r for r in kept}
+    queue: dict[tuple[str, int], Run] = {}
+    for name, seed, options in wanted:
+        record = done.get((name, seed))
+        if record is not None and record["options"] == options:
+            continue
+        queue[name, seed] = Run(str(options["method"]), seed, out, _arguments(options, data_root), name)
+    try:
+        run_all(
+            [run for run in queue.values() if finished(run) is None],
+            jobs,
+            threads,
+            done=len(wanted) - sum(finished(run) is None for run in queue.values()),
+        )
+    finally:
+        for name, seed, options in wanted:
+            metrics = finished(queue[name, seed]) if (name, seed) in queue else None
+            if metrics is not None:
+                done[name, seed] = {"row": name, "options": options, **metrics}
+        lines = ",\n".join(json.dumps(record) for record in done.values())
+        write_whole(records, lambda path: path.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
+    return [done[name, seed] for name, seed, _ in wanted]
+
+
+def study_table(study: Study, results: Sequence[Mapping[str, Any]]) -> str:
+    """Tabulate a study in Markdown: mIoU, difference to the baseline with its standard error, IoU by class.
+
+    Args:
+        study: of the results.
+        results: its records; a row may lack seeds.
+    """
+    scores = {name: {r["seed"]: _score(r, study.split) for r in results if r["row"] == name} for name in study.rows}
+    scores = {name: of for name, of in scores.items() if of}
+    base = scores.get(study.baseline, {})
+    classes = list(results[0]["iou"])
+    lines, by_class = [], []
+    for name, of in scores.items():
+        pairs = [of[seed]["miou"] - base[seed]["miou"] for seed in of if seed in base]
+        error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+        difference = f"{percent(statistics.fmean(pairs), '+')} ± {percent(error)}" if pairs else "–"
+        options = ", ".join(f"{key} {_plain(value)}" for key, value in study.rows[name].items() if key != "method")
+        each = [percent(of[seed]["miou"] if seed in of else None) for seed in study.seeds]
+        lines.append(
+            [
+                name,
+                study.rows[name]["method"],
+                options,
+                spread([s["miou"] for s in of.values()]),
+                "" if name == study.baseline else difference,
+                *each,
+            ]
+        )
+        held = [[s["iou"][k] for s in of.values() if s["iou"][k] is not None] for k in classes]
+        by_class.append([name, *(percent(statistics.fmean(values) if values else None) for values in held)])
+    seeds = [f"seed {seed}" for seed in study.seeds]
+    common = " ".join(f"--{key} {_plain(value)}" for key, value in study.train.items())
+    return (
+        "\n\n".join(
+            [
+                f"## {study.title}",
+                f"mIoU in percent on {study.split} images: mean ± sample standard deviation over the seeds. "
+                f"{len(results)} runs, {duration(sum(r['seconds'] for r in results))} in all. "
+                f"Versions: {versions(results)}.",
+                markdown(["row", "method", "settings", "mIoU", "difference", *seeds], lines),
+                "IoU of each class in percent, mean over the seeds.",
+                markdown(["row", *classes], by_class),
+                f"{len(results)} runs, {duration(sum(r['seconds'] for r in results))} in all. "
+                f"Versions: {versions(results)}.",
+            ]
+        )
+        + "\n"
+    )
+
+
+def draw_study(path: Path, study: Study, results: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the study: a dot a run, and the differences to the baseline."""
+    scored = [{**r, "method": r["row"], **_score(r, study.split)} for r in results]
+    draw_comparison(path, scored, baseline=study.baseline, alike=("num_classes",), split=study.split)
+
+
+def _score(result: Mapping[str, Any], split: str) -> dict[str, Any]:
+    held = result["validation"] if split == "validation" else result
+    return {"miou": held["miou"], "iou": held["iou"]}
+
+
+def _arguments(options: Mapping[str, Any], data_root: str | None) -> tuple[str, ...]:
+    named = {"data-root": data_root} if data_root else {}
+    chosen = {**named, **{key: value for key, value in options.items() if key != "method"}}
+    return tuple(part for key, value in chosen.items() for part in (f"--{key}", _plain(value)))
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool | list) else str(value)
