@@ -34,12 +34,12 @@ class Memory(NamedTuple):
 def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[str, nn.Module]) -> Memory:
     """Estimate the memory of a step from the tensors that a forward without data, on the meta device, keeps.
 
-    An estimate: the images of every domain go through the segmenter, the up-sampled logits into the loss and the
-    global discriminator. It leaves out prototypes, the gradient penalty, spectral norm's copies of weights, the
-    workspace of convolutions, tensors that live within one operation, and what an allocator holds in reserve; and it
-    counts activations and gradients as if all were there at once, while a backward frees the ones as it makes the
-    others. The tests hold it within an eighth of the largest sum of tensors that live at once in a run on the CPU;
-    leave room above it on a GPU.
+    An estimate: the images of every domain, and once more the unlabelled ones that a teacher has labelled, go through
+    the segmenter, the up-sampled logits into the loss and the global discriminator. It leaves out prototypes, the
+    gradient penalty, spectral norm's copies of weights, the workspace of convolutions, tensors that live within one
+    operation, and what an allocator holds in reserve; and it counts activations and gradients as if all were there at
+    once, while a backward frees the ones as it makes the others. The tests hold it within an eighth of the largest sum
+    of tensors that live at once in a run on the CPU; leave room above it on a GPU.
 
     Args:
         settings: of the run.
@@ -49,7 +49,10 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[s
     half = settings.precision == "bf16-mixed"
     data, how = settings.data, settings.optimiser
     uses = METHODS[settings.method]
-    domains = {"source": how.images, "labelled": how.images, "unlabelled": how.unlabelled if "global" in uses else 0}
+    taught = "self-training" in uses
+    domains = {domain: how.images for domain in ("source", "labelled") if domain in uses}
+    domains |= {"unlabelled": how.unlabelled} if taught or "global" in critics else {}
+    domains |= {"mixed": how.unlabelled} if taught else {}
 
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -64,8 +67,6 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[s
     outputs = []
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         for domain, images in domains.items():
-            if not images or (domain != "unlabelled" and domain not in uses):
-                continue
             batch = torch.empty(images, 3, *data.size, device="meta", dtype=torch.bfloat16 if half else torch.float32)
             logits = functional_call(segmenter, stand_in, (batch,)).logits.float()
             logits = F.interpolate(logits, size=data.size, mode="bilinear", align_corners=False)
@@ -81,7 +82,8 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[s
 
     learning = _bytes(parameter for parameter in segmenter.parameters() if parameter.requires_grad)
     critic_learning = _bytes(parameter for critic in critics.values() for parameter in critic.parameters())
-    everything = [segmenter, *critics.values()]
+    # The teacher has the segmenter's tensors once more.
+    everything = [segmenter, *critics.values(), *([segmenter] if taught else [])]
     return Memory(
         weights=_bytes(tensor for module in everything for tensor in (*module.parameters(), *module.buffers())),
         gradients=learning + critic_learning,

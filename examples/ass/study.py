@@ -1,5 +1,6 @@
 """A study: a file of rows, each some settings, run with several seeds; records that are kept, and a table of them."""
 
+import argparse
 import json
 import math
 import statistics
@@ -8,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+import jsonargparse
 
 from examples.ass.compare import draw_comparison
 from examples.ass.data import InputError
@@ -47,10 +48,11 @@ def read_study(path: Path) -> Study:
     Raises:
         InputError: the file is missing or says something else than a study.
     """
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Study, None)
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-        study = Study(**plain)
-    except (OSError, yaml.YAMLError, TypeError) as error:
+        study = Study(**parser.parse_string(path.read_text(encoding="utf-8")).as_dict())
+    except (OSError, argparse.ArgumentError, TypeError) as error:
         parts = ", ".join(field.name for field in fields(Study))
         raise InputError(f"expected {path} to be a study of {parts}: {error}") from error
     if study.split not in ("validation", "test"):
@@ -149,8 +151,7 @@ def study_table(study: Study, results: Sequence[Mapping[str, Any]]) -> str:
             [
                 f"## {study.title}",
                 f"mIoU in percent on {study.split} images: mean ± sample standard deviation over the seeds. "
-                f"{len(results)} runs, {duration(sum(r['seconds'] for r in results))} in all. "
-                f"Versions: {versions(results)}.",
+                f"Every run: `train {common}`.",
                 markdown(["row", "method", "settings", "mIoU", "difference", *seeds], lines),
                 "IoU of each class in percent, mean over the seeds.",
                 markdown(["row", *classes], by_class),

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from examples.ass import train as train_module
 from examples.ass.build import build_critic, build_segmenter
 from examples.ass.memory import Memory, estimate_memory
-from examples.ass.settings import Data, GlobalAdversary, Network, Optimiser, SceneSettings, Settings
+from examples.ass.settings import Data, GlobalAdversary, Network, Optimiser, SceneSettings, SelfTraining, Settings
 from examples.ass.train import train
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -57,13 +57,14 @@ class Live(TorchDispatchMode):
         {"method": "ass"},
         {"method": "semantic", "optimiser": Optimiser(name="sgd", images=3)},
         {"method": "ass", "global_adversary": GlobalAdversary(base_channels=64)},
+        {"method": "ass-plus", "self_training": SelfTraining(start=0.0, ramp=0.0)},
         pytest.param({"method": "joint", "network": DEEPLAB}, marks=pytest.mark.slow),
         pytest.param(
             {"method": "ass", "network": DEEPLAB, "optimiser": Optimiser(name="sgd", images=1, unlabelled=1)},
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["source-only", "ass", "semantic", "wide-critic", "deeplab", "deeplab-ass"],
+    ids=["source-only", "ass", "semantic", "wide-critic", "ass-plus", "deeplab", "deeplab-ass"],
 )
 def test_within_an_eighth_of_what_lives_at_once(changes, tmp_path, monkeypatch):
     estimates = []
