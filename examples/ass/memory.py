@@ -50,7 +50,7 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[s
     data, how = settings.data, settings.optimiser
     uses = METHODS[settings.method]
     taught = "self-training" in uses
-    domains = {domain: how.images for domain in ("source", "labelled") if domain in uses}
+    domains: dict[str, int] = {domain: how.images for domain in ("source", "labelled") if domain in uses}
     domains |= {"unlabelled": how.unlabelled} if taught or "global" in critics else {}
     domains |= {"mixed": how.unlabelled} if taught else {}
 
