@@ -1,9 +1,8 @@
-"""Images: folders of them, what is done to them in training, and batches drawn from several domains."""
+"""Images: what is done to them in training, and batches drawn from several domains."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,13 +11,10 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from semshift.labels import check_labels
 from semshift.sampling import MixedBatchSampler, collate_by_domain
 
 __all__ = [
     "Augmentation",
-    "Folder",
-    "FolderPair",
     "InputError",
     "Sample",
     "Samples",
@@ -30,8 +26,6 @@ __all__ = [
     "image_tensor",
     "labelled_subset",
 ]
-
-IMAGES = (".jpg", ".jpeg", ".png")
 
 
 class InputError(ValueError):
@@ -75,89 +69,6 @@ class Some:
 
     def __getitem__(self, index: int) -> Sample:
         return self.samples[self.indices[index]]
-
-
-@dataclass(frozen=True)
-class Folder:
-    """Where the images of a split lie.
-
-    Args:
-        images: folder of `NAME.jpg` or `NAME.png` below the data root.
-        labels: folder of index masks `NAME.png` below the data root.
-    """
-
-    images: str
-    labels: str
-
-
-class FolderPair:
-    """A folder of images and a folder of index masks of the same names, in name order.
-
-    Files are listed at once and read when asked for, each checked as it is read.
-
-    Args:
-        root: the data root; a folder outside it is refused.
-        folder: the two folders.
-        num_classes: K, in 1 to 256; labels lie in `[0, K)`.
-        ignore_index: id of pixels without a class, in 0 to 255.
-
-    Raises:
-        InputError: a folder is missing, empty or outside the root, a file has no partner or a double, or labels
-            would not fit into 8 bits.
-    """
-
-    def __init__(self, root: Path, folder: Folder, *, num_classes: int, ignore_index: int = 255) -> None:
-        if not (1 <= num_classes <= 256 and 0 <= ignore_index <= 255):
-            raise InputError(
-                f"expected num_classes in 1 to 256 and ignore_index in 0 to 255, got {num_classes} and {ignore_index}"
-            )
-        images = _list(root, folder.images, IMAGES)
-        masks = _list(root, folder.labels, (".png",))
-        for name in images:
-            if name not in masks:
-                raise InputError(
-                    f"expected a mask for every image, got none in {root / folder.labels} for {images[name]}"
-                )
-        for name in masks:
-            if name not in images:
-                raise InputError(
-                    f"expected an image for every mask, got none in {root / folder.images} for {masks[name]}"
-                )
-        self.names = sorted(images)
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
-        self._files = [(images[name], masks[name]) for name in self.names]
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read an image and its mask.
-
-        Raises:
-            InputError: a file is damaged, no image or no index mask, or the two do not fit.
-        """
-        image_file, mask_file = self._files[index]
-        picture, bits = _read(image_file)
-        # Pillow drops the lower half of three channels of 16 bits, and clips one channel, nearly all of it to white.
-        if bits > 8:
-            raise InputError(f"expected {image_file} to be an image of 8 bits a channel, got one of {bits}")
-        image = np.asarray(picture.convert("RGB"))
-        mask, _ = _read(mask_file)
-        if mask.mode not in ("L", "P", "I", "I;16"):
-            raise InputError(
-                f"expected {mask_file} to be an index mask of one channel, got an image of mode {mask.mode}"
-            )
-        label = np.asarray(mask)
-        if label.shape != image.shape[:2]:
-            sizes = [f"{array.shape[1]} x {array.shape[0]}" for array in (image, label)]
-            raise InputError(f"expected {mask_file} to have its image's size {sizes[0]}, got {sizes[1]}")
-        try:
-            check_labels(torch.from_numpy(label.astype(np.int64)), self.num_classes, ignore_index=self.ignore_index)
-        except ValueError as error:
-            raise InputError(f"{mask_file}: {error}") from error
-        return Sample(image, label.astype(np.uint8), self.names[index])
 
 
 def labelled_subset(total: int, labelled: int) -> list[int]:
@@ -336,36 +247,3 @@ def _offset(inside: int, crop: int, rng: np.random.Generator) -> int:
     """Where a crop begins: anywhere inside, or such that a smaller image lies anywhere in it."""
     low, high = sorted((0, inside - crop))
     return int(rng.integers(low, high + 1))
-
-
-def _list(root: Path, folder: str, endings: Sequence[str]) -> dict[str, Path]:
-    where = root / folder
-    # By its name alone: a link below the root is how large data sets are often kept.
-    if Path(folder).is_absolute() or ".." in Path(folder).parts:
-        raise InputError(f"expected a folder below the data root {root}, got {folder}")
-    if not where.is_dir():
-        raise InputError(f"expected a folder {where}, got none")
-    files: dict[str, Path] = {}
-    for file in sorted(where.iterdir()):
-        if file.suffix.lower() not in endings:
-            continue
-        if file.stem in files:
-            raise InputError(f"expected one file of a name, got {files[file.stem]} and {file.name}")
-        files[file.stem] = file
-    if not files:
-        raise InputError(f"expected {where} to hold files ending in {', '.join(endings)}, got none")
-    return files
-
-
-def _read(file: Path) -> tuple[Image.Image, int]:
-    """An image, and the bits of a channel in its file: up to 8, 16 or 32."""
-    try:
-        with Image.open(file) as image:
-            # Before it is loaded: the mode of colours is RGB for any number of bits.
-            bits = 16 if ";16" in f"{image.mode} {image.tile}" else 32 if image.mode in ("I", "F") else 8
-            image.load()
-            return image.copy(), bits
-    # Whatever it is: on a damaged file the decoders raise OSError, SyntaxError, ValueError and more.
-    except Exception as error:
-        why = str(error) or type(error).__name__
-        raise InputError(f"expected {file} to be a whole image, got one that does not read: {why}") from error

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from examples.ass.data import FolderPair, InputError, Samples
+from examples.ass.data import InputError, Samples
+from examples.ass.folders import FolderPair
 from examples.ass.scenes import CLASSES, Scenes
 from examples.ass.settings import Settings
 
@@ -50,9 +51,11 @@ def open_images(settings: Settings, data_root: Path | None) -> Images:
             )
         if data_root is None:
             raise InputError("expected --data-root, below which the settings' folders lie, got none")
-        k, ignore = len(data.classes), data.ignore_index
         images = Images(
-            *(FolderPair(data_root, folder, num_classes=k, ignore_index=ignore) for folder in folders.values())
+            *(
+                FolderPair(data_root, folder, classes=data.classes, ignore_index=data.ignore_index)
+                for folder in folders.values()
+            )
         )
     if settings.labelled > len(images.target):
         raise InputError(

@@ -4,7 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from examples.ass.data import Augmentation, Folder
+from examples.ass.data import Augmentation
+from examples.ass.folders import Folder
 from examples.ass.scenes import CLASSES, Severity
 
 __all__ = [

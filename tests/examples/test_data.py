@@ -13,8 +13,6 @@ from PIL import Image
 
 from examples.ass.data import (
     Augmentation,
-    Folder,
-    FolderPair,
     InputError,
     Sample,
     Some,
@@ -25,6 +23,7 @@ from examples.ass.data import (
     image_tensor,
     labelled_subset,
 )
+from examples.ass.folders import Folder, FolderPair
 from semshift.sampling import MixedBatchSampler
 
 PLAIN = Augmentation(scale=(1.0, 1.0), flip=0.0, colour=0.0)
@@ -49,7 +48,7 @@ def root(tmp_path):
 
 
 def pair(root, images="img", labels="lbl", **changes):
-    return FolderPair(root, Folder(images, labels), **({"num_classes": 3} | changes))
+    return FolderPair(root, Folder(images, labels), **({"classes": ["a", "b", "c"]} | changes))
 
 
 def test_reads_pairs_in_name_order(root):
@@ -211,11 +210,11 @@ def test_a_file_cut_anywhere_is_told_or_whole(root, file):
             assert np.array_equal(read.label, whole.label)
 
 
-@pytest.mark.parametrize(("num_classes", "ignore_index"), [(0, 255), (257, 255), (3, 256), (3, -1)])
-def test_labels_must_fit_into_eight_bits(root, num_classes, ignore_index):
-    message = f"expected num_classes in 1 to 256 and ignore_index in 0 to 255, got {num_classes} and {ignore_index}"
+@pytest.mark.parametrize(("classes", "ignore_index"), [(0, 255), (257, 255), (3, 256), (3, -1)])
+def test_labels_must_fit_into_eight_bits(root, classes, ignore_index):
+    message = f"expected 1 to 256 classes and ignore_index in 0 to 255, got {classes} and {ignore_index}"
     with pytest.raises(InputError, match="^" + re.escape(message) + "$"):
-        pair(root, num_classes=num_classes, ignore_index=ignore_index)
+        pair(root, classes=[str(k) for k in range(classes)], ignore_index=ignore_index)
 
 
 def test_a_link_below_the_root_may_lead_anywhere(root, tmp_path_factory):
