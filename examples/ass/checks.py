@@ -40,6 +40,8 @@ def check(settings: Settings) -> None:
         "data.workers": data.workers,
         "optimiser.weight_decay": settings.optimiser.weight_decay,
         "optimiser.power": settings.optimiser.power,
+        "global_adversary.power": settings.global_adversary.power,
+        "semantic_adversary.power": settings.semantic_adversary.power,
         "global_adversary.weight": settings.global_adversary.weight,
         "global_adversary.r1": settings.global_adversary.r1,
         "semantic_adversary.weight": settings.semantic_adversary.weight,
@@ -81,8 +83,14 @@ def check(settings: Settings) -> None:
         raise InputError("expected an accelerator that this machine has, got cuda")
     if settings.accelerator == "mps" and not torch.backends.mps.is_available():
         raise InputError("expected an accelerator that this machine has, got mps")
-    if min(data.size) < 32:
-        raise InputError(f"expected data.size of at least 32 each way, got {list(data.size)}")
+    for name, size in (("size", data.size), ("source_size", data.source_size)):
+        if size is not None and min(size) < 32:
+            raise InputError(f"expected data.{name} of at least 32 each way, got {list(size)}")
+    if data.source is None and data.source_size is not None:
+        raise InputError(f"expected data.source_size with data.source only, got {list(data.source_size)}")
+    decay = settings.optimiser.decay_steps
+    if decay is not None and decay < settings.steps:
+        raise InputError(f"expected optimiser.decay_steps of at least the {settings.steps} steps, got {decay}")
     if not 2 <= len(data.classes) <= 255 or len(set(data.classes)) < len(data.classes):
         raise InputError(f"expected data.classes to be 2 to 255 different names, got {data.classes}")
     if not len(data.classes) <= data.ignore_index <= 255:

@@ -150,7 +150,7 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
 
     Args:
         domains: a domain's name to its images, in the sampler's order.
-        size: height and width of the crops.
+        sizes: a domain's name to the height and width of its crops.
         augmentation: what is done to them.
         seed: of the augmentation.
         ignore_index: label where a crop leaves the image.
@@ -160,7 +160,7 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
     def __init__(
         self,
         domains: Mapping[str, Samples],
-        size: tuple[int, int],
+        sizes: Mapping[str, tuple[int, int]],
         augmentation: Augmentation,
         seed: int,
         *,
@@ -168,7 +168,7 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         unlabelled: frozenset[str] = frozenset({"unlabelled"}),
     ) -> None:
         self.domains = dict(domains)
-        self.size = size
+        self.sizes = dict(sizes)
         self.augmentation = augmentation
         self.seed = seed
         self.ignore_index = ignore_index
@@ -187,7 +187,7 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         if name in self.unlabelled:
             # Nothing of the labels goes further; what is left tells the image from the margin around it.
             sample = sample._replace(label=np.zeros(sample.image.shape[:2], np.uint8))
-        sample = augment(sample, self.size, rng, self.augmentation, ignore_index=self.ignore_index)
+        sample = augment(sample, self.sizes[name], rng, self.augmentation, ignore_index=self.ignore_index)
         label = torch.from_numpy(sample.label)
         image = {"image": image_tensor(sample.image)}
         return image | ({"inside": label == 0} if name in self.unlabelled else {"label": label.long()})

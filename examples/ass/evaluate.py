@@ -99,13 +99,16 @@ def prototypes(
     target: Samples,
     *,
     num_classes: int,
-    size: tuple[int, int],
+    sizes: tuple[tuple[int, int], tuple[int, int]],
     ignore_index: int,
 ) -> Prototypes:
-    """Prototypes of two domains, each pooled over all its images: sums are added, then divided once."""
+    """Prototypes of two domains, each pooled over all its images: sums are added, then divided once.
+
+    `sizes` are those at which the segmenter sees source and target images.
+    """
     device = next(segmenter.parameters()).device
 
-    def pool(samples: Samples) -> np.ndarray:
+    def pool(samples: Samples, size: tuple[int, int]) -> np.ndarray:
         pooled = functools.reduce(
             operator.add,
             (
@@ -123,7 +126,7 @@ def prototypes(
         result: np.ndarray = means.cpu().numpy()
         return result
 
-    return Prototypes(pool(source), pool(target))
+    return Prototypes(pool(source, sizes[0]), pool(target, sizes[1]))
 
 
 def illustrate(
@@ -165,7 +168,7 @@ def illustrate(
             source,
             target,
             num_classes=len(data.classes),
-            size=data.size,
+            sizes=(data.source_size or data.size, data.size),
             ignore_index=data.ignore_index,
         )
         for _, segmenter in (before, after)

@@ -67,11 +67,12 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[s
     outputs = []
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         for domain, images in domains.items():
-            batch = torch.empty(images, 3, *data.size, device="meta", dtype=torch.bfloat16 if half else torch.float32)
+            size = data.source_size if domain == "source" and data.source_size else data.size
+            batch = torch.empty(images, 3, *size, device="meta", dtype=torch.bfloat16 if half else torch.float32)
             logits = functional_call(segmenter, stand_in, (batch,)).logits.float()
-            logits = F.interpolate(logits, size=data.size, mode="bilinear", align_corners=False)
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
             if domain != "unlabelled":
-                labels = torch.empty(images, *data.size, device="meta", dtype=torch.int64)
+                labels = torch.empty(images, *size, device="meta", dtype=torch.int64)
                 outputs.append(F.cross_entropy(logits, labels, ignore_index=data.ignore_index))
             if critic and domain == "source":
                 outputs.append(logits.softmax(1))

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from examples.ass.data import Samples
 from examples.ass.settings import Settings
+from semshift.labels import resize_labels
 from semshift.mixing import class_mix, pseudo_labels
 from semshift.sampling import rare_class_weights
 
@@ -32,7 +33,7 @@ def taught(batch: dict[str, dict[str, Tensor]], teacher_logits: Tensor, settings
 
     The classes are a function of the seed and the step (ClassMix, Olsson et al. 2021, arXiv 2007.07936; across domains
     as in DACS, Tranheden et al. 2021, arXiv 2007.08702). Onto image i goes image i of the donors, which begin anew
-    when they are fewer; of `both`, source and labelled take turns.
+    when they are fewer, and are brought to its size; of `both`, source and labelled take turns.
 
     Args:
         batch: `source`, `labelled` and `unlabelled` images with what `TrainingSet` gives for them.
@@ -52,17 +53,18 @@ def taught(batch: dict[str, dict[str, Tensor]], teacher_logits: Tensor, settings
         (domains[i % len(domains)], i // len(domains) % len(batch[domains[i % len(domains)]]["image"]))
         for i in range(len(labels))
     ]
-    donors = {part: torch.stack([batch[domain][part][i] for domain, i in chosen]) for part in ("image", "label")}
+    donors = {domain: _fit(batch[domain]["image"], batch[domain]["label"], size, settings) for domain in domains}
+    image, label = (torch.stack([donors[domain][part][i] for domain, i in chosen]) for part in (0, 1))
     seed = np.random.SeedSequence((settings.seed, step)).generate_state(1, np.uint32)
     mask = class_mix(
-        donors["label"],
+        label,
         len(settings.data.classes),
         ignore_index=settings.data.ignore_index,
         generator=torch.Generator().manual_seed(int(seed[0])),
     )
     return Taught(
-        torch.where(mask[:, None], donors["image"], unlabelled["image"]),
-        torch.where(mask, donors["label"], labels),
+        torch.where(mask[:, None], image, unlabelled["image"]),
+        torch.where(mask, label, labels),
         torch.where(mask, 1.0, weight),
     )
 
@@ -97,3 +99,12 @@ def rare_classes(samples: Samples, settings: Settings, *, progress: str) -> np.n
     for i in tqdm(range(len(samples)), desc=f"classes of {progress}", leave=False):
         counts[i] = np.bincount(samples[i].label.ravel(), minlength=256)[:k]
     return rare_class_weights(counts, temperature=settings.self_training.rare_class_temperature)
+
+
+def _fit(images: Tensor, labels: Tensor, size: torch.Size, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Images `[B, 3, H, W]` and labels `[B, H, W]` at another size; as they are where it is theirs."""
+    if images.shape[-2:] == size:
+        return images, labels
+    images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+    k, ignore_index = len(settings.data.classes), settings.data.ignore_index
+    return images, resize_labels(labels, (size[0], size[1]), mode="nearest", num_classes=k, ignore_index=ignore_index)

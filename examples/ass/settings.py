@@ -63,6 +63,7 @@ class Data:
     Args:
         classes: names in the order of their ids.
         size: height and width of the images that the network sees, each at least 32.
+        source_size: those of the source images, where they are others; not for the built-in scenes.
         source: labelled source images.
         target: target training images; the labelled ones are drawn from them.
         validation: labelled target images to choose settings on.
@@ -76,6 +77,7 @@ class Data:
 
     classes: list[str] = field(default_factory=lambda: list(CLASSES))
     size: tuple[int, int] = (64, 96)
+    source_size: tuple[int, int] | None = None
     source: Folder | None = None
     target: Folder | None = None
     validation: Folder | None = None
@@ -120,7 +122,8 @@ class Optimiser:
 
     Args:
         name: `sgd` has momentum 0.9.
-        learning_rate: at step 0, decaying as (1 - step / steps) ** power.
+        learning_rate: at step 0, decaying as (1 - step / decay_steps) ** power.
+        decay_steps: at which it would be 0, not before the run's last; by default the run's.
         classifier_factor: by which the learning rate of the last layer is multiplied.
         weight_decay: as the optimiser defines it.
         power: of the decay; 0 keeps the rate.
@@ -130,6 +133,7 @@ class Optimiser:
 
     name: Literal["sgd", "adamw"] = "adamw"
     learning_rate: float = 3e-3
+    decay_steps: int | None = None
     classifier_factor: float = 1.0
     weight_decay: float = 1e-4
     power: float = 0.9
@@ -147,6 +151,7 @@ class GlobalAdversary:
         ramp: share of the steps over which the weight rises.
         objective: of both sides.
         learning_rate: of Adam with betas (0.9, 0.99).
+        power: of its decay, which is over the segmenter's steps; 0 keeps the rate.
         every: the discriminator learns at each step divisible by this.
         r1: weight of the gradient penalty on source inputs.
         spectral_norm: on every convolution.
@@ -159,6 +164,7 @@ class GlobalAdversary:
     ramp: float = 0.2
     objective: Objective = "bce"
     learning_rate: float = 5e-4
+    power: float = 0.0
     every: int = 1
     r1: float = 0.0
     spectral_norm: bool = False
@@ -176,6 +182,7 @@ class SemanticAdversary:
         ramp: share of the steps over which the weight rises.
         objective: of both sides; class-and-domain has a cross-entropy of its own and knows `bce` only.
         learning_rate: of Adam with betas (0.9, 0.99).
+        power: of its decay, which is over the segmenter's steps; 0 keeps the rate.
         every: the discriminator learns at each step divisible by this.
         r1: weight of the gradient penalty on source prototypes.
         spectral_norm: on every layer.
@@ -189,6 +196,7 @@ class SemanticAdversary:
     ramp: float = 0.2
     objective: Objective = "bce"
     learning_rate: float = 5e-4
+    power: float = 0.0
     every: int = 1
     r1: float = 0.0
     spectral_norm: bool = False

@@ -79,7 +79,8 @@ def train(
     # The networks and how they learn. Which of them exist is all that tells the methods apart.
     segmenter = segmenter.to(fabric.device)
     optimiser = build_optimiser(settings, segmenter)
-    learning_rate = Polynomial(settings.optimiser.learning_rate, settings.steps, power=settings.optimiser.power)
+    decay_steps = settings.optimiser.decay_steps or settings.steps
+    learning_rate = Polynomial(settings.optimiser.learning_rate, decay_steps, power=settings.optimiser.power)
     adversaries: dict[str, GlobalAdversary | SemanticAdversary] = {
         name: adversary
         for name, adversary in (("global", settings.global_adversary), ("semantic", settings.semantic_adversary))
@@ -89,6 +90,10 @@ def train(
     critic_optimisers = {
         name: torch.optim.Adam(critic.parameters(), adversaries[name].learning_rate, betas=(0.9, 0.99))
         for name, critic in critics.items()
+    }
+    critic_rates = {
+        name: Polynomial(adversary.learning_rate, decay_steps, power=adversary.power)
+        for name, adversary in adversaries.items()
     }
     tqdm.write(str(estimate_memory(settings, segmenter, critics)), file=sys.stderr)
     weights = {name: weight_schedule(adversary, settings.steps) for name, adversary in adversaries.items()}
@@ -141,9 +146,10 @@ def train(
             if teacher is not None and plus.rare_classes
         },
     )
+    sizes = {"source": settings.data.source_size or settings.data.size}
     training = TrainingSet(
         domains,
-        settings.data.size,
+        {domain: sizes.get(domain, settings.data.size) for domain in domains},
         settings.data.augmentation,
         settings.seed,
         ignore_index=settings.data.ignore_index,
@@ -157,6 +163,8 @@ def train(
                 runs.save_before(out, segmenter)
             for group, factor in zip(optimiser.param_groups, (1.0, settings.optimiser.classifier_factor)):
                 group["lr"] = factor * learning_rate(step)
+            for name, critic_optimiser in critic_optimisers.items():
+                critic_optimiser.param_groups[0]["lr"] = critic_rates[name](step)
             batch = fabric.to_device(batch)
 
             # Segmenter: cross-entropy on every labelled image, and the discriminators, frozen, confused by the target.

@@ -52,15 +52,16 @@ def global_view(outputs: dict[str, Segmentation], settings: Settings) -> View:
     """The global view: the segmenter's output maps on source and on unlabelled target images."""
     adversary = settings.global_adversary
 
-    def output_map(logits: Tensor) -> Tensor:
-        size = settings.data.size
+    def output_map(domain: str) -> Tensor:
+        size = settings.data.source_size if domain == "source" and settings.data.source_size else settings.data.size
+        logits = outputs[domain].logits
         logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
         probabilities = logits.softmax(1)
         return entropy_map(probabilities) if adversary.inputs == "entropy" else probabilities
 
     return View(
-        source=output_map(outputs["source"].logits),
-        target=output_map(outputs["unlabelled"].logits),
+        source=output_map("source"),
+        target=output_map("unlabelled"),
         source_weight=None,
         target_weight=None,
         confusion_weight=None,

@@ -335,7 +335,9 @@ def drawn(first_step=0, workers=0):
         first_step=first_step,
         steps=4 - first_step,
     )
-    return list(batches(TrainingSet(domains, (32, 32), Augmentation(), 0), sampler, workers=workers))
+    return list(
+        batches(TrainingSet(domains, dict.fromkeys(domains, (32, 32)), Augmentation(), 0), sampler, workers=workers)
+    )
 
 
 def same(a, b):
@@ -346,7 +348,7 @@ def same(a, b):
 
 def test_two_ranks_do_what_one_does():
     domains = {"source": [sample(seed=i) for i in range(5)], "target": [sample(seed=9 + i) for i in range(4)]}
-    training = TrainingSet(domains, (32, 32), Augmentation(), 0)
+    training = TrainingSet(domains, dict.fromkeys(domains, (32, 32)), Augmentation(), 0)
     sizes = {"source": 5, "target": 4}
     whole = MixedBatchSampler(sizes, {"source": 4, "target": 2}, seed=0, steps=3)
     halves = [
@@ -360,7 +362,7 @@ def test_two_ranks_do_what_one_does():
 
 
 def test_a_sampler_over_other_images_is_refused():
-    training = TrainingSet({"source": [sample()] * 5}, (32, 32), PLAIN, 0)
+    training = TrainingSet({"source": [sample()] * 5}, {"source": (32, 32)}, PLAIN, 0)
     # An index past the end would otherwise end an epoch without a word, or be an image of another domain.
     message = "expected a sampler over {'source': 5} in order, got one over {'source': 6}"
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
@@ -388,7 +390,7 @@ def test_batches():
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_bad_file_is_told_in_one_line(root, workers):
     cut(root / "img" / "1.jpg")
-    training = TrainingSet({"source": pair(root)}, (32, 32), PLAIN, 0)
+    training = TrainingSet({"source": pair(root)}, {"source": (32, 32)}, PLAIN, 0)
     sampler = MixedBatchSampler({"source": 3}, {"source": 3}, seed=0, steps=1)
     message = f"^expected {re.escape(str(root))}/img/1.jpg to be a whole image, got one that does not read: [^\n]*$"
     with pytest.raises(InputError, match=message):
