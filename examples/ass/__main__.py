@@ -14,6 +14,7 @@ from examples.ass.build import build_segmenter
 from examples.ass.checks import check
 from examples.ass.compare import compare, comparison_table
 from examples.ass.data import InputError
+from examples.ass.data_check import check_data
 from examples.ass.deeplab import DeepLabV2
 from examples.ass.evaluate import Scores, evaluate, illustrate, score_table
 from examples.ass.images import open_images
@@ -60,6 +61,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> None:
     settings, options = _parse("train", arguments)
+    if options.check:
+        _check_data(settings, _path(options.data_root))
+        return
     name = options.preset or ("scenes" if options.config is None else Path(options.config).stem)
     out = Path(options.out or f"runs/{name}-{settings.method}-{settings.labelled}-seed{settings.seed}")
     metrics = train(
@@ -71,6 +75,17 @@ def _train(arguments: Sequence[str]) -> None:
     )
     print(score_table(Scores(metrics["iou"], metrics["miou"])))
     print(f"report: {out / 'report.png'}")
+
+
+def _check_data(settings: Settings, data_root: Path | None) -> None:
+    check(settings)
+    report = check_data(settings, data_root)
+    print(report.text)
+    for problem in report.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if report.problems:
+        raise InputError(f"expected every file that was read to be fit for use, got {len(report.problems)} that are not")
+    print("no file that was read is unfit")
 
 
 def _demo(arguments: Sequence[str]) -> None:
@@ -218,6 +233,7 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[Settings, argparse.N
     parser.add_argument("--init", metavar="FILE", help="short for --network.init")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
     parser.add_argument("--save-predictions", action="store_true", help="write the test set's index masks")
+    parser.add_argument("--check", action="store_true", help="look at the images for a minute, and train nothing")
     parser.add_class_arguments(Settings, None)
     try:
         options = parser.instantiate(parser.parse_args(list(arguments)))

@@ -277,8 +277,11 @@ def train(
             predictions=out / "predictions" if save_predictions and split == "test" else None,
             progress=split,
         )
-        for split in ("validation", "test")
+        for split in ("test", "validation")
+        if split == "test" or settings.data.validation is None or settings.data.validation != settings.data.test
     }
+    # The published splits have one set for both.
+    scores.setdefault("validation", scores["test"])
     earlier = build_segmenter(settings).to(fabric.device).eval()
     earlier.load_state_dict(runs.load_weights(out / runs.BEFORE))
     illustrate(
