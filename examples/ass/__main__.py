@@ -84,7 +84,7 @@ def _check_data(settings: Settings, data_root: Path | None) -> None:
     for problem in report.problems:
         print(f"error: {problem}", file=sys.stderr)
     if report.problems:
-        raise InputError(f"expected every file that was read to be fit for use, got {len(report.problems)} that are not")
+        raise InputError(f"expected every file that was read to be fit for use, got {len(report.problems)} unfit")
     print("no file that was read is unfit")
 
 
