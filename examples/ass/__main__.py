@@ -10,15 +10,13 @@ from typing import Any
 import jsonargparse
 
 from examples.ass import runs
-from examples.ass.build import build_segmenter
+from examples.ass.build import Segmenter, build_segmenter
 from examples.ass.checks import check
 from examples.ass.compare import compare, comparison_table
 from examples.ass.data import InputError
 from examples.ass.data_check import check_data
-from examples.ass.deeplab import DeepLabV2
 from examples.ass.evaluate import Scores, evaluate, illustrate, score_table
 from examples.ass.images import open_images
-from examples.ass.models import SmallSegmenter
 from examples.ass.settings import METHODS, Settings
 from examples.ass.study import draw_study, read_study, run_study, study_table
 from examples.ass.train import train
@@ -245,7 +243,7 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[Settings, argparse.N
     return settings, options
 
 
-def _load(settings: Settings, checkpoint: Path) -> SmallSegmenter | DeepLabV2:
+def _load(settings: Settings, checkpoint: Path) -> Segmenter:
     segmenter = build_segmenter(settings)
     taught = "self-training" in METHODS[settings.method] and settings.self_training.final == "teacher"
     segmenter.load_state_dict(runs.load_weights(checkpoint, teacher=taught))

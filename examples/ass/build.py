@@ -1,36 +1,68 @@
 """The networks of a run, their optimisers and the weights of its losses, from its settings."""
 
+import dataclasses
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from examples.ass.deeplab import DeepLabV2
 from examples.ass.models import SmallSegmenter
-from examples.ass.settings import GlobalAdversary, SelfTraining, SemanticAdversary, Settings
+from examples.ass.pretrained import Pretrained, load_pretrained
+from examples.ass.segformer import SegFormer, load_segformer
+from examples.ass.settings import METHODS, GlobalAdversary, SelfTraining, SemanticAdversary, Settings
 from semshift.discriminators import FCDiscriminator, PrototypeDiscriminator
 from semshift.schedules import Constant, Schedule, Sigmoid, Then
 
-__all__ = ["build_critic", "build_optimiser", "build_segmenter", "weight_schedule"]
+__all__ = [
+    "Segmenter",
+    "build_adversaries",
+    "build_critic",
+    "build_optimiser",
+    "build_segmenter",
+    "load_init",
+    "weight_schedule",
+]
+
+Segmenter = SmallSegmenter | DeepLabV2 | SegFormer
 
 
-def build_segmenter(settings: Settings) -> SmallSegmenter | DeepLabV2:
+def build_segmenter(settings: Settings) -> Segmenter:
     """The segmenter with its first weights, which depend on the seed alone: every method starts from the same.
 
-    Those of `network.init` are not among them: `train` loads them over these, once.
+    Those of `network.init` are not among them: `load_init` loads them over these, once.
     """
     torch.manual_seed(settings.seed)
     network, classes = settings.network, len(settings.data.classes)
     if network.name == "small":
         return SmallSegmenter(classes, width=network.width, feature_layer=network.feature_layer)
+    if network.name == "segformer":
+        config = network.init or network.config
+        return SegFormer(classes, config=Path(config) if config else None, feature_layer=network.feature_layer)
     return DeepLabV2(
         classes,
         depth=network.depth,
         aspp_dilations=network.aspp_dilations,
         origin=network.origin,
         freeze_batch_norm=network.frozen_batch_norm,
+        auxiliary=network.auxiliary,
     )
 
 
-def build_optimiser(settings: Settings, segmenter: SmallSegmenter | DeepLabV2) -> torch.optim.Optimizer:
+def load_init(settings: Settings, segmenter: Segmenter) -> Pretrained | None:
+    """Load `network.init` into the segmenter; None where there is none.
+
+    Raises:
+        InputError: it is not fit for the network.
+    """
+    network = settings.network
+    if network.init is None or isinstance(segmenter, SmallSegmenter):
+        return None
+    load = load_segformer if isinstance(segmenter, SegFormer) else load_pretrained
+    return load(segmenter, Path(network.init), classifier=network.init_classifier)  # type: ignore[arg-type]
+
+
+def build_optimiser(settings: Settings, segmenter: Segmenter) -> torch.optim.Optimizer:
     """The segmenter's optimiser; its second group, where there is one, is the classifier."""
     how = settings.optimiser
     groups = [{"params": list(segmenter.parameters())}]
@@ -43,11 +75,23 @@ def build_optimiser(settings: Settings, segmenter: SmallSegmenter | DeepLabV2) -
     return torch.optim.SGD(groups, how.learning_rate, momentum=0.9, weight_decay=how.weight_decay)
 
 
-def build_critic(name: str, settings: Settings, segmenter: SmallSegmenter | DeepLabV2) -> nn.Module:
-    """The discriminator called `global` or `semantic`, from a seed of its own."""
+def build_adversaries(settings: Settings) -> dict[str, GlobalAdversary | SemanticAdversary]:
+    """The adversaries of the method that have a weight, by name; `auxiliary` is the global one on the second level."""
+    uses, g = METHODS[settings.method], settings.global_adversary
+    auxiliary = dataclasses.replace(g, weight=g.auxiliary_weight if settings.network.auxiliary else 0.0)
+    candidates: list[tuple[str, str, GlobalAdversary | SemanticAdversary]] = [
+        ("global", "global", g),
+        ("auxiliary", "global", auxiliary),
+        ("semantic", "semantic", settings.semantic_adversary),
+    ]
+    return {name: adversary for name, use, adversary in candidates if use in uses and adversary.weight > 0}
+
+
+def build_critic(name: str, settings: Settings, segmenter: Segmenter) -> nn.Module:
+    """The discriminator called `global`, `auxiliary` or `semantic`, from a seed of its own."""
     classes = len(settings.data.classes)
-    if name == "global":
-        torch.manual_seed(settings.seed + 1)
+    if name != "semantic":
+        torch.manual_seed(settings.seed + (1 if name == "global" else 3))
         g = settings.global_adversary
         return FCDiscriminator(classes, base_channels=g.base_channels, spectral_norm=g.spectral_norm)
     torch.manual_seed(settings.seed + 2)

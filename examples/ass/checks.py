@@ -39,10 +39,12 @@ def check(settings: Settings) -> None:
         "seed": settings.seed,
         "data.workers": data.workers,
         "optimiser.weight_decay": settings.optimiser.weight_decay,
+        "optimiser.auxiliary_weight": settings.optimiser.auxiliary_weight,
         "optimiser.power": settings.optimiser.power,
         "global_adversary.power": settings.global_adversary.power,
         "semantic_adversary.power": settings.semantic_adversary.power,
         "global_adversary.weight": settings.global_adversary.weight,
+        "global_adversary.auxiliary_weight": settings.global_adversary.auxiliary_weight,
         "global_adversary.r1": settings.global_adversary.r1,
         "semantic_adversary.weight": settings.semantic_adversary.weight,
         "self_training.weight": settings.self_training.weight,
@@ -117,9 +119,16 @@ def _check_network(network: Network) -> None:
         raise InputError(
             f"expected network.aspp_dilations to be one or more of at least 1, got {list(network.aspp_dilations)}"
         )
-    if network.name == "small" and (network.init is not None or network.frozen_batch_norm):
-        setting = "frozen_batch_norm true" if network.init is None else f"init {network.init}"
-        raise InputError(f"expected network.init and network.frozen_batch_norm with deeplab-v2 only, got {setting}")
+    if network.name == "small" and network.init is not None:
+        raise InputError(f"expected network.init with deeplab-v2 and segformer only, got {network.init} with small")
+    for name in ("frozen_batch_norm", "auxiliary"):
+        if network.name != "deeplab-v2" and getattr(network, name):
+            raise InputError(f"expected network.{name} with deeplab-v2 only, got it with {network.name}")
+    if network.config is not None and (network.name != "segformer" or network.init is not None):
+        raise InputError(
+            f"expected network.config with segformer and without network.init only, got {network.config} with "
+            f"{network.name} and {network.init or 'none'}"
+        )
     if network.name == "deeplab-v2" and network.feature_layer != "encoder":
         raise InputError(f"expected network.feature_layer encoder of deeplab-v2, got {network.feature_layer}")
     if network.frozen_batch_norm and network.init is None:

@@ -1,7 +1,7 @@
 """DeepLab-v2 (Chen et al. 2016, arXiv 1606.00915) on a ResNet (He et al. 2016)."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,24 +9,13 @@ from torch.nn import functional as F
 
 from examples.ass.models import Segmentation
 
-__all__ = ["BACKBONE", "DeepLabV2", "MultiLevelSegmentation", "Origin"]
+__all__ = ["BACKBONE", "DeepLabV2", "Origin", "preprocessing"]
 
 Origin = Literal["torchvision", "caffe"]
 
 _BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 BACKBONE = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")
 """What the names of the backbone's parameters begin with."""
-
-
-class MultiLevelSegmentation(NamedTuple):
-    """A `Segmentation` with the logits of a second classifier, on the stage before the last."""
-
-    features: Tensor
-    """`[B, 2048, h, w]`."""
-    logits: Tensor
-    """`[B, K, h, w]`."""
-    auxiliary: Tensor
-    """`[B, K, h, w]`."""
 
 
 class DeepLabV2(nn.Module):
@@ -49,7 +38,7 @@ class DeepLabV2(nn.Module):
         origin: where the weights come from that will be loaded.
         freeze_batch_norm: normalise by the statistics that are loaded, never by a batch's, and keep weight and bias
             as they are, in `train()` too. For weights that were trained; before any are loaded it normalises nothing.
-        auxiliary: classify the features of the third stage too, which makes the output a `MultiLevelSegmentation`.
+        auxiliary: classify the features of the third stage too, for the loss on two levels.
             The main classifier is then called `layer6` and the auxiliary one `layer5`, as in published weights.
 
     Raises:
@@ -93,21 +82,21 @@ class DeepLabV2(nn.Module):
         self.layer4 = _stage(1024, 512, blocks[3], norm=norm, origin=origin, dilation=4)
         self.layer5 = _Classifier(1024 if auxiliary else 2048, num_classes, aspp_dilations)
         self.layer6 = _Classifier(2048, num_classes, aspp_dilations) if auxiliary else None
-        gain, offset = _preprocessing(origin)
+        gain, offset = preprocessing(origin)
         self.register_buffer("gain", gain, persistent=False)
         self.register_buffer("offset", offset, persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.bias is None:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, images: Tensor) -> Segmentation | MultiLevelSegmentation:
+    def forward(self, images: Tensor) -> Segmentation:
         """Segment images `[B, 3, H, W]`: features `[B, 2048, H/8, W/8]` and logits of that size, rounded up."""
         x = self.maxpool(F.relu(self.bn1(self.conv1(self.preprocess(images)))))
         third = self.layer3(self.layer2(self.layer1(x)))
         features = self.layer4(third)
         if self.layer6 is None:
             return Segmentation(features, self.layer5(features))
-        return MultiLevelSegmentation(features, self.layer6(features), self.layer5(third))
+        return Segmentation(features, self.layer6(features), self.layer5(third))
 
     def preprocess(self, images: Tensor) -> Tensor:
         """The trainer's images `[B, 3, H, W]` as the weights' origin wants them."""
@@ -196,7 +185,7 @@ def _stage(
     )
 
 
-def _preprocessing(origin: Origin) -> tuple[Tensor, Tensor]:
+def preprocessing(origin: Origin) -> tuple[Tensor, Tensor]:
     """Gain and offset `[3, 1, 1]` that take the trainer's RGB to the origin's units, in RGB order still."""
     if origin == "torchvision":
         mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

@@ -51,8 +51,6 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[s
     uses = METHODS[settings.method]
     taught = "self-training" in uses
     domains: dict[str, int] = {domain: how.images for domain in ("source", "labelled") if domain in uses}
-    domains |= {"unlabelled": how.unlabelled} if taught or "global" in critics else {}
-    domains |= {"mixed": how.unlabelled} if taught else {}
 
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -63,22 +61,27 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[s
         return tensor
 
     stand_in = _on_meta(segmenter, torch.bfloat16 if half else torch.float32)
-    critic = _on_meta(critics["global"], torch.float32) if "global" in critics else {}
+    critic = {name: _on_meta(critics[name], torch.float32) for name in critics if name != "semantic"}
+    domains |= {"unlabelled": how.unlabelled} if taught or critic else {}
+    domains |= {"mixed": how.unlabelled} if taught else {}
     outputs = []
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         for domain, images in domains.items():
             size = data.source_size if domain == "source" and data.source_size else data.size
             batch = torch.empty(images, 3, *size, device="meta", dtype=torch.bfloat16 if half else torch.float32)
-            logits = functional_call(segmenter, stand_in, (batch,)).logits.float()
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-            if domain != "unlabelled":
-                labels = torch.empty(images, *size, device="meta", dtype=torch.int64)
-                outputs.append(F.cross_entropy(logits, labels, ignore_index=data.ignore_index))
-            if critic and domain == "source":
-                outputs.append(logits.softmax(1))
-            if critic and domain == "unlabelled":
-                outputs.append(functional_call(critics["global"], critic, (logits.softmax(1),)))
-    for tensor in (*stand_in.values(), *critic.values()):
+            output = functional_call(segmenter, stand_in, (batch,))
+            for name, logits in (("global", output.logits), ("auxiliary", output.auxiliary)):
+                if logits is None or (name == "auxiliary" and domain == "mixed"):
+                    continue
+                logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+                if domain != "unlabelled":
+                    labels = torch.empty(images, *size, device="meta", dtype=torch.int64)
+                    outputs.append(F.cross_entropy(logits, labels, ignore_index=data.ignore_index))
+                if name in critic and domain == "source":
+                    outputs.append(logits.softmax(1))
+                if name in critic and domain == "unlabelled":
+                    outputs.append(functional_call(critics[name], critic[name], (logits.softmax(1),)))
+    for tensor in (*stand_in.values(), *(tensor for of in critic.values() for tensor in of.values())):
         kept.pop(tensor.untyped_storage()._cdata, None)
 
     learning = _bytes(parameter for parameter in segmenter.parameters() if parameter.requires_grad)

@@ -16,6 +16,8 @@ class Segmentation(NamedTuple):
     """`[B, C, h, w]`, the layer whose class prototypes are aligned."""
     logits: Tensor
     """`[B, K, h', w']`, to be up-sampled to the labels' size by the caller."""
+    auxiliary: Tensor | None = None
+    """Logits of a second classifier on an earlier layer, where there is one."""
 
 
 class SmallSegmenter(nn.Module):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class Pretrained(NamedTuple):
     """What became of a file of weights; every key is that of the model."""
 
     file: str
-    origin: Origin
+    origin: Origin | Literal["segformer"]
     """What the weights were taken for; it cannot be seen in them."""
     prefix: str
     """What all the file's keys began with, and was taken off."""
@@ -32,7 +32,9 @@ class Pretrained(NamedTuple):
 
     def __str__(self) -> str:
         """A line about what was loaded and how it is used, then the keys that are missing and left over."""
-        how = {"torchvision": "RGB, stride in the 3x3", "caffe": "BGR, stride in the 1x1"}[self.origin]
+        how = {"torchvision": "RGB, stride in the 3x3", "caffe": "BGR, stride in the 1x1", "segformer": "RGB"}[
+            self.origin
+        ]
         prefix = f", without the prefix {self.prefix}" if self.prefix else ""
         first = f"{self.file}: {len(self.loaded)} tensors loaded as {self.origin} weights ({how}){prefix}"
         return "\n".join([first, f"missing: {_listed(self.missing)}", f"left over: {_listed(self.left_over)}"])

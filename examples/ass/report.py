@@ -18,14 +18,16 @@ from examples.ass.style import IGNORED, STRIPE, STYLE, class_colours, save_figur
 
 __all__ = ["Prototypes", "Shown", "draw_report"]
 
-_SEGMENTATION, _GLOBAL, _SEMANTIC = "#222222", "#0072B2", "#D55E00"
+_SEGMENTATION, _GLOBAL, _AUXILIARY, _SEMANTIC = "#222222", "#0072B2", "#56B4E9", "#D55E00"
 _ADVERSARIAL = {
     "loss/global": ("global, segmenter's", _GLOBAL, "-"),
     "loss/global_critic": ("global, critic's", _GLOBAL, ":"),
+    "loss/auxiliary": ("auxiliary, segmenter's", _AUXILIARY, "-"),
+    "loss/auxiliary_critic": ("auxiliary, critic's", _AUXILIARY, ":"),
     "loss/semantic": ("semantic, segmenter's", _SEMANTIC, "-"),
     "loss/semantic_critic": ("semantic, critic's", _SEMANTIC, ":"),
 }
-_CRITICS = {"global": _GLOBAL, "semantic": _SEMANTIC}
+_CRITICS = {"global": _GLOBAL, "auxiliary": _AUXILIARY, "semantic": _SEMANTIC}
 
 
 class Shown(NamedTuple):

@@ -91,26 +91,31 @@ class Data:
 
 @dataclass(frozen=True)
 class Network:
-    """The segmenter: a small one to be trained from nothing, or the paper's, which wants trained weights.
+    """The segmenter: a small one to be trained from nothing, the paper's, or a transformer; these want trained weights.
 
     Args:
-        name: `small` or `deeplab-v2`.
+        name: `small`, `deeplab-v2` or `segformer`.
         width: of small: channels of the first stage, a multiple of 8.
         feature_layer: the layer whose prototypes are aligned; deeplab-v2 has its `encoder` only.
+        config: of segformer: a `config.json` of Transformers; by default B0's, or the one in `init`.
         depth: of deeplab-v2: layers of its ResNet.
         aspp_dilations: of deeplab-v2: dilations of the convolutions that its classifier sums.
         origin: of deeplab-v2: where its weights come from, which decides stride placement and preprocessing.
-        init: of deeplab-v2: a file of weights to start from, a state dict with torchvision's names.
+        auxiliary: of deeplab-v2: a second classifier, on the stage before the last, for the loss on two levels.
+        init: weights to start from; of deeplab-v2: a file with a state dict with torchvision's names; of segformer: a
+            folder that `save_pretrained` wrote, whose `config.json` is read whenever the network is built.
         init_classifier: take the classifier from `init` too, where it has one.
         frozen_batch_norm: of deeplab-v2: keep the statistics, weights and biases of `init`.
     """
 
-    name: Literal["small", "deeplab-v2"] = "small"
+    name: Literal["small", "deeplab-v2", "segformer"] = "small"
     width: int = 16
     feature_layer: Literal["encoder", "decoder"] = "encoder"
+    config: str | None = None
     depth: Literal[101, 50] = 101
     aspp_dilations: tuple[int, ...] = (6, 12, 18, 24)
     origin: Literal["torchvision", "caffe"] = "torchvision"
+    auxiliary: bool = False
     init: str | None = None
     init_classifier: bool = True
     frozen_batch_norm: bool = False
@@ -127,6 +132,7 @@ class Optimiser:
         classifier_factor: by which the learning rate of the last layer is multiplied.
         weight_decay: as the optimiser defines it.
         power: of the decay; 0 keeps the rate.
+        auxiliary_weight: of the auxiliary classifier's cross-entropy.
         images: labelled images of a domain in a step.
         unlabelled: unlabelled target images in a step.
     """
@@ -137,6 +143,7 @@ class Optimiser:
     classifier_factor: float = 1.0
     weight_decay: float = 1e-4
     power: float = 0.9
+    auxiliary_weight: float = 0.1
     images: int = 4
     unlabelled: int = 4
 
@@ -147,6 +154,7 @@ class GlobalAdversary:
 
     Args:
         weight: lambda_g once the ramp is over; 0 does without this adversary.
+        auxiliary_weight: that of a discriminator of its own over the auxiliary classifier's output, where there is one.
         start: share of the steps before the weight leaves zero; the discriminator learns meanwhile.
         ramp: share of the steps over which the weight rises.
         objective: of both sides.
@@ -160,6 +168,7 @@ class GlobalAdversary:
     """
 
     weight: float = 0.03
+    auxiliary_weight: float = 0.006
     start: float = 0.2
     ramp: float = 0.2
     objective: Objective = "bce"

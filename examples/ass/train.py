@@ -15,17 +15,22 @@ from tqdm import tqdm
 
 import semshift
 from examples.ass import runs
-from examples.ass.build import build_critic, build_optimiser, build_segmenter, weight_schedule
+from examples.ass.build import (
+    build_adversaries,
+    build_critic,
+    build_optimiser,
+    build_segmenter,
+    load_init,
+    weight_schedule,
+)
 from examples.ass.checks import check
 from examples.ass.data import InputError, Samples, Some, TrainingSet, batches, labelled_subset
-from examples.ass.deeplab import DeepLabV2
 from examples.ass.evaluate import evaluate, illustrate
 from examples.ass.images import open_images
 from examples.ass.memory import estimate_memory
-from examples.ass.pretrained import load_pretrained
 from examples.ass.self_training import rare_classes, soft_weights, taught, taught_cross_entropy
-from examples.ass.settings import METHODS, GlobalAdversary, SemanticAdversary, Settings
-from examples.ass.views import View, cross_entropy, global_view, semantic_view
+from examples.ass.settings import METHODS, Settings
+from examples.ass.views import View, global_view, semantic_view, supervised_loss
 from semshift.discriminators import frozen
 from semshift.health import gradient_norm
 from semshift.losses import r1_penalty
@@ -68,9 +73,8 @@ def train(
     )
     # Before the run folder is made, so that a bad file leaves none; a run that goes on has them in its checkpoint.
     segmenter = build_segmenter(settings)
-    if isinstance(segmenter, DeepLabV2) and settings.network.init is not None and not (out / runs.LAST).exists():
-        loaded = load_pretrained(segmenter, Path(settings.network.init), classifier=settings.network.init_classifier)
-        tqdm.write(str(loaded), file=sys.stderr)
+    if settings.network.init is not None and not (out / runs.LAST).exists():
+        tqdm.write(str(load_init(settings, segmenter)), file=sys.stderr)
     runs.prepare(out, settings, labelled=[images.target.names[i] for i in labelled], resume=resume)
     logger = TensorBoardLogger(out, name="tensorboard", version="")
     fabric = Fabric(accelerator=settings.accelerator, devices=1, precision=settings.precision, loggers=logger)
@@ -81,11 +85,7 @@ def train(
     optimiser = build_optimiser(settings, segmenter)
     decay_steps = settings.optimiser.decay_steps or settings.steps
     learning_rate = Polynomial(settings.optimiser.learning_rate, decay_steps, power=settings.optimiser.power)
-    adversaries: dict[str, GlobalAdversary | SemanticAdversary] = {
-        name: adversary
-        for name, adversary in (("global", settings.global_adversary), ("semantic", settings.semantic_adversary))
-        if name in uses and adversary.weight > 0
-    }
+    adversaries = build_adversaries(settings)
     critics = {name: build_critic(name, settings, segmenter).to(fabric.device) for name in adversaries}
     critic_optimisers = {
         name: torch.optim.Adam(critic.parameters(), adversaries[name].learning_rate, betas=(0.9, 0.99))
@@ -102,6 +102,7 @@ def train(
     banks: dict[str, PrototypeBank] | None = None
     if "self-training" in uses:
         teacher = AveragedModel(segmenter, multi_avg_fn=get_ema_multi_avg_fn(plus.momentum))  # type: ignore[no-untyped-call]
+        teacher.eval()
         weights["self-training"] = weight_schedule(plus, settings.steps)
         if plus.bank and "semantic" in adversaries:
             banks = {
@@ -131,7 +132,7 @@ def train(
     counts = {
         "source": settings.optimiser.images if "source" in uses else 0,
         "labelled": settings.optimiser.images if "labelled" in uses else 0,
-        "unlabelled": settings.optimiser.unlabelled if "global" in adversaries or teacher is not None else 0,
+        "unlabelled": settings.optimiser.unlabelled if adversaries.keys() - {"semantic"} or teacher is not None else 0,
     }
     domains = {domain: samples for domain, samples in domains.items() if counts[domain]}
     sampler = MixedBatchSampler(
@@ -166,6 +167,8 @@ def train(
             for name, critic_optimiser in critic_optimisers.items():
                 critic_optimiser.param_groups[0]["lr"] = critic_rates[name](step)
             batch = fabric.to_device(batch)
+            # What is drawn within a step, of a network with dropout, is a function of the seed and the step too.
+            torch.manual_seed(int(np.random.SeedSequence((settings.seed, step)).generate_state(1)[0]))
 
             # Segmenter: cross-entropy on every labelled image, and the discriminators, frozen, confused by the target.
             with fabric.autocast():
@@ -173,9 +176,7 @@ def train(
             segmentation_loss = torch.zeros((), device=fabric.device)
             for domain, part in batch.items():
                 if "label" in part:
-                    segmentation_loss = segmentation_loss + cross_entropy(
-                        outputs[domain].logits, part["label"], settings
-                    )
+                    segmentation_loss = segmentation_loss + supervised_loss(outputs[domain], part["label"], settings)
             # Past ASS: the teacher labels the unlabelled images, to be learnt from and to be pooled by.
             self_training_loss, soft = None, None
             if teacher is not None and weights["self-training"](step) > 0:
@@ -191,8 +192,9 @@ def train(
                     soft = soft_weights(teacher_logits, inside, (grid[0], grid[1]), threshold=plus.threshold)
 
             views: dict[str, View] = {}
-            if "global" in critics:
-                views["global"] = global_view(outputs, settings)
+            for name in ("global", "auxiliary"):
+                if name in critics:
+                    views[name] = global_view(outputs, settings, auxiliary=name == "auxiliary")
             if "semantic" in critics:
                 views["semantic"] = semantic_view(outputs, batch, seen, settings, banks=banks, soft_weights=soft)
             terms = {
@@ -219,7 +221,7 @@ def train(
                         "weight/self-training": weights["self-training"](step),
                     }
                 for name, term in terms.items():
-                    features = outputs["unlabelled" if name == "global" else "labelled"].features
+                    features = outputs["labelled" if name == "semantic" else "unlabelled"].features
                     row |= {
                         f"loss/{name}": float(term.detach()),
                         f"weight/{name}": weights[name](step),

@@ -21,7 +21,7 @@ from semshift.losses import (
 from semshift.pooling import ClassSums, class_sums, weighted_class_sums
 from semshift.prototypes import PrototypeBank
 
-__all__ = ["View", "cross_entropy", "global_view", "semantic_view"]
+__all__ = ["View", "cross_entropy", "global_view", "semantic_view", "supervised_loss"]
 
 
 class View(NamedTuple):
@@ -48,13 +48,28 @@ def cross_entropy(logits: Tensor, labels: Tensor, settings: Settings) -> Tensor:
     return total / (labels != ignore_index).sum().clamp(min=1)
 
 
-def global_view(outputs: dict[str, Segmentation], settings: Settings) -> View:
-    """The global view: the segmenter's output maps on source and on unlabelled target images."""
+def supervised_loss(output: Segmentation, labels: Tensor, settings: Settings) -> Tensor:
+    """The cross-entropy of a labelled image, and that of the auxiliary classifier where there is one."""
+    loss = cross_entropy(output.logits, labels, settings)
+    if output.auxiliary is not None:
+        loss = loss + settings.optimiser.auxiliary_weight * cross_entropy(output.auxiliary, labels, settings)
+    return loss
+
+
+def global_view(outputs: dict[str, Segmentation], settings: Settings, *, auxiliary: bool = False) -> View:
+    """The global view: the segmenter's output maps on source and on unlabelled target images.
+
+    Args:
+        outputs: of the segmenter, by domain.
+        settings: of the run.
+        auxiliary: look at the auxiliary classifier's output.
+    """
     adversary = settings.global_adversary
 
     def output_map(domain: str) -> Tensor:
         size = settings.data.source_size if domain == "source" and settings.data.source_size else settings.data.size
-        logits = outputs[domain].logits
+        logits = outputs[domain].auxiliary if auxiliary else outputs[domain].logits
+        assert logits is not None  # a discriminator for it stands only where the network has one
         logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
         probabilities = logits.softmax(1)
         return entropy_map(probabilities) if adversary.inputs == "entropy" else probabilities

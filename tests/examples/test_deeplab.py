@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pickle
 import re
 import shutil
@@ -24,6 +25,7 @@ from examples.ass.models import Segmentation
 from examples.ass.pretrained import load_pretrained
 from examples.ass.settings import Data, Network, Optimiser, SceneSettings, Settings
 from examples.ass.train import train
+from examples.ass.views import supervised_loss
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -471,6 +473,32 @@ def test_from_the_command_line_with_weights(tmp_path, capsys):
         f"error: expected network.init to be a file of weights, got no file {init}\n"
     )
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("weight", "critics"), [(0.5, {"global", "auxiliary", "semantic"}), (0.0, {"global", "semantic"})]
+)
+def test_the_second_level_has_losses_of_its_own(weight, critics, tmp_path):
+    network = dataclasses.replace(TINY.network, auxiliary=True)
+    adversary = dataclasses.replace(TINY.global_adversary, start=0.0, ramp=0.0, auxiliary_weight=weight)
+    settings = dataclasses.replace(TINY, network=network, global_adversary=adversary, steps=1)
+    train(settings, tmp_path / "run")
+    state = torch.load(tmp_path / "run" / runs.LAST, weights_only=True)["stateful"]
+    assert {name.split()[0] for name in state if name.endswith("critic")} == critics
+    (row,) = runs.read_history(tmp_path / "run")
+    assert {name.split("/")[1] for name in row if name.startswith("weight/")} == critics
+    if weight:
+        assert row["weight/auxiliary"] == weight
+        assert row["gradient/auxiliary"] > 0
+        assert row["loss/auxiliary"] != row["loss/global"]
+
+
+def test_the_auxiliary_classifier_learns_from_labels(tmp_path):
+    output = Segmentation(torch.zeros(1, 1, 1, 1), torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2))
+    labels = torch.zeros(1, 2, 2, dtype=torch.int64)
+    settings = dataclasses.replace(TINY, optimiser=dataclasses.replace(TINY.optimiser, auxiliary_weight=0.25))
+    assert supervised_loss(output, labels, settings) == pytest.approx(1.25 * math.log(2))
+    assert supervised_loss(output._replace(auxiliary=None), labels, settings) == pytest.approx(math.log(2))
 
 
 @pytest.mark.slow
