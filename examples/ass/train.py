@@ -221,7 +221,9 @@ def train(
                         "weight/self-training": weights["self-training"](step),
                     }
                 for name, term in terms.items():
-                    features = outputs["labelled" if name == "semantic" else "unlabelled"].features
+                    output = outputs["labelled" if name == "semantic" else "unlabelled"]
+                    # The second level does not see the features of the first.
+                    features = output.auxiliary if name == "auxiliary" else output.features
                     row |= {
                         f"loss/{name}": float(term.detach()),
                         f"weight/{name}": weights[name](step),

@@ -121,9 +121,10 @@ def test_names_and_shapes_are_torchvisions_and_the_published_ones(depth, blocks,
     ("size", "expected"), [((512, 1024), (65, 129)), ((720, 1280), (91, 161)), ((32, 32), (5, 5)), ((33, 47), (5, 7))]
 )
 def test_feature_sizes(origin, size, expected):
-    features, logits = on_meta(19, origin=origin)(torch.empty(1, 3, *size, device="meta"))
+    features, logits, auxiliary = on_meta(19, origin=origin)(torch.empty(1, 3, *size, device="meta"))
     assert features.shape == (1, 2048, *expected)
     assert logits.shape == (1, 19, *expected)
+    assert auxiliary is None
     output = on_meta(19, origin=origin, auxiliary=True)(torch.empty(1, 3, *size, device="meta"))
     assert output.logits.shape == output.auxiliary.shape == (1, 19, *expected)
 
@@ -191,7 +192,7 @@ def test_the_classifier_sums_its_branches():
     model = DeepLabV2(3, depth=50, aspp_dilations=(6, 12)).eval()
     for parameter in model.layer5.parameters():
         parameter.normal_(std=0.1)
-    features, logits = model(torch.randn(1, 3, 32, 32))
+    features, logits, _ = model(torch.randn(1, 3, 32, 32))
     convolutions = model.layer5.conv2d_list
     expected = sum(F.conv2d(features, c.weight, c.bias, padding=d, dilation=d) for c, d in zip(convolutions, (6, 12)))
     torch.testing.assert_close(logits, expected)
@@ -399,11 +400,11 @@ def test_bad_arguments(arguments, message):
         ),
         (
             {"name": "small", "init": "w.pth"},
-            "expected network.init and network.frozen_batch_norm with deeplab-v2 only, got init w.pth",
+            "expected network.init with deeplab-v2 and segformer only, got w.pth with small",
         ),
         (
             {"name": "small", "frozen_batch_norm": True},
-            "expected network.init and network.frozen_batch_norm with deeplab-v2 only, got frozen_batch_norm true",
+            "expected network.frozen_batch_norm with deeplab-v2 only, got it with small",
         ),
         ({"feature_layer": "decoder"}, "expected network.feature_layer encoder of deeplab-v2, got decoder"),
         (
@@ -476,7 +477,7 @@ def test_from_the_command_line_with_weights(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("weight", "critics"), [(0.5, {"global", "auxiliary", "semantic"}), (0.0, {"global", "semantic"})]
+    ("weight", "critics"), [(0.5, {"global", "auxiliary", "semantic"}), (0, {"global", "semantic"})]
 )
 def test_the_second_level_has_losses_of_its_own(weight, critics, tmp_path):
     network = dataclasses.replace(TINY.network, auxiliary=True)

@@ -76,9 +76,9 @@ def test_shapes(folder, layer, channels, stride):
 
 def test_the_default_is_the_smallest_of_the_paper():
     with torch.device("meta"):
-        model = SegFormer(19)
-    # Table 1 of the paper: 3.8 million parameters.
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(3.8e6, rel=0.02)
+        model = SegFormer(150)
+    # Table 1 of the paper has 3.8 million parameters, for the 150 classes of ADE20K.
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 3.8
 
 
 def test_it_computes_what_transformers_computes(folder):
@@ -154,8 +154,8 @@ def other_sizes(folder):
         ),
         (lambda f: (f / "config.json").write_text("{"), "expected {folder}/config.json to be a configuration of"),
         (
-            lambda f: transformers.BertConfig().save_pretrained(f),
-            "expected {folder}/config.json to configure a segformer, got a bert",
+            lambda f: (f / "config.json").write_text('{"model_type": "beit"}'),
+            "expected {folder}/config.json to configure a segformer, got a beit",
         ),
     ],
 )
@@ -174,7 +174,7 @@ def test_a_refused_folder_changes_nothing(folder, tmp_path):
     damage_encoder(folder)
     with pytest.raises(InputError):
         load_segformer(model, folder)
-    with pytest.raises(InputError, match="expected network.init to be a folder of weights, got no folder"):
+    with pytest.raises(InputError, match=r"expected network\.init to be a folder of weights, got no folder"):
         load_segformer(model, tmp_path / "none")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

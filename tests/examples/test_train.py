@@ -155,14 +155,14 @@ def test_run_folders_are_not_mixed_up(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
-    entropy = train_module.cross_entropy
+    entropy = train_module.supervised_loss
 
     def poisoned(logits, labels, settings):
         poisoned.calls += 1
         return entropy(logits, labels, settings) * (math.nan if poisoned.calls > 8 else 1.0)
 
     poisoned.calls = 0
-    monkeypatch.setattr(train_module, "cross_entropy", poisoned)
+    monkeypatch.setattr(train_module, "supervised_loss", poisoned)
     with pytest.raises(InputError, match="expected a finite loss, got nan at step 4: lower the learning rate"):
         train(TINY, tmp_path / "run")
     assert checkpoint(tmp_path / "run")["step"] == 3
@@ -256,7 +256,7 @@ def test_bad_adversaries():
 
 def test_network_shapes_and_errors():
     segmenter = SmallSegmenter(5, width=8)
-    features, logits = segmenter(torch.rand(2, 3, 32, 64))
+    features, logits, _ = segmenter(torch.rand(2, 3, 32, 64))
     assert features.shape == (2, 32, 4, 8)
     assert logits.shape == (2, 5, 16, 32)
     assert SmallSegmenter(5, width=8, feature_layer="decoder")(torch.rand(1, 3, 32, 32)).features.shape == (
@@ -354,7 +354,10 @@ def test_an_image_cut_short_ends_the_run_and_keeps_the_checkpoint(folders, capsy
     ("arguments", "message"),
     [
         (["fly"], "expected a command, one of train, demo, evaluate, compare, study, got fly"),
-        (["train", "--preset", "none"], "expected --preset to be one of airsim-camvid, idd-camvid, got none"),
+        (
+            ["train", "--preset", "none"],
+            "expected --preset to be one of airsim-camvid, gta5-cityscapes, idd-camvid, synthia-cityscapes, got none",
+        ),
         (["train", "--config", "/none.yaml"], "expected --config to be a file, got /none.yaml"),
         (
             ["train", "--preset", "idd-camvid", "--config", "x"],
