@@ -12,7 +12,7 @@ from examples.ass.pretrained import Pretrained, load_pretrained
 from examples.ass.segformer import SegFormer, load_segformer
 from examples.ass.settings import METHODS, GlobalAdversary, SelfTraining, SemanticAdversary, Settings
 from semshift.discriminators import FCDiscriminator, PrototypeDiscriminator
-from semshift.schedules import Constant, Schedule, Sigmoid, Then
+from semshift.schedules import Constant, Polynomial, Schedule, Sigmoid, Then
 
 __all__ = [
     "Segmenter",
@@ -21,6 +21,7 @@ __all__ = [
     "build_optimiser",
     "build_segmenter",
     "load_init",
+    "source_schedule",
     "weight_schedule",
 ]
 
@@ -98,6 +99,16 @@ def build_critic(name: str, settings: Settings, segmenter: Segmenter) -> nn.Modu
     s = settings.semantic_adversary
     channels = segmenter.feature_channels
     return PrototypeDiscriminator(channels, classes, conditioning=s.conditioning, spectral_norm=s.spectral_norm)
+
+
+def source_schedule(settings: Settings) -> Schedule:
+    """The weight of the source's cross-entropy: 1, and for `ass-plus` a straight fall at the end where it says so."""
+    fade = settings.self_training.source_fade if "self-training" in METHODS[settings.method] else 0.0
+    steps = round(fade * settings.steps)
+    if not steps:
+        return Constant(1.0)
+    fall = Polynomial(1.0, steps, power=1.0)
+    return Then(Constant(1.0), settings.steps - steps, fall) if steps < settings.steps else fall
 
 
 def weight_schedule(adversary: GlobalAdversary | SemanticAdversary | SelfTraining, steps: int) -> Schedule:

@@ -69,6 +69,7 @@ def check(settings: Settings) -> None:
         "semantic_adversary.start": settings.semantic_adversary.start,
         "semantic_adversary.ramp": settings.semantic_adversary.ramp,
         "self_training.start": settings.self_training.start,
+        "self_training.source_fade": settings.self_training.source_fade,
         "self_training.ramp": settings.self_training.ramp,
     }
     for name, share in shares.items():

@@ -227,6 +227,8 @@ class SelfTraining:
         mixed_from: whose classes, with their labels, are pasted onto the unlabelled images; `nothing` pastes none.
         rare_classes: draw labelled images, of both domains, by the rare classes that they hold.
         rare_class_temperature: the smaller, the rarer the classes that are drawn for.
+        source_fade: share of the steps, the last ones, over which the source's cross-entropy falls to nothing: where
+            its labels mean something else than the target's, the target's have the last word.
         bank: show the semantic discriminator running prototypes of the classes that an image lacks.
         soft_pooling: align prototypes of the unlabelled images too, pooled by the teacher's probabilities.
         final: whose weights are evaluated.
@@ -240,6 +242,7 @@ class SelfTraining:
     mixed_from: Literal["source", "labelled", "both", "nothing"] = "both"
     rare_classes: bool = True
     rare_class_temperature: float = 0.1
+    source_fade: float = 0.0
     bank: bool = True
     soft_pooling: bool = True
     final: Literal["teacher", "segmenter"] = "teacher"

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from examples.ass import runs
 from examples.ass import train as train_module
+from examples.ass.build import source_schedule
 from examples.ass.data import Sample
 from examples.ass.images import open_images
 from examples.ass.self_training import Taught, rare_classes, soft_weights, taught, taught_cross_entropy
@@ -248,3 +249,18 @@ def test_labels_of_unlabelled_images_do_not_matter(whole, tmp_path, monkeypatch)
     monkeypatch.setattr(train_module, "open_images", spoilt)
     run(tmp_path / "run")
     assert same(final_weights(tmp_path / "run")["segmenter"], final_weights(whole)["segmenter"])
+
+
+@pytest.mark.parametrize(
+    ("fade", "method", "expected"),
+    [
+        (0.5, "ass-plus", [1.0, 1.0, 1.0, 1.0, 2 / 3, 1 / 3, 0.0]),
+        (1.0, "ass-plus", [1 - step / 6 for step in range(7)]),
+        (0.0, "ass-plus", [1.0] * 7),
+        (0.5, "ass", [1.0] * 7),
+    ],
+)
+def test_the_source_fades_at_the_end(fade, method, expected):
+    plus = dataclasses.replace(PLUS, source_fade=fade)
+    weight = source_schedule(dataclasses.replace(TINY, method=method, self_training=plus))
+    assert [weight(step) for step in range(7)] == pytest.approx(expected)
