@@ -21,6 +21,7 @@ from examples.ass.build import (
     build_optimiser,
     build_segmenter,
     load_init,
+    source_schedule,
     weight_schedule,
 )
 from examples.ass.checks import check
@@ -96,6 +97,7 @@ def train(
         for name, adversary in adversaries.items()
     }
     tqdm.write(str(estimate_memory(settings, segmenter, critics)), file=sys.stderr)
+    source_weight = source_schedule(settings)
     weights = {name: weight_schedule(adversary, settings.steps) for name, adversary in adversaries.items()}
     classes = len(settings.data.classes)
     teacher: AveragedModel | None = None
@@ -176,7 +178,9 @@ def train(
             segmentation_loss = torch.zeros((), device=fabric.device)
             for domain, part in batch.items():
                 if "label" in part:
-                    segmentation_loss = segmentation_loss + supervised_loss(outputs[domain], part["label"], settings)
+                    weight = source_weight(step) if domain == "source" else 1.0
+                    supervised = supervised_loss(outputs[domain], part["label"], settings)
+                    segmentation_loss = segmentation_loss + weight * supervised
             # Past ASS: the teacher labels the unlabelled images, to be learnt from and to be pooled by.
             self_training_loss, soft = None, None
             if teacher is not None and weights["self-training"](step) > 0:

@@ -182,6 +182,7 @@ def test_the_teacher_is_the_running_mean(whole):
         {"mixed_from": "nothing"},
         {"mixed_from": "source"},
         {"rare_classes": False},
+        {"source_fade": 0.5},
         {"bank": False},
         {"soft_pooling": False},
     ],
