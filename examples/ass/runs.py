@@ -95,7 +95,7 @@ def save_checkpoint(
     out: Path,
     step: int,
     stateful: Mapping[str, Stateful],
-    seen: Mapping[str, Tensor],
+    pixels: Mapping[str, Tensor],
     *,
     settings: Settings,
     resumed_from: Sequence[int],
@@ -105,13 +105,13 @@ def save_checkpoint(
         "step": step,
         "resumed_from": list(resumed_from),
         "settings": as_plain(settings),
-        "seen": dict(seen),
+        "pixels": dict(pixels),
         "stateful": {name: part.state_dict() for name, part in stateful.items()},
     }
     write_whole(out / LAST, lambda path: torch.save(state, path))
 
 
-def load_checkpoint(out: Path, stateful: Mapping[str, Stateful], seen: Mapping[str, Tensor]) -> tuple[int, list[int]]:
+def load_checkpoint(out: Path, stateful: Mapping[str, Stateful], pixels: Mapping[str, Tensor]) -> tuple[int, list[int]]:
     """Load the last checkpoint, if there is one.
 
     Returns:
@@ -122,8 +122,8 @@ def load_checkpoint(out: Path, stateful: Mapping[str, Stateful], seen: Mapping[s
     state = _read(out / LAST)
     for name, part in stateful.items():
         part.load_state_dict(state["stateful"][name])
-    for name, classes in seen.items():
-        classes.copy_(state["seen"][name])
+    for name, counts in pixels.items():
+        counts.copy_(state["pixels"][name])
     return state["step"], [*state["resumed_from"], state["step"]]
 
 

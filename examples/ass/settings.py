@@ -164,7 +164,8 @@ class GlobalAdversary:
         r1: weight of the gradient penalty on source inputs.
         spectral_norm: on every convolution.
         base_channels: of the first layer.
-        inputs: class probabilities (AdaptSegNet) or their entropy map (ADVENT).
+        inputs: class probabilities (AdaptSegNet), their entropy map (ADVENT), or `balanced`: probabilities over the
+            shares that the domain's labels give the classes.
     """
 
     weight: float = 0.03
@@ -178,7 +179,7 @@ class GlobalAdversary:
     r1: float = 0.0
     spectral_norm: bool = False
     base_channels: int = 16
-    inputs: Literal["probabilities", "entropy"] = "probabilities"
+    inputs: Literal["probabilities", "entropy", "balanced"] = "probabilities"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from examples.ass.images import open_images
 from examples.ass.memory import estimate_memory
 from examples.ass.self_training import rare_classes, soft_weights, taught, taught_cross_entropy
 from examples.ass.settings import METHODS, Settings
-from examples.ass.views import View, global_view, semantic_view, supervised_loss
+from examples.ass.views import View, count_pixels, global_view, semantic_view, supervised_loss
 from semshift.discriminators import frozen
 from semshift.health import gradient_norm
 from semshift.losses import r1_penalty
@@ -111,7 +111,9 @@ def train(
                 domain: PrototypeBank(classes, segmenter.feature_channels).to(fabric.device)
                 for domain in ("source", "labelled")
             }
-    seen = {domain: torch.zeros(classes, dtype=torch.bool, device=fabric.device) for domain in ("source", "labelled")}
+    pixels = {
+        domain: torch.zeros(classes, dtype=torch.int64, device=fabric.device) for domain in ("source", "labelled")
+    }
 
     # A checkpoint is these and the step: everything else is a function of the settings and the step.
     stateful: dict[str, runs.Stateful] = {"segmenter": segmenter, "optimiser": optimiser}
@@ -121,7 +123,7 @@ def train(
         stateful |= {"teacher": teacher}
     for domain, bank in (banks or {}).items():
         stateful |= {f"{domain} bank": bank}
-    first_step, resumed_from = runs.load_checkpoint(out, stateful, seen)
+    first_step, resumed_from = runs.load_checkpoint(out, stateful, pixels)
     runs.read_history(out, before=first_step)
     fabric_optimiser = fabric.setup_optimizers(optimiser)
     assert not isinstance(fabric_optimiser, tuple)  # one in, one out
@@ -178,6 +180,7 @@ def train(
             segmentation_loss = torch.zeros((), device=fabric.device)
             for domain, part in batch.items():
                 if "label" in part:
+                    pixels[domain] += count_pixels(part["label"], classes)
                     weight = source_weight(step) if domain == "source" else 1.0
                     supervised = supervised_loss(outputs[domain], part["label"], settings)
                     segmentation_loss = segmentation_loss + weight * supervised
@@ -198,9 +201,9 @@ def train(
             views: dict[str, View] = {}
             for name in ("global", "auxiliary"):
                 if name in critics:
-                    views[name] = global_view(outputs, settings, auxiliary=name == "auxiliary")
+                    views[name] = global_view(outputs, pixels, settings, auxiliary=name == "auxiliary")
             if "semantic" in critics:
-                views["semantic"] = semantic_view(outputs, batch, seen, settings, banks=banks, soft_weights=soft)
+                views["semantic"] = semantic_view(outputs, batch, pixels, settings, banks=banks, soft_weights=soft)
             terms = {
                 name: view.confusion_loss(frozen(critics[name])(view.target), weight=view.confusion_weight)
                 for name, view in views.items()
@@ -271,7 +274,7 @@ def train(
                 )
             bar.update()
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-                runs.save_checkpoint(out, step + 1, stateful, seen, settings=settings, resumed_from=resumed_from)
+                runs.save_checkpoint(out, step + 1, stateful, pixels, settings=settings, resumed_from=resumed_from)
 
     final = teacher.module if teacher is not None and plus.final == "teacher" else segmenter
     final.eval()

@@ -21,7 +21,7 @@ from semshift.losses import (
 from semshift.pooling import ClassSums, class_sums, weighted_class_sums
 from semshift.prototypes import PrototypeBank
 
-__all__ = ["View", "cross_entropy", "global_view", "semantic_view", "supervised_loss"]
+__all__ = ["View", "count_pixels", "cross_entropy", "global_view", "semantic_view", "supervised_loss"]
 
 
 class View(NamedTuple):
@@ -56,11 +56,23 @@ def supervised_loss(output: Segmentation, labels: Tensor, settings: Settings) ->
     return loss
 
 
-def global_view(outputs: dict[str, Segmentation], settings: Settings, *, auxiliary: bool = False) -> View:
+def count_pixels(labels: Tensor, num_classes: int) -> Tensor:
+    """Number of pixels of each class, int64 `[K]`."""
+    return torch.bincount(labels.flatten().clamp(max=num_classes), minlength=num_classes + 1)[:num_classes]
+
+
+def global_view(
+    outputs: dict[str, Segmentation], pixels: dict[str, Tensor], settings: Settings, *, auxiliary: bool = False
+) -> View:
     """The global view: the segmenter's output maps on source and on unlabelled target images.
+
+    With `global_adversary.inputs` balanced, each domain's map is divided by the domain's share of each class, as the
+    labels have shown it so far, and normalised: where the domains hold the classes in other shares, a map of the right
+    classes would tell the domain, and an adversary that hides it would have to get them wrong.
 
     Args:
         outputs: of the segmenter, by domain.
+        pixels: number of pixels `[K]` of each class that the labels of a domain have shown so far.
         settings: of the run.
         auxiliary: look at the auxiliary classifier's output.
     """
@@ -71,6 +83,10 @@ def global_view(outputs: dict[str, Segmentation], settings: Settings, *, auxilia
         logits = outputs[domain].auxiliary if auxiliary else outputs[domain].logits
         assert logits is not None  # a discriminator for it stands only where the network has one
         logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+        if adversary.inputs == "balanced":
+            # One pixel more, so that a class that was not seen yet has a share.
+            counts = pixels["source" if domain == "source" else "labelled"] + 1
+            logits = logits - (counts / counts.sum()).log()[:, None, None]
         probabilities = logits.softmax(1)
         return entropy_map(probabilities) if adversary.inputs == "entropy" else probabilities
 
@@ -90,7 +106,7 @@ def global_view(outputs: dict[str, Segmentation], settings: Settings, *, auxilia
 def semantic_view(
     outputs: dict[str, Segmentation],
     batch: dict[str, dict[str, Tensor]],
-    seen: dict[str, Tensor],
+    pixels: dict[str, Tensor],
     settings: Settings,
     *,
     banks: Mapping[str, PrototypeBank] | None = None,
@@ -98,13 +114,13 @@ def semantic_view(
 ) -> View:
     """The semantic view: class prototypes of source and labelled target images, pooled by their labels.
 
-    A class takes part where it is present in this batch and the other domain has shown it before, `seen`, which is
-    brought up to date: a class that one domain never shows would tell the domain by itself.
+    A class takes part where it is present in this batch and the other domain has shown it by now: a class that one
+    domain never shows would tell the domain by itself.
 
     Args:
         outputs: of the segmenter, by domain.
         batch: with the labels of `source` and `labelled`.
-        seen: the classes `[K]` that a domain has shown, bool.
+        pixels: number of pixels `[K]` of each class that a domain has shown so far, with this batch.
         settings: of the run.
         banks: a domain's running prototypes, brought up to date; they stand in, for the discriminator alone, where an
             image lacks a class.
@@ -124,7 +140,6 @@ def semantic_view(
     }
     means, shown = {}, {}
     for domain, sums in pooled.items():
-        seen[domain] |= sums.present.reshape(-1, len(seen[domain])).any(0)
         means[domain], shown[domain] = sums.means, sums.present
         if banks is not None:
             banks[domain].update(ClassSums(sums.sums.detach(), sums.mass))
@@ -142,9 +157,9 @@ def semantic_view(
     return View(
         source=means["source"],
         target=target,
-        source_weight=shown["source"] & seen["labelled"],
-        target_weight=present & seen["source"],
-        confusion_weight=own & seen["source"],
+        source_weight=shown["source"] & (pixels["labelled"] > 0),
+        target_weight=present & (pixels["source"] > 0),
+        confusion_weight=own & (pixels["source"] > 0),
         confusion_loss=class_confusion_loss if by_class else functools.partial(confusion_loss, objective=objective),
         discriminator_loss=class_discriminator_loss
         if by_class

@@ -20,7 +20,7 @@ from examples.ass.data import InputError
 from examples.ass.models import Segmentation, SmallSegmenter
 from examples.ass.settings import METHODS, Data, Network, Optimiser, SceneSettings, Settings
 from examples.ass.train import train
-from examples.ass.views import semantic_view
+from examples.ass.views import count_pixels, global_view, semantic_view
 from semshift.sampling import MixedBatchSampler
 
 # Libraries under the trainer warn of things that are not ours to mend.
@@ -126,7 +126,7 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     resumed = train(TINY, tmp_path / "cut", resume=True)
     assert resumed["resumed_from"] == [3]
     assert equal(checkpoint(tmp_path / "whole")["stateful"], checkpoint(tmp_path / "cut")["stateful"])
-    assert equal(checkpoint(tmp_path / "whole")["seen"], checkpoint(tmp_path / "cut")["seen"])
+    assert equal(checkpoint(tmp_path / "whole")["pixels"], checkpoint(tmp_path / "cut")["pixels"])
     assert runs.read_history(tmp_path / "whole") == runs.read_history(tmp_path / "cut")
     assert (resumed["miou"], resumed["iou"]) == (whole["miou"], whole["iou"])
 
@@ -174,13 +174,37 @@ def test_a_class_that_the_source_never_showed_takes_no_part():
     labels = {"source": torch.zeros(1, 8, 8, dtype=torch.long), "labelled": torch.zeros(1, 8, 8, dtype=torch.long)}
     labels["labelled"][:, 4:] = 5
     batch = {domain: {"label": label} for domain, label in labels.items()}
-    seen = {domain: torch.zeros(8, dtype=torch.bool) for domain in labels}
-    view = semantic_view(outputs, batch, seen, TINY)
+    pixels = {domain: count_pixels(label, 8) for domain, label in labels.items()}
+    view = semantic_view(outputs, batch, pixels, TINY)
     assert view.target_weight.flatten().nonzero().flatten().tolist() == [0]
     batch["source"]["label"] = torch.full((1, 8, 8), 5)
-    view = semantic_view(outputs, batch, seen, TINY)
+    pixels["source"] += count_pixels(batch["source"]["label"], 8)
+    view = semantic_view(outputs, batch, pixels, TINY)
     assert view.target_weight.flatten().nonzero().flatten().tolist() == [0, 5]
     assert view.source_weight.flatten().nonzero().flatten().tolist() == [5]
+
+
+def test_pixels_are_counted_by_class():
+    labels = torch.tensor([[[0, 2, 2, 255], [1, 2, 3, 3]]])
+    assert count_pixels(labels, 4).tolist() == [1, 1, 3, 2]
+    assert count_pixels(labels.clamp(max=4), 4).tolist() == [1, 1, 3, 2]
+    assert count_pixels(torch.full((1, 2, 2), 255), 4).tolist() == [0, 0, 0, 0]
+
+
+def test_a_balanced_map_does_not_tell_the_shares_of_the_classes():
+    """Two domains whose probabilities are their class shares: the critic sees one and the same map."""
+    pixels = {"source": torch.tensor([699, 199, 99]), "labelled": torch.tensor([99, 199, 699])}
+    logits = {name: ((counts + 1) / 1000).log()[None, :, None, None] for name, counts in pixels.items()}
+    size = dataclasses.replace(TINY.data, classes=["a", "b", "c"])
+    outputs = {"source": logits["source"].expand(1, 3, 4, 4), "unlabelled": logits["labelled"].expand(1, 3, 4, 4)}
+    outputs = {name: Segmentation(tensor, tensor) for name, tensor in outputs.items()}
+    for inputs, alike in (("probabilities", False), ("balanced", True)):
+        adversary = dataclasses.replace(TINY.global_adversary, inputs=inputs)
+        settings = dataclasses.replace(TINY, data=size, global_adversary=adversary)
+        view = global_view(outputs, pixels, settings)
+        assert view.source.shape == view.target.shape == (1, 3, 32, 32)
+        assert torch.allclose(view.source, view.target) == alike
+        assert torch.allclose(view.target.sum(1), torch.ones(1, 32, 32))
 
 
 def test_weights_wait_then_rise():
