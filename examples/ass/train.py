@@ -133,10 +133,14 @@ def train(
         "labelled": Some(images.target, labelled),
         "unlabelled": images.target,
     }
+    # Does the segmenter itself see the unlabelled images as they are?
+    looked_at = bool(adversaries.keys() - {"semantic"}) or (
+        teacher is not None and plus.soft_pooling and "semantic" in adversaries
+    )
     counts = {
         "source": settings.optimiser.images if "source" in uses else 0,
         "labelled": settings.optimiser.images if "labelled" in uses else 0,
-        "unlabelled": settings.optimiser.unlabelled if adversaries.keys() - {"semantic"} or teacher is not None else 0,
+        "unlabelled": settings.optimiser.unlabelled if looked_at or (teacher is not None and plus.weight > 0) else 0,
     }
     domains = {domain: samples for domain, samples in domains.items() if counts[domain]}
     sampler = MixedBatchSampler(
@@ -176,7 +180,11 @@ def train(
 
             # Segmenter: cross-entropy on every labelled image, and the discriminators, frozen, confused by the target.
             with fabric.autocast():
-                outputs = {domain: segmenter(part["image"]) for domain, part in batch.items()}
+                outputs = {
+                    domain: segmenter(part["image"])
+                    for domain, part in batch.items()
+                    if domain != "unlabelled" or looked_at
+                }
             segmentation_loss = torch.zeros((), device=fabric.device)
             for domain, part in batch.items():
                 if "label" in part:
@@ -186,14 +194,15 @@ def train(
                     segmentation_loss = segmentation_loss + weight * supervised
             # Past ASS: the teacher labels the unlabelled images, to be learnt from and to be pooled by.
             self_training_loss, soft = None, None
-            if teacher is not None and weights["self-training"](step) > 0:
+            if teacher is not None and "unlabelled" in batch and step >= round(plus.start * settings.steps):
                 with torch.no_grad(), fabric.autocast():
                     teacher_logits = teacher(batch["unlabelled"]["image"]).logits
-                mixed = taught(batch, teacher_logits, settings, step)
-                with fabric.autocast():
-                    logits = segmenter(mixed.image).logits
-                self_training_loss = taught_cross_entropy(logits, mixed)
-                if plus.soft_pooling:
+                if plus.weight > 0:
+                    mixed = taught(batch, teacher_logits, settings, step)
+                    with fabric.autocast():
+                        logits = segmenter(mixed.image).logits
+                    self_training_loss = taught_cross_entropy(logits, mixed)
+                if plus.soft_pooling and "semantic" in critics:
                     grid = outputs["unlabelled"].features.shape[-2:]
                     inside = batch["unlabelled"]["inside"]
                     soft = soft_weights(teacher_logits, inside, (grid[0], grid[1]), threshold=plus.threshold)

@@ -265,3 +265,26 @@ def test_the_source_fades_at_the_end(fade, method, expected):
     plus = dataclasses.replace(PLUS, source_fade=fade)
     weight = source_schedule(dataclasses.replace(TINY, method=method, self_training=plus))
     assert [weight(step) for step in range(7)] == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_soft_pooling_works_without_mixing(tmp_path):
+    for soft in (True, False):
+        run(tmp_path / str(soft), weight=0.0, soft_pooling=soft)
+    assert not same(*(final_weights(tmp_path / str(soft))["segmenter"] for soft in (True, False)))
+    assert "loss/self-training" not in runs.read_history(tmp_path / "True")[-1]
+
+
+@pytest.mark.slow
+def test_each_part_can_stand_alone(tmp_path):
+    """Without weights there are no adversaries and no self-training: what is left is `joint` and its running mean."""
+    none = {"rare_classes": False, "weight": 0.0}
+    adversaries = {
+        name: dataclasses.replace(getattr(TINY, name), weight=0.0)
+        for name in ("global_adversary", "semantic_adversary")
+    }
+    run(tmp_path / "plus", **none, **adversaries)
+    train(dataclasses.replace(TINY, method="joint"), tmp_path / "joint")
+    plus, joint = final_weights(tmp_path / "plus"), final_weights(tmp_path / "joint")
+    assert plus.keys() == joint.keys() | {"teacher"}
+    assert same(plus["segmenter"], joint["segmenter"])
