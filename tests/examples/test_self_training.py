@@ -15,6 +15,7 @@ from examples.ass.images import open_images
 from examples.ass.self_training import Taught, rare_classes, soft_weights, taught, taught_cross_entropy
 from examples.ass.settings import Data, Network, Optimiser, SceneSettings, SelfTraining, Settings
 from examples.ass.train import train
+from semshift.sampling import rare_class_weights
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -137,6 +138,9 @@ def test_rare_classes_are_drawn_more_often():
     settings = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, classes=["common", "rare"]))
     common, rare = rare_classes(_Two(), settings, progress="test")
     assert 0 <= common < rare
+    # 64 pixels: 8 without a class, 4 of the rare one in the second image.
+    expected = rare_class_weights(np.array([[56, 0], [52, 4]]), temperature=0.1)
+    assert [common, rare] == pytest.approx(expected.tolist())
 
 
 def final_weights(out):
