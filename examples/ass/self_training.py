@@ -45,7 +45,9 @@ def taught(batch: dict[str, dict[str, Tensor]], teacher_logits: Tensor, settings
     size = unlabelled["image"].shape[-2:]
     logits = F.interpolate(teacher_logits.float(), size=size, mode="bilinear", align_corners=False)
     labels, share = pseudo_labels(logits, threshold=how.threshold)
-    weight = share[:, None, None] * unlabelled["inside"]
+    # FixMatch (Sohn et al. 2020, arXiv 2001.07685): where the teacher is not sure, it is often wrong about rare classes.
+    trust = logits.softmax(1).amax(1) > how.threshold if how.weighted_by == "pixel" else share[:, None, None]
+    weight = trust * unlabelled["inside"].float()
     if how.mixed_from == "nothing":
         return Taught(unlabelled["image"], labels, weight)
     domains = ["source", "labelled"] if how.mixed_from == "both" else [how.mixed_from]

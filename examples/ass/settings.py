@@ -225,6 +225,8 @@ class SelfTraining:
         ramp: share of the steps over which the weight rises.
         momentum: by how much a step's weights move the teacher: (1 - momentum).
         threshold: probability above which the teacher is sure of a pixel.
+        weighted_by: `image`: a teacher's labels count by the share of the image's pixels that it is sure of (DACS);
+            `pixel`: those of which it is sure count, the others do not (FixMatch).
         mixed_from: whose classes, with their labels, are pasted onto the unlabelled images; `nothing` pastes none.
         rare_classes: draw labelled images, of both domains, by the rare classes that they hold.
         rare_class_temperature: the smaller, the rarer the classes that are drawn for.
@@ -240,6 +242,7 @@ class SelfTraining:
     ramp: float = 0.2
     momentum: float = 0.99
     threshold: float = 0.9
+    weighted_by: Literal["image", "pixel"] = "image"
     mixed_from: Literal["source", "labelled", "both", "nothing"] = "both"
     rare_classes: bool = True
     rare_class_temperature: float = 0.1

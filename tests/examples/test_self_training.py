@@ -68,6 +68,13 @@ def test_without_mixing_the_labels_are_the_teachers():
     assert not images.weight[:, :, 28:].any()
 
 
+def test_weighted_by_pixel_only_what_is_sure_counts():
+    images, _, logits = taught_with(mixed_from="nothing", weighted_by="pixel")
+    sure = F.interpolate(logits, size=(32, 32), mode="bilinear", align_corners=False).softmax(1).amax(1) > 0.8
+    assert torch.equal(images.weight[:, :, :28], sure[:, :, :28].float())
+    assert not images.weight[:, :, 28:].any()
+
+
 @pytest.mark.parametrize(
     ("mixed_from", "donors"),
     [
@@ -187,6 +194,7 @@ def test_the_teacher_is_the_running_mean(whole):
         {"mixed_from": "source"},
         {"rare_classes": False},
         {"source_fade": 0.5},
+        {"weighted_by": "pixel"},
         {"bank": False},
         {"soft_pooling": False},
     ],
