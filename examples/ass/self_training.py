@@ -45,7 +45,7 @@ def taught(batch: dict[str, dict[str, Tensor]], teacher_logits: Tensor, settings
     size = unlabelled["image"].shape[-2:]
     logits = F.interpolate(teacher_logits.float(), size=size, mode="bilinear", align_corners=False)
     labels, share = pseudo_labels(logits, threshold=how.threshold)
-    # By pixel as in FixMatch (Sohn et al. 2020, arXiv 2001.07685): what the teacher is not sure of is often a rare class.
+    # By pixel as in FixMatch (Sohn et al. 2020, arXiv 2001.07685): what a teacher is not sure of is often a rare class.
     trust = logits.softmax(1).amax(1) > how.threshold if how.weighted_by == "pixel" else share[:, None, None]
     weight = trust * unlabelled["inside"].float()
     if how.mixed_from == "nothing":
