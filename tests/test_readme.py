@@ -25,7 +25,7 @@ def test_commands():
 
 def test_every_block_is_covered():
     # The shell blocks are run by .ci/run, the trainer's by tests/examples; a new kind of block needs a test of its own.
-    assert [language for language, _ in BLOCKS] == ["bash", "bash", "python", "text"]
+    assert [language for language, _ in BLOCKS] == ["bash", "bash", "python", "text", "text"]
 
 
 def test_drop_in_has_at_most_ten_lines():

@@ -150,9 +150,9 @@ def _product(features: Tensor, slots: Tensor, num_classes: int, per_image: bool)
     if features.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
         return None
     hot = features.new_zeros((len(features), num_classes + 1, slots[0].numel()))
-    hot.scatter_(1, slots.flatten(1).long()[:, None], 1)
+    hot.scatter_(1, slots.unsqueeze(-1).flatten(1).long()[:, None], 1)
     with torch.autocast("cpu", enabled=False):
-        sums = torch.bmm(hot, features.flatten(2).mT)
+        sums = torch.bmm(hot, features.unsqueeze(-1).flatten(2).mT)
     # In a product, 0 * inf reaches every class.
     if not sums.isfinite().all():
         return None
