@@ -97,8 +97,13 @@ def build_critic(name: str, settings: Settings, segmenter: Segmenter) -> nn.Modu
         return FCDiscriminator(classes, base_channels=g.base_channels, spectral_norm=g.spectral_norm)
     torch.manual_seed(settings.seed + 2)
     s = settings.semantic_adversary
-    channels = segmenter.feature_channels
-    return PrototypeDiscriminator(channels, classes, conditioning=s.conditioning, spectral_norm=s.spectral_norm)
+    return PrototypeDiscriminator(
+        segmenter.feature_channels,
+        classes,
+        hidden_channels=s.hidden_channels,
+        conditioning=s.conditioning,
+        spectral_norm=s.spectral_norm,
+    )
 
 
 def source_schedule(settings: Settings) -> Schedule:

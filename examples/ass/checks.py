@@ -31,6 +31,7 @@ def check(settings: Settings) -> None:
         "global_adversary.every": settings.global_adversary.every,
         "global_adversary.base_channels": settings.global_adversary.base_channels,
         "semantic_adversary.every": settings.semantic_adversary.every,
+        "semantic_adversary.hidden_channels": min(settings.semantic_adversary.hidden_channels, default=1),
     }
     for name, value in counts.items():
         if value < 1:

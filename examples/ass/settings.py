@@ -196,6 +196,7 @@ class SemanticAdversary:
         every: the discriminator learns at each step divisible by this.
         r1: weight of the gradient penalty on source prototypes.
         spectral_norm: on every layer.
+        hidden_channels: widths of the discriminator's hidden layers.
         conditioning: how the discriminator knows the class.
         per_image: one prototype per image and class, as in the paper; else per batch and class.
         resample: how labels meet the feature grid.
@@ -210,6 +211,7 @@ class SemanticAdversary:
     every: int = 1
     r1: float = 0.0
     spectral_norm: bool = False
+    hidden_channels: tuple[int, ...] = (256, 256)
     conditioning: Literal["none", "per-class", "class-and-domain"] = "per-class"
     per_image: bool = True
     resample: Literal["nearest", "majority", "area", "bilinear"] = "bilinear"
