@@ -92,6 +92,11 @@ def check(settings: Settings) -> None:
             raise InputError(f"expected data.{name} of at least 32 each way, got {list(size)}")
     if data.source is None and data.source_size is not None:
         raise InputError(f"expected data.source_size with data.source only, got {list(data.source_size)}")
+    if settings.global_adversary.against == "both" and data.source_size not in (None, data.size):
+        raise InputError(
+            "expected data.source_size as data.size with global_adversary.against both, "
+            f"got {list(data.source_size)} and {list(data.size)}"
+        )
     decay = settings.optimiser.decay_steps
     if decay is not None and decay < settings.steps:
         raise InputError(f"expected optimiser.decay_steps of at least the {settings.steps} steps, got {decay}")

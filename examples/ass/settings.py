@@ -166,6 +166,8 @@ class GlobalAdversary:
         base_channels: of the first layer.
         inputs: class probabilities (AdaptSegNet), their entropy map (ADVENT), or `balanced`: probabilities over the
             shares that the domain's labels give the classes.
+        against: whose outputs the unlabelled target's are to be taken for: those on `source` images (the paper), on
+            `labelled` target images, or on `both`.
     """
 
     weight: float = 0.03
@@ -180,6 +182,7 @@ class GlobalAdversary:
     spectral_norm: bool = False
     base_channels: int = 16
     inputs: Literal["probabilities", "entropy", "balanced"] = "probabilities"
+    against: Literal["source", "labelled", "both"] = "source"
 
 
 @dataclass(frozen=True)

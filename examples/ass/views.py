@@ -68,7 +68,8 @@ def global_view(
 
     With `global_adversary.inputs` balanced, each domain's map is divided by the domain's share of each class, as the
     labels have shown it so far, and normalised: where the domains hold the classes in other shares, a map of the right
-    classes would tell the domain, and an adversary that hides it would have to get them wrong.
+    classes would tell the domain, and an adversary that hides it would have to get them wrong. With `against`
+    labelled or both, the labelled target images, which hold the classes as the unlabelled do, are what to be taken for.
 
     Args:
         outputs: of the segmenter, by domain.
@@ -90,8 +91,9 @@ def global_view(
         probabilities = logits.softmax(1)
         return entropy_map(probabilities) if adversary.inputs == "entropy" else probabilities
 
+    against = ("source", "labelled") if adversary.against == "both" else (adversary.against,)
     return View(
-        source=output_map("source"),
+        source=torch.cat([output_map(domain) for domain in against]),
         target=output_map("unlabelled"),
         source_weight=None,
         target_weight=None,
