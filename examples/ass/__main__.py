@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
+from torch import distributed as dist
 
 from examples.ass import runs
 from examples.ass.build import Segmenter, build_segmenter
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if arguments[0] not in commands:
             raise InputError(f"expected a command, one of {', '.join(commands)}, got {arguments[0]}")
+        if arguments[0] != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError(f"expected train on several ranks, got {arguments[0]}, which takes one process")
         commands[arguments[0]](arguments[1:])
     except (InputError, argparse.ArgumentError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -59,6 +63,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> None:
     settings, options = _parse("train", arguments)
+    first = os.environ.get("RANK", "0") == "0"
+    if options.check and not first:
+        return
     if options.check:
         _check_data(settings, _path(options.data_root))
         return
@@ -71,8 +78,11 @@ def _train(arguments: Sequence[str]) -> None:
         resume=options.resume,
         save_predictions=options.save_predictions,
     )
-    print(score_table(Scores(metrics["iou"], metrics["miou"])))
-    print(f"report: {out / 'report.png'}")
+    if first:
+        print(score_table(Scores(metrics["iou"], metrics["miou"])))
+        print(f"report: {out / 'report.png'}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _check_data(settings: Settings, data_root: Path | None) -> None:

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 from tqdm import tqdm
 
 from examples.ass.data import InputError, Sample, Samples, Some, fit, image_tensor
 from examples.ass.images import Images
 from examples.ass.report import Prototypes, Shown, draw_report
 from examples.ass.settings import Settings
+from semshift.distributed import all_reduce_sum
 from semshift.pooling import class_sums
 
 __all__ = ["Scores", "evaluate", "illustrate", "mean_iou", "predict", "prototypes", "save_masks", "score_table"]
@@ -51,8 +52,7 @@ def predict(segmenter: nn.Module, sample: Sample, size: tuple[int, int]) -> np.n
     Returns:
         `uint8 [H, W]`.
     """
-    device = next(segmenter.parameters()).device
-    logits = segmenter(image_tensor(fit(sample, size))[None].to(device)).logits
+    logits = segmenter(_network_input(segmenter, sample, size)).logits
     logits = F.interpolate(logits.float(), size=sample.label.shape, mode="bilinear", align_corners=False)
     result: np.ndarray = logits[0].argmax(0).to("cpu", torch.uint8).numpy()
     return result
@@ -66,9 +66,11 @@ def evaluate(
     size: tuple[int, int],
     ignore_index: int,
     predictions: Path | None = None,
-    progress: str = "evaluate",
+    progress: str | None = "evaluate",
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Scores:
-    """Score a segmenter by one confusion matrix summed over all images.
+    """Score a segmenter by one confusion matrix summed over all images, of which each rank takes its share.
 
     Args:
         segmenter: maps images `[1, 3, *size]` to a `Segmentation`.
@@ -77,15 +79,20 @@ def evaluate(
         size: height and width at which the segmenter sees the images.
         ignore_index: id of pixels that are not counted.
         predictions: folder for the predicted index masks, `NAME.png` at the labels' size.
-        progress: title of the progress bar.
+        progress: title of the progress bar, None for no bar.
+        rank: this process, in `[0, world_size)`.
+        world_size: number of processes, which get the same scores; each writes the masks of its own images.
     """
-    matrix = MulticlassConfusionMatrix(len(classes), ignore_index=ignore_index)
-    for sample in tqdm(_each(samples), desc=progress, total=len(samples), leave=False):
+    device = next(segmenter.parameters()).device
+    matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
+    own = Some(samples, range(rank, len(samples), world_size))
+    for sample in tqdm(_each(own), desc=progress, total=len(own), leave=False, disable=progress is None):
         predicted = predict(segmenter, sample, size)
-        matrix.update(torch.from_numpy(predicted).long(), torch.from_numpy(sample.label).long())
+        pair = torch.from_numpy(predicted).long(), torch.from_numpy(sample.label).long()
+        matrix += multiclass_confusion_matrix(*pair, len(classes), ignore_index=ignore_index).to(device)
         if predictions is not None:
             save_masks(predictions, {sample.name: predicted})
-    counts = matrix.compute().double()
+    counts = all_reduce_sum(matrix).cpu().double()
     intersection = counts.diagonal()
     union = counts.sum(0) + counts.sum(1) - intersection
     iou = {name: float(intersection[k] / union[k]) if union[k] > 0 else None for k, name in enumerate(classes)}
@@ -106,15 +113,14 @@ def prototypes(
 
     `sizes` are those at which the segmenter sees source and target images.
     """
-    device = next(segmenter.parameters()).device
 
     def pool(samples: Samples, size: tuple[int, int]) -> np.ndarray:
         pooled = functools.reduce(
             operator.add,
             (
                 class_sums(
-                    segmenter(image_tensor(fit(sample, size))[None].to(device)).features,
-                    torch.from_numpy(sample.label)[None].to(device),
+                    (features := segmenter(_network_input(segmenter, sample, size)).features),
+                    torch.from_numpy(sample.label)[None].to(features.device),
                     num_classes,
                     ignore_index=ignore_index,
                     resample="bilinear",
@@ -203,6 +209,10 @@ def score_table(scores: Scores, *, subset: str = "all classes", classes: Sequenc
         for name in names
     ]
     return "\n".join([*lines, f"{f'mean over {subset}':<{width}}  {100 * mean_iou(scores.iou, names):6.1f}"])
+
+
+def _network_input(segmenter: nn.Module, sample: Sample, size: tuple[int, int]) -> Tensor:
+    return image_tensor(fit(sample, size))[None].to(next(segmenter.parameters()))
 
 
 def _each(samples: Samples) -> Iterator[Sample]:

@@ -47,6 +47,7 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[s
         critics: the run's, by name.
     """
     half = settings.precision == "bf16-mixed"
+    dtype = {"64-true": torch.float64, "32-true": torch.float32, "bf16-mixed": torch.bfloat16}[settings.precision]
     data, how = settings.data, settings.optimiser
     uses = METHODS[settings.method]
     taught = "self-training" in uses
@@ -60,20 +61,29 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[s
         kept[storage._cdata] = storage
         return tensor
 
-    stand_in = _on_meta(segmenter, torch.bfloat16 if half else torch.float32)
-    critic = {name: _on_meta(critics[name], torch.float32) for name in critics if name != "semantic"}
+    stand_in = _on_meta(segmenter, dtype)
+    critic = {
+        name: _on_meta(critics[name], torch.promote_types(dtype, torch.float32))
+        for name in critics
+        if name != "semantic"
+    }
     domains |= {"unlabelled": how.unlabelled} if taught or critic else {}
     domains |= {"mixed": how.unlabelled} if taught else {}
     outputs = []
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         for domain, images in domains.items():
             size = data.source_size if domain == "source" and data.source_size else data.size
-            batch = torch.empty(images, 3, *size, device="meta", dtype=torch.bfloat16 if half else torch.float32)
+            batch = torch.empty(images, 3, *size, device="meta", dtype=dtype)
             output = functional_call(segmenter, stand_in, (batch,))
             for name, logits in (("global", output.logits), ("auxiliary", output.auxiliary)):
                 if logits is None or (name == "auxiliary" and domain == "mixed"):
                     continue
-                logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+                logits = F.interpolate(
+                    logits.to(torch.promote_types(dtype, torch.float32)),
+                    size=size,
+                    mode="bilinear",
+                    align_corners=False,
+                )
                 if domain != "unlabelled":
                     labels = torch.empty(images, *size, device="meta", dtype=torch.int64)
                     outputs.append(F.cross_entropy(logits, labels, ignore_index=data.ignore_index))

@@ -133,8 +133,8 @@ class Optimiser:
         weight_decay: as the optimiser defines it.
         power: of the decay; 0 keeps the rate.
         auxiliary_weight: of the auxiliary classifier's cross-entropy.
-        images: labelled images of a domain in a step.
-        unlabelled: unlabelled target images in a step.
+        images: labelled images of a domain in a step, over all ranks.
+        unlabelled: unlabelled target images in a step, over all ranks.
     """
 
     name: Literal["sgd", "adamw"] = "adamw"
@@ -268,7 +268,7 @@ class Settings:
         seed: of the network, the draws, the augmentation and the built-in scenes.
         log_every: steps between two rows of the log.
         save_every: steps between two checkpoints.
-        precision: as Lightning Fabric names it; the discriminators stay in float32.
+        precision: as Lightning Fabric names it; with bf16-mixed the discriminators stay in float32.
         accelerator: as Lightning Fabric names it.
         data: the domains.
         network: the segmenter.
@@ -284,7 +284,7 @@ class Settings:
     seed: int = 0
     log_every: int = 20
     save_every: int = 200
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Literal["64-true", "32-true", "bf16-mixed"] = "32-true"
     accelerator: str = "cpu"
     data: Data = field(default_factory=Data)
     network: Network = field(default_factory=Network)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -29,12 +28,13 @@ from examples.ass.data import InputError, Samples, Some, TrainingSet, batches, l
 from examples.ass.evaluate import evaluate, illustrate
 from examples.ass.images import open_images
 from examples.ass.memory import estimate_memory
+from examples.ass.ranks import first_alone, norm_over_ranks, seed_step, share, start, whole_batch_norm
 from examples.ass.self_training import rare_classes, soft_weights, taught, taught_cross_entropy
 from examples.ass.settings import METHODS, Settings
-from examples.ass.views import View, count_pixels, global_view, semantic_view, supervised_loss
+from examples.ass.views import View, count_pixels, global_view, gradient_penalty, semantic_view, supervised_loss
 from semshift.discriminators import frozen
+from semshift.distributed import average_gradients
 from semshift.health import gradient_norm
-from semshift.losses import r1_penalty
 from semshift.prototypes import PrototypeBank
 from semshift.sampling import MixedBatchSampler
 from semshift.schedules import Polynomial
@@ -51,6 +51,9 @@ def train(
     save_predictions: bool = False,
 ) -> dict[str, Any]:
     """Train one method, evaluate it on the test images, and leave a run folder.
+
+    Under torchrun every process calls it. Each takes its share of a step's images, all compute the losses of the whole
+    batch, gradients are averaged, and the first process writes what there is to write.
 
     Args:
         settings: the run.
@@ -72,22 +75,27 @@ def train(
     labelled = labelled_subset(
         len(images.target), len(images.target) if settings.method == "oracle" else settings.labelled
     )
+    fabric = start(settings, loggers=TensorBoardLogger(out, name="tensorboard", version=""))
+    rank, ranks, first = fabric.global_rank, fabric.world_size, fabric.is_global_zero
+    dtype = torch.float64 if settings.precision == "64-true" else torch.float32
+    own = share(settings, ranks)
     # Before the run folder is made, so that a bad file leaves none; a run that goes on has them in its checkpoint.
     segmenter = build_segmenter(settings)
+    whole_batch_norm(segmenter, fabric)
     if settings.network.init is not None and not (out / runs.LAST).exists():
-        tqdm.write(str(load_init(settings, segmenter)), file=sys.stderr)
-    runs.prepare(out, settings, labelled=[images.target.names[i] for i in labelled], resume=resume)
-    logger = TensorBoardLogger(out, name="tensorboard", version="")
-    fabric = Fabric(accelerator=settings.accelerator, devices=1, precision=settings.precision, loggers=logger)
-    fabric.launch()
+        loaded = load_init(settings, segmenter)
+        if first:
+            tqdm.write(str(loaded), file=sys.stderr)
+    names = [images.target.names[i] for i in labelled]
+    first_alone(fabric, lambda: runs.prepare(out, settings, labelled=names, resume=resume))
 
     # The networks and how they learn. Which of them exist is all that tells the methods apart.
-    segmenter = segmenter.to(fabric.device)
+    segmenter = segmenter.to(fabric.device, dtype)
     optimiser = build_optimiser(settings, segmenter)
     decay_steps = settings.optimiser.decay_steps or settings.steps
     learning_rate = Polynomial(settings.optimiser.learning_rate, decay_steps, power=settings.optimiser.power)
     adversaries = build_adversaries(settings)
-    critics = {name: build_critic(name, settings, segmenter).to(fabric.device) for name in adversaries}
+    critics = {name: build_critic(name, settings, segmenter).to(fabric.device, dtype) for name in adversaries}
     critic_optimisers = {
         name: torch.optim.Adam(critic.parameters(), adversaries[name].learning_rate, betas=(0.9, 0.99))
         for name, critic in critics.items()
@@ -96,7 +104,8 @@ def train(
         name: Polynomial(adversary.learning_rate, decay_steps, power=adversary.power)
         for name, adversary in adversaries.items()
     }
-    tqdm.write(str(estimate_memory(settings, segmenter, critics)), file=sys.stderr)
+    if first:
+        tqdm.write(str(estimate_memory(own, segmenter, critics)), file=sys.stderr)
     source_weight = source_schedule(settings)
     weights = {name: weight_schedule(adversary, settings.steps) for name, adversary in adversaries.items()}
     classes = len(settings.data.classes)
@@ -108,7 +117,7 @@ def train(
         weights["self-training"] = weight_schedule(plus, settings.steps)
         if plus.bank and "semantic" in adversaries:
             banks = {
-                domain: PrototypeBank(classes, segmenter.feature_channels).to(fabric.device)
+                domain: PrototypeBank(classes, segmenter.feature_channels).to(fabric.device, dtype)
                 for domain in ("source", "labelled")
             }
     pixels = {
@@ -124,7 +133,7 @@ def train(
     for domain, bank in (banks or {}).items():
         stateful |= {f"{domain} bank": bank}
     first_step, resumed_from = runs.load_checkpoint(out, stateful, pixels)
-    runs.read_history(out, before=first_step)
+    first_alone(fabric, lambda: runs.read_history(out, before=first_step))
     fabric_optimiser = fabric.setup_optimizers(optimiser)
     assert not isinstance(fabric_optimiser, tuple)  # one in, one out
 
@@ -138,19 +147,21 @@ def train(
         teacher is not None and plus.soft_pooling and "semantic" in adversaries
     )
     counts = {
-        "source": settings.optimiser.images if "source" in uses else 0,
-        "labelled": settings.optimiser.images if "labelled" in uses else 0,
-        "unlabelled": settings.optimiser.unlabelled if looked_at or (teacher is not None and plus.weight > 0) else 0,
+        "source": own.optimiser.images if "source" in uses else 0,
+        "labelled": own.optimiser.images if "labelled" in uses else 0,
+        "unlabelled": own.optimiser.unlabelled if looked_at or (teacher is not None and plus.weight > 0) else 0,
     }
     domains = {domain: samples for domain, samples in domains.items() if counts[domain]}
     sampler = MixedBatchSampler(
         {domain: len(samples) for domain, samples in domains.items()},
         {domain: counts[domain] for domain in domains},
         seed=settings.seed,
+        rank=rank,
+        world_size=ranks,
         first_step=first_step,
         steps=settings.steps - first_step,
         weights={
-            domain: rare_classes(domains[domain], settings, progress=domain)
+            domain: rare_classes(domains[domain], settings, progress=domain if first else None)
             for domain in ("source", "labelled")
             if teacher is not None and plus.rare_classes
         },
@@ -166,17 +177,18 @@ def train(
     starts = [adversary.start for adversary in adversaries.values()] + ([plus.start] if teacher is not None else [])
     adaptation_starts = min((round(start * settings.steps) for start in starts), default=0)
 
-    with tqdm(total=settings.steps, initial=first_step, desc=settings.method, unit="step") as bar:
+    with tqdm(total=settings.steps, initial=first_step, desc=settings.method, unit="step", disable=not first) as bar:
         for step, batch in batches(training, sampler, workers=settings.data.workers):
-            if step == adaptation_starts:
+            if step == adaptation_starts and first:
                 runs.save_before(out, segmenter)
             for group, factor in zip(optimiser.param_groups, (1.0, settings.optimiser.classifier_factor)):
                 group["lr"] = factor * learning_rate(step)
             for name, critic_optimiser in critic_optimisers.items():
                 critic_optimiser.param_groups[0]["lr"] = critic_rates[name](step)
             batch = fabric.to_device(batch)
-            # What is drawn within a step, of a network with dropout, is a function of the seed and the step too.
-            torch.manual_seed(int(np.random.SeedSequence((settings.seed, step)).generate_state(1)[0]))
+            for part in batch.values():
+                part["image"] = part["image"].to(dtype)
+            seed_step(settings.seed, step, rank)
 
             # Segmenter: cross-entropy on every labelled image, and the discriminators, frozen, confused by the target.
             with fabric.autocast():
@@ -198,7 +210,7 @@ def train(
                 with torch.no_grad(), fabric.autocast():
                     teacher_logits = teacher(batch["unlabelled"]["image"]).logits
                 if plus.weight > 0:
-                    mixed = taught(batch, teacher_logits, settings, step)
+                    mixed = taught(batch, teacher_logits, settings, step, rank=rank)
                     with fabric.autocast():
                         logits = segmenter(mixed.image).logits
                     self_training_loss = taught_cross_entropy(logits, mixed)
@@ -243,10 +255,12 @@ def train(
                     row |= {
                         f"loss/{name}": float(term.detach()),
                         f"weight/{name}": weights[name](step),
-                        f"gradient/{name}": weights[name](step) * float(gradient_norm(term, features)),
+                        f"gradient/{name}": weights[name](step)
+                        * float(norm_over_ranks(gradient_norm(term, features), ranks)),
                     }
             fabric_optimiser.zero_grad()
             fabric.backward(loss)
+            average_gradients(segmenter.parameters())
             fabric_optimiser.step()
             if teacher is not None:
                 teacher.update_parameters(segmenter)
@@ -261,11 +275,10 @@ def train(
                 weighted = {"source_weight": view.source_weight, "target_weight": view.target_weight}
                 critic_loss = view.discriminator_loss(source_logits, target_logits, **weighted)
                 if adversary.r1 > 0:
-                    critic_loss = critic_loss + adversary.r1 * r1_penalty(
-                        source_logits, source, sample_dims=view.sample_dims, weight=view.source_weight
-                    )
+                    critic_loss = critic_loss + adversary.r1 * gradient_penalty(source_logits, source, view)
                 critic_optimisers[name].zero_grad()
                 torch.autograd.backward(critic_loss)
+                average_gradients(critics[name].parameters())
                 critic_optimisers[name].step()
                 if log:
                     accuracy = view.accuracy(source_logits, target_logits, **weighted)
@@ -275,14 +288,14 @@ def train(
                         f"accuracy/{name}_target": float(accuracy.target),
                     }
 
-            if log:
+            if log and first:
                 runs.append_history(out, row)
                 fabric.log_dict({name: value for name, value in row.items() if name != "step"}, step)
                 bar.set_postfix_str(
                     ", ".join(f"{n[5:]} {row[n]:.3f}" for n in row if n.startswith("loss/")), refresh=False
                 )
             bar.update()
-            if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+            if first and ((step + 1) % settings.save_every == 0 or step + 1 == settings.steps):
                 runs.save_checkpoint(out, step + 1, stateful, pixels, settings=settings, resumed_from=resumed_from)
 
     final = teacher.module if teacher is not None and plus.final == "teacher" else segmenter
@@ -295,24 +308,27 @@ def train(
             size=settings.data.size,
             ignore_index=settings.data.ignore_index,
             predictions=out / "predictions" if save_predictions and split == "test" else None,
-            progress=split,
+            progress=split if first else None,
+            rank=rank,
+            world_size=ranks,
         )
         for split in ("test", "validation")
         if split == "test" or settings.data.validation is None or settings.data.validation != settings.data.test
     }
     # The published splits have one set for both.
     scores.setdefault("validation", scores["test"])
-    earlier = build_segmenter(settings).to(fabric.device).eval()
-    earlier.load_state_dict(runs.load_weights(out / runs.BEFORE))
-    illustrate(
-        out / "report.png",
-        settings,
-        images,
-        title=f"{settings.method}: mIoU {100 * scores['test'].miou:.1f} on {len(images.test)} test images",
-        before=(f"step {adaptation_starts}", earlier),
-        after=(f"step {settings.steps}", final),
-        history=runs.read_history(out),
-    )
+    if first:
+        earlier = build_segmenter(settings).to(fabric.device, dtype).eval()
+        earlier.load_state_dict(runs.load_weights(out / runs.BEFORE))
+        illustrate(
+            out / "report.png",
+            settings,
+            images,
+            title=f"{settings.method}: mIoU {100 * scores['test'].miou:.1f} on {len(images.test)} test images",
+            before=(f"step {adaptation_starts}", earlier),
+            after=(f"step {settings.steps}", final),
+            history=runs.read_history(out),
+        )
     metrics = {
         "method": settings.method,
         "labelled": settings.labelled,
@@ -325,7 +341,9 @@ def train(
         "resumed_from": resumed_from,
         "seconds": round(time.monotonic() - began, 1),
         "device": str(fabric.device),
+        "ranks": ranks,
         "versions": {"semshift": semshift.__version__, "torch": torch.__version__, "numpy": np.__version__},
     }
-    runs.write_metrics(out, metrics)
+    if first:
+        runs.write_metrics(out, metrics)
     return metrics

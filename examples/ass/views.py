@@ -1,8 +1,12 @@
-"""What the losses of a step look at: the segmenter's output, its output maps and its class prototypes."""
+"""What the losses of a step look at: the segmenter's output, its output maps and its class prototypes.
+
+On several ranks every loss is that of the whole batch, with the same value on each of them: sums and counts are added
+up, and a discriminator's answers gathered, before anything is divided. In one process those calls do nothing.
+"""
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +14,7 @@ from torch.nn import functional as F
 
 from examples.ass.models import Segmentation
 from examples.ass.settings import Settings
+from semshift.distributed import all_gather, all_reduce_sum
 from semshift.health import DomainAccuracy, class_domain_accuracy, domain_accuracy
 from semshift.losses import (
     class_confusion_loss,
@@ -17,11 +22,23 @@ from semshift.losses import (
     confusion_loss,
     discriminator_loss,
     entropy_map,
+    r1_penalty,
 )
 from semshift.pooling import ClassSums, class_sums, weighted_class_sums
 from semshift.prototypes import PrototypeBank
 
-__all__ = ["View", "count_pixels", "cross_entropy", "global_view", "semantic_view", "supervised_loss"]
+__all__ = [
+    "View",
+    "count_pixels",
+    "cross_entropy",
+    "global_view",
+    "gradient_penalty",
+    "semantic_view",
+    "supervised_loss",
+    "upsampled",
+]
+
+T = TypeVar("T")
 
 
 class View(NamedTuple):
@@ -41,11 +58,16 @@ class View(NamedTuple):
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    """Mean cross-entropy over the pixels that have a class, at the labels' size; 0 where none has."""
-    logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    """Mean cross-entropy over the pixels of all ranks that have a class, at the labels' size; 0 where none has."""
     ignore_index = settings.data.ignore_index
-    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-    return total / (labels != ignore_index).sum().clamp(min=1)
+    total = F.cross_entropy(upsampled(logits, labels.shape[-2:]), labels, ignore_index=ignore_index, reduction="sum")
+    return all_reduce_sum(total) / all_reduce_sum((labels != ignore_index).sum()).clamp(min=1)
+
+
+def upsampled(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits `[B, K, *size]`, float32 at least."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.interpolate(wide, size=list(size), mode="bilinear", align_corners=False)
 
 
 def supervised_loss(output: Segmentation, labels: Tensor, settings: Settings) -> Tensor:
@@ -57,8 +79,17 @@ def supervised_loss(output: Segmentation, labels: Tensor, settings: Settings) ->
 
 
 def count_pixels(labels: Tensor, num_classes: int) -> Tensor:
-    """Number of pixels of each class, int64 `[K]`."""
-    return torch.bincount(labels.flatten().clamp(max=num_classes), minlength=num_classes + 1)[:num_classes]
+    """Number of pixels of each class on all ranks, int64 `[K]`."""
+    counts = torch.bincount(labels.flatten().clamp(max=num_classes), minlength=num_classes + 1)[:num_classes]
+    return all_reduce_sum(counts)
+
+
+def gradient_penalty(source_logits: Tensor, source: Tensor, view: View) -> Tensor:
+    """The R1 penalty on a view's source inputs, its mean over those of all ranks that take part."""
+    penalty = r1_penalty(source_logits, source, sample_dims=view.sample_dims, weight=view.source_weight)
+    weight = penalty.new_ones(()) if view.source_weight is None else view.source_weight.sum().to(penalty.dtype)
+    total = all_reduce_sum(weight)
+    return all_reduce_sum(penalty * (weight / torch.where(total > 0, total, 1.0)))
 
 
 def global_view(
@@ -83,7 +114,7 @@ def global_view(
         size = settings.data.source_size if domain == "source" and settings.data.source_size else settings.data.size
         logits = outputs[domain].auxiliary if auxiliary else outputs[domain].logits
         assert logits is not None  # a discriminator for it stands only where the network has one
-        logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+        logits = upsampled(logits, size)
         if adversary.inputs == "balanced":
             # One pixel more, so that a class that was not seen yet has a share.
             counts = pixels["source" if domain == "source" else "labelled"] + 1
@@ -98,9 +129,9 @@ def global_view(
         source_weight=None,
         target_weight=None,
         confusion_weight=None,
-        confusion_loss=functools.partial(confusion_loss, objective=adversary.objective),
-        discriminator_loss=functools.partial(discriminator_loss, objective=adversary.objective),
-        accuracy=domain_accuracy,
+        confusion_loss=functools.partial(_over_ranks, confusion_loss, objective=adversary.objective),
+        discriminator_loss=functools.partial(_over_ranks, discriminator_loss, objective=adversary.objective),
+        accuracy=functools.partial(_over_ranks, domain_accuracy),
         sample_dims=1,
     )
 
@@ -129,8 +160,9 @@ def semantic_view(
         soft_weights: `[B, K, h, w]` on the feature grid of the unlabelled images, whose prototypes join the target's.
     """
     adversary = settings.semantic_adversary
-    pooled: dict[str, ClassSums] = {
-        domain: class_sums(
+    pooled, means, shown = {}, {}, {}
+    for domain in ("source", "labelled"):
+        own_images = class_sums(
             outputs[domain].features,
             batch[domain]["label"],
             len(settings.data.classes),
@@ -138,34 +170,50 @@ def semantic_view(
             resample=adversary.resample,
             per_image=adversary.per_image,
         )
-        for domain in ("source", "labelled")
-    }
-    means, shown = {}, {}
-    for domain, sums in pooled.items():
+        pooled[domain] = sums = _pooled_over_ranks(own_images)
         means[domain], shown[domain] = sums.means, sums.present
         if banks is not None:
-            banks[domain].update(ClassSums(sums.sums.detach(), sums.mass))
+            # It adds up the ranks itself.
+            banks[domain].update(ClassSums(own_images.sums.detach(), own_images.mass))
             means[domain], shown[domain] = banks[domain](sums)
     target, present, own = means["labelled"], shown["labelled"], pooled["labelled"].present
     if soft_weights is not None:
-        soft = weighted_class_sums(
-            outputs["unlabelled"].features, soft_weights.to(target.dtype), per_image=adversary.per_image
+        soft = _pooled_over_ranks(
+            weighted_class_sums(
+                outputs["unlabelled"].features, soft_weights.to(target.dtype), per_image=adversary.per_image
+            )
         )
         # A class of which less than a cell is left is noise.
         sure = soft.mass >= 1
         join = torch.cat if adversary.per_image else torch.stack
         target, present, own = join([target, soft.means]), join([present, sure]), join([own, sure])
-    by_class, objective = adversary.conditioning == "class-and-domain", adversary.objective
+    if adversary.conditioning == "class-and-domain":
+        confusion, discriminator, accuracy = class_confusion_loss, class_discriminator_loss, class_domain_accuracy
+    else:
+        confusion = functools.partial(confusion_loss, objective=adversary.objective)
+        discriminator = functools.partial(discriminator_loss, objective=adversary.objective)
+        accuracy = domain_accuracy
     return View(
         source=means["source"],
         target=target,
         source_weight=shown["source"] & (pixels["labelled"] > 0),
         target_weight=present & (pixels["source"] > 0),
         confusion_weight=own & (pixels["source"] > 0),
-        confusion_loss=class_confusion_loss if by_class else functools.partial(confusion_loss, objective=objective),
-        discriminator_loss=class_discriminator_loss
-        if by_class
-        else functools.partial(discriminator_loss, objective=objective),
-        accuracy=class_domain_accuracy if by_class else domain_accuracy,
+        confusion_loss=functools.partial(_over_ranks, confusion),
+        discriminator_loss=functools.partial(_over_ranks, discriminator),
+        accuracy=functools.partial(_over_ranks, accuracy),
         sample_dims=means["source"].dim() - 1,
     )
+
+
+def _pooled_over_ranks(pooled: ClassSums) -> ClassSums:
+    """The sums of the whole batch; one image's are whole as they are."""
+    if pooled.sums.dim() == 3:
+        return pooled
+    return ClassSums(all_reduce_sum(pooled.sums), all_reduce_sum(pooled.mass))
+
+
+def _over_ranks(judge: Callable[..., T], *logits: Tensor, **how: Any) -> T:
+    """Judge what the discriminators of all ranks have said, with its weights, as one batch."""
+    gathered = {name: all_gather(value) if isinstance(value, Tensor) else value for name, value in how.items()}
+    return judge(*(all_gather(each) for each in logits), **gathered)

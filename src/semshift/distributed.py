@@ -1,12 +1,13 @@
 """Sums over ranks as visible calls, which do nothing in one process."""
 
+from collections.abc import Iterable
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-__all__ = ["all_reduce_sum"]
+__all__ = ["all_gather", "all_reduce_sum", "average_gradients"]
 
 
 def all_reduce_sum(tensor: Tensor, *, group: Optional[Any] = None) -> Tensor:
@@ -32,14 +33,86 @@ def all_reduce_sum(tensor: Tensor, *, group: Optional[Any] = None) -> Tensor:
         >>> all_reduce_sum(torch.tensor([1.0, 2.0]))
         tensor([1., 2.])
     """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"expected tensor to be a torch.Tensor, got {type(tensor).__name__}")
+    _check_tensor(tensor)
     if tensor.dtype == torch.bool:
         raise TypeError("expected tensor to hold numbers, got torch.bool")
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _initialised():
         return tensor
     result: Tensor = _AllReduceSum.apply(tensor, group)  # type: ignore[no-untyped-call]  # because torch's apply is untyped
     return result
+
+
+def all_gather(tensor: Tensor, *, group: Optional[Any] = None) -> Tensor:
+    """Stack the tensors of all ranks, differentiably.
+
+    For losses that are weighted means of what lies on several ranks: gather a discriminator's logits and their
+    weights, and every rank computes the one loss of the whole batch. As with `all_reduce_sum`, the backward adds up
+    the gradients of all ranks, which `DistributedDataParallel` or `average_gradients` then bring back to the gradient
+    of that loss, and all ranks must reach both.
+
+    Args:
+        tensor: of one shape and dtype on every rank; integers and bools are fine and have no gradient.
+        group: a process group, None for all ranks.
+
+    Returns:
+        `[W, *tensor.shape]` in the dtype of `tensor`, rank r in row r; one row where `torch.distributed` is not
+        initialised.
+
+    Raises:
+        TypeError: something else than a tensor.
+
+    Example:
+        >>> all_gather(torch.tensor([1.0, 2.0]))
+        tensor([[1., 2.]])
+    """
+    _check_tensor(tensor)
+    if not _initialised():
+        return tensor[None]
+    if tensor.dtype == torch.bool:
+        return all_gather(tensor.to(torch.uint8), group=group).to(torch.bool)
+    result: Tensor = _AllGather.apply(tensor, group)  # type: ignore[no-untyped-call]  # because torch's apply is untyped
+    return result
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[Tensor], *, group: Optional[Any] = None) -> None:
+    """Replace every parameter's gradient by its mean over all ranks: what `DistributedDataParallel` does, as a call.
+
+    For loops that run a network several times before one backward, or that ask for gradients in between. The order in
+    which ranks are added up is that of the parameters, from the first step on, so a resumed run has the same bits.
+    It waits for the backward to end, and needs memory for the gradients once more.
+
+    Args:
+        parameters: the same on every rank and in the same order, such as `module.parameters()`; those that do not
+            require grad are left out. One without a gradient counts as 0 and has one afterwards.
+        group: a process group, None for all ranks.
+
+    Raises:
+        TypeError: something else than tensors.
+
+    Example:
+        >>> weight = torch.ones(2, requires_grad=True)
+        >>> weight.square().sum().backward()
+        >>> average_gradients([weight])
+        >>> weight.grad
+        tensor([2., 2.])
+    """
+    learning = list(parameters)
+    for parameter in learning:
+        _check_tensor(parameter, "each of parameters")
+    if not _initialised():
+        return
+    learning = [parameter for parameter in learning if parameter.requires_grad]
+    ranks = dist.get_world_size(group)
+    # One reduction for all of one kind: hundreds of small ones would wait for each other.
+    for kind in dict.fromkeys((parameter.device, parameter.dtype) for parameter in learning):
+        alike = [parameter for parameter in learning if (parameter.device, parameter.dtype) == kind]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in alike])
+        dist.all_reduce(flat, group=group)
+        for parameter, mean in zip(alike, torch.split(flat / ranks, [p.numel() for p in alike])):
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            parameter.grad.copy_(mean.view(parameter.shape))
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -55,3 +128,26 @@ class _AllReduceSum(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         # The adjoint of a sum that every rank receives is the sum of what every rank sends back.
         return _AllReduceSum.apply(gradients[0], ctx.group), None  # type: ignore[no-untyped-call]  # because torch's apply is untyped
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        rows = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
+        dist.all_gather(list(rows), tensor.contiguous(), group=group)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        # Each rank's row went to every rank, so what they send back adds up.
+        return all_reduce_sum(gradients[0], group=ctx.group)[dist.get_rank(ctx.group)], None
+
+
+def _initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _check_tensor(tensor: object, name: str = "tensor") -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"expected {name} to be a torch.Tensor, got {type(tensor).__name__}")
