@@ -32,6 +32,7 @@ from examples.ass.ranks import first_alone, norm_over_ranks, seed_step, share, s
 from examples.ass.self_training import rare_classes, soft_weights, taught, taught_cross_entropy
 from examples.ass.settings import METHODS, Settings
 from examples.ass.views import View, count_pixels, global_view, gradient_penalty, semantic_view, supervised_loss
+from examples.ass.watch import compact, feature_figures, machine_figures, recent_rows, warn
 from semshift.discriminators import frozen
 from semshift.distributed import average_gradients
 from semshift.health import gradient_norm
@@ -134,6 +135,7 @@ def train(
         stateful |= {f"{domain} bank": bank}
     first_step, resumed_from = runs.load_checkpoint(out, stateful, pixels)
     first_alone(fabric, lambda: runs.read_history(out, before=first_step))
+    recent = recent_rows(runs.read_history(out), settings)
     fabric_optimiser = fabric.setup_optimizers(optimiser)
     assert not isinstance(fabric_optimiser, tuple)  # one in, one out
 
@@ -178,6 +180,7 @@ def train(
     adaptation_starts = min((round(start * settings.steps) for start in starts), default=0)
 
     with tqdm(total=settings.steps, initial=first_step, desc=settings.method, unit="step", disable=not first) as bar:
+        since = (first_step, time.monotonic())
         for step, batch in batches(training, sampler, workers=settings.data.workers):
             if step == adaptation_starts and first:
                 runs.save_before(out, segmenter)
@@ -243,6 +246,7 @@ def train(
                 )
             row = {"step": step, "loss/segmentation": float(segmentation_loss.detach())}
             if log:
+                row |= feature_figures(outputs, batch, segmentation_loss, settings)
                 if self_training_loss is not None:
                     row |= {
                         "loss/self-training": float(self_training_loss.detach()),
@@ -289,11 +293,15 @@ def train(
                     }
 
             if log and first:
+                now = time.monotonic()
+                images_seen = (step + 1 - since[0]) * ranks * sum(counts.values())
+                row |= machine_figures(images_seen, now - since[1], fabric.device)
+                since = (step + 1, now)
                 runs.append_history(out, row)
                 fabric.log_dict({name: value for name, value in row.items() if name != "step"}, step)
-                bar.set_postfix_str(
-                    ", ".join(f"{n[5:]} {row[n]:.3f}" for n in row if n.startswith("loss/")), refresh=False
-                )
+                recent.append(row)
+                warn(out, recent, settings)
+                bar.set_postfix_str(compact(row), refresh=False)
             bar.update()
             if first and ((step + 1) % settings.save_every == 0 or step + 1 == settings.steps):
                 runs.save_checkpoint(out, step + 1, stateful, pixels, settings=settings, resumed_from=resumed_from)
