@@ -43,15 +43,19 @@ def feature_figures(
         settings: of the run.
 
     Returns:
-        `gradient/segmentation` (and `gradient/auxiliary_segmentation`), at the features of the labelled target images,
-        or of the source where a method has no others; `present/DOMAIN`, the share of the classes that a domain's
-        labels show; with two such domains `distance/mean` and `class_distance/CLASS` between their prototypes, without
-        classes that are not in both.
+        `gradient/segmentation` (and `gradient/auxiliary_segmentation`), at the features of all labelled images;
+        `present/DOMAIN`, the share of the classes that a domain's labels show; with two such domains `distance/mean`
+        and `class_distance/CLASS` between their prototypes, without classes that are not in both.
     """
-    output = outputs["labelled"] if "labelled" in outputs else outputs["source"]
-    figures = {"gradient/segmentation": float(gradient_norm(segmentation_loss, output.features))}
-    if output.auxiliary is not None:
-        figures["gradient/auxiliary_segmentation"] = float(gradient_norm(segmentation_loss, output.auxiliary))
+    labelled = [outputs[domain] for domain, part in batch.items() if "label" in part]
+    levels = {"segmentation": [output.features for output in labelled]}
+    # The second level is not reached by the features of the first.
+    levels["auxiliary_segmentation"] = [output.auxiliary for output in labelled if output.auxiliary is not None]
+    figures = {
+        f"gradient/{name}": math.hypot(*(float(gradient_norm(segmentation_loss, features)) for features in level))
+        for name, level in levels.items()
+        if level
+    }
     classes = settings.data.classes
     pooled = {
         domain: class_sums(

@@ -222,7 +222,7 @@ def test_figures_of_the_features():
         batch[domain] = {"label": label}
     # Class 2 is missing from the target, class 3 from both.
     batch["labelled"]["label"][batch["labelled"]["label"] == 2] = 1
-    loss = (3 * outputs["labelled"].features).sum() + outputs["source"].features.square().sum()
+    loss = (3 * outputs["labelled"].features).sum() + (4 * outputs["source"].features).sum()
     figures = feature_figures(outputs, batch, loss, settings)
     means = {
         domain: [outputs[domain].features.detach().movedim(1, -1)[batch[domain]["label"] == k].mean(0) for k in (0, 1)]
@@ -232,7 +232,7 @@ def test_figures_of_the_features():
     unit = (middle[0] - middle[1]).norm()
     apart = [float((means["source"][k] - means["labelled"][k]).norm() / unit) for k in (0, 1)]
     expected = {
-        "gradient/segmentation": 3 * math.sqrt(2 * 5 * 4 * 4),
+        "gradient/segmentation": 5 * math.sqrt(2 * 5 * 4 * 4),
         "present/source": 0.75,
         "present/labelled": 0.5,
         "distance/mean": sum(apart) / 2,
