@@ -246,7 +246,7 @@ def train(
                 )
             row = {"step": step, "loss/segmentation": float(segmentation_loss.detach())}
             if log:
-                row |= feature_figures(outputs, batch, segmentation_loss, settings)
+                row |= feature_figures(outputs, batch, segmentation_loss, settings, ranks=ranks)
                 if self_training_loss is not None:
                     row |= {
                         "loss/self-training": float(self_training_loss.detach()),

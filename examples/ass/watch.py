@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from examples.ass.build import build_adversaries
 from examples.ass.models import Segmentation
+from examples.ass.ranks import norm_over_ranks
 from examples.ass.settings import GlobalAdversary, SemanticAdversary, Settings
+from semshift.distributed import all_reduce_sum
 from semshift.health import gradient_norm, prototype_distance
-from semshift.pooling import class_sums
+from semshift.pooling import ClassSums, class_sums
 
 __all__ = ["compact", "feature_figures", "findings", "machine_figures", "recent_rows", "warn", "window"]
 
@@ -33,14 +35,17 @@ def feature_figures(
     batch: Mapping[str, Mapping[str, Tensor]],
     segmentation_loss: Tensor,
     settings: Settings,
+    *,
+    ranks: int = 1,
 ) -> dict[str, float]:
-    """What the features of a step tell beside the adversaries' own figures.
+    """What the features of a step on all ranks, each of which calls it, tell beside the adversaries' own figures.
 
     Args:
         outputs: of the segmenter, by domain, still in the graph.
         batch: with the labels of the labelled domains.
         segmentation_loss: what `gradient/segmentation` is of.
         settings: of the run.
+        ranks: how many there are.
 
     Returns:
         `gradient/segmentation` (and `gradient/auxiliary_segmentation`), at the features of all labelled images;
@@ -52,22 +57,24 @@ def feature_figures(
     # The second level is not reached by the features of the first.
     levels["auxiliary_segmentation"] = [output.auxiliary for output in labelled if output.auxiliary is not None]
     figures = {
-        f"gradient/{name}": math.hypot(*(float(gradient_norm(segmentation_loss, features)) for features in level))
+        f"gradient/{name}": math.hypot(
+            *(float(norm_over_ranks(gradient_norm(segmentation_loss, features), ranks)) for features in level)
+        )
         for name, level in levels.items()
         if level
     }
     classes = settings.data.classes
-    pooled = {
-        domain: class_sums(
-            outputs[domain].features.detach(),
-            part["label"],
-            len(classes),
-            ignore_index=settings.data.ignore_index,
-            resample=settings.semantic_adversary.resample,
-        )
-        for domain, part in batch.items()
-        if "label" in part
-    }
+    pooled: dict[str, ClassSums] = {}
+    for domain, part in batch.items():
+        if "label" in part:
+            own = class_sums(
+                outputs[domain].features.detach(),
+                part["label"],
+                len(classes),
+                ignore_index=settings.data.ignore_index,
+                resample=settings.semantic_adversary.resample,
+            )
+            pooled[domain] = ClassSums(all_reduce_sum(own.sums), all_reduce_sum(own.mass))
     figures |= {f"present/{domain}": float(sums.present.float().mean()) for domain, sums in pooled.items()}
     if len(pooled) == 2:
         source, target = pooled["source"], pooled["labelled"]
