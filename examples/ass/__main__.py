@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import jsonargparse
 from torch import distributed as dist
 
-from examples.ass import runs
+from examples.ass import checkpoints, faults, runs, signals
 from examples.ass.build import Segmenter, build_segmenter
 from examples.ass.checks import check
 from examples.ass.compare import compare, comparison_table
@@ -41,7 +42,12 @@ commands:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a command; bad input ends in one line on standard error and status 2."""
+    """Run a command.
+
+    Returns:
+        0; 2 where something that was given is not fit, 3 where the machine let the run down, and 128 and its number
+        for a signal, each told in one line on standard error.
+    """
     commands = {"train": _train, "demo": _demo, "evaluate": _evaluate, "compare": _compare, "study": _study}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -51,13 +57,24 @@ def main(arguments: Sequence[str]) -> int:
             raise InputError(f"expected a command, one of {', '.join(commands)}, got {arguments[0]}")
         if arguments[0] != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError(f"expected train on several ranks, got {arguments[0]}, which takes one process")
-        commands[arguments[0]](arguments[1:])
+        with signals.at_once():
+            commands[arguments[0]](arguments[1:])
     except (InputError, argparse.ArgumentError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except signals.Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt:
-        print("interrupted: the last checkpoint is kept, --resume goes on from it", file=sys.stderr)
-        return 130
+        print(signals.Stopped(signal.SIGINT), file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        line = faults.told(error)
+        if line is None:
+            raise
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+        return 3
     return 0
 
 
@@ -105,7 +122,7 @@ def _demo(arguments: Sequence[str]) -> None:
         run = dataclasses.replace(settings, method=method)
         metrics = train(run, out / method, data_root=data_root, resume=options.resume)
         scores[method] = metrics["miou"]
-        segmenters.append((method, _load(run, out / method / runs.LAST)))
+        segmenters.append((method, _load(run, checkpoints.newest(out / method))))
     illustrate(
         out / "report.png",
         settings,
@@ -126,6 +143,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--data-root", metavar="DIR", help="where the run's image folders lie")
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="(default: test)")
     parser.add_argument("--subset", metavar="NAME", help="average over this one of the run's data.subsets")
+    parser.add_argument("--best", action="store_true", help="the step that was best on the validation images")
     parser.add_argument("--save-predictions", metavar="DIR", help="write the predicted index masks here")
     options = parser.parse_args(arguments)
     out = Path(options.out)
@@ -136,7 +154,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     if options.subset is not None and options.subset not in subsets:
         raise InputError(f"expected --subset to be one of {sorted(subsets)}, got {options.subset}")
     scores = evaluate(
-        _load(settings, out / runs.LAST),
+        _load(settings, out / checkpoints.BEST if options.best else checkpoints.newest(out)),
         getattr(open_images(settings, _path(options.data_root)), options.split),
         classes=settings.data.classes,
         size=settings.data.size,
@@ -198,7 +216,7 @@ def _study(arguments: Sequence[str]) -> None:
     how = (
         f"`python -m examples.ass study {options.study}`, {options.jobs} runs at a time, {options.threads} thread each."
     )
-    runs.write_whole(records.with_suffix(".md"), lambda to: to.write_text(f"{table}\n{how}\n", encoding="utf-8"))
+    checkpoints.write_whole(records.with_suffix(".md"), lambda to: to.write_text(f"{table}\n{how}\n", encoding="utf-8"))
     draw_study(records.with_suffix(".png"), study, results)
     print(table)
     print(f"records: {records}")
@@ -256,7 +274,7 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[Settings, argparse.N
 def _load(settings: Settings, checkpoint: Path) -> Segmenter:
     segmenter = build_segmenter(settings)
     taught = "self-training" in METHODS[settings.method] and settings.self_training.final == "teacher"
-    segmenter.load_state_dict(runs.load_weights(checkpoint, teacher=taught))
+    segmenter.load_state_dict(checkpoints.load_weights(checkpoint, teacher=taught))
     return segmenter.eval()
 
 

@@ -38,7 +38,9 @@ def check(settings: Settings) -> None:
             raise InputError(f"expected {name} of at least 1, got {value}")
     amounts = {
         "seed": settings.seed,
+        "validate_every": settings.validate_every,
         "data.workers": data.workers,
+        "data.timeout": data.timeout,
         "optimiser.weight_decay": settings.optimiser.weight_decay,
         "optimiser.auxiliary_weight": settings.optimiser.auxiliary_weight,
         "optimiser.power": settings.optimiser.power,

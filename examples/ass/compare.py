@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from examples.ass.checkpoints import write_whole
 from examples.ass.data import InputError
 from examples.ass.run_queue import Run, finished, run_all
-from examples.ass.runs import write_whole
 from examples.ass.settings import METHODS
 from examples.ass.style import STYLE, save_figure
 from examples.ass.tables import duration, markdown, percent, spread, versions

@@ -202,9 +202,11 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
 
 
 def batches(
-    training: TrainingSet, sampler: MixedBatchSampler, *, workers: int = 0
+    training: TrainingSet, sampler: MixedBatchSampler, *, workers: int = 0, timeout: int = 0
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
     """Steps and their batches, a domain's name to its images and labels; the same for any number of workers.
+
+    Where workers give no batch for `timeout` seconds, or one of them dies, PyTorch raises a RuntimeError; 0 waits.
 
     Raises:
         ValueError: the sampler is over other domains, or other numbers of images, than the training set.
@@ -215,7 +217,9 @@ def batches(
         raise ValueError(f"expected a sampler over {dict(lengths)} in order, got one over {sampler.sizes}")
     keys = _Keys(sampler)
     collate = functools.partial(collate_by_domain, per_batch=sampler.per_batch)
-    loader: DataLoader[Any] = DataLoader(training, batch_sampler=keys, collate_fn=collate, num_workers=workers)
+    loader: DataLoader[Any] = DataLoader(
+        training, batch_sampler=keys, collate_fn=collate, num_workers=workers, timeout=timeout if workers else 0
+    )
     try:
         yield from enumerate(loader, start=sampler.first_step)
     except InputError as error:

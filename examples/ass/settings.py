@@ -9,6 +9,7 @@ from examples.ass.folders import Folder
 from examples.ass.scenes import CLASSES, Severity
 
 __all__ = [
+    "MAY_CHANGE",
     "METHODS",
     "Data",
     "GlobalAdversary",
@@ -35,6 +36,10 @@ METHODS: dict[str, frozenset[str]] = {
     "oracle": frozenset({"labelled"}),
 }
 """What each method trains with: cross-entropy on a domain, adversaries, self-training. The oracle has all labels."""
+
+
+MAY_CHANGE = frozenset({"log_every", "save_every", "validate_every", "data.workers", "data.timeout"})
+"""Settings that a run may go on with others of: its weights do not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Data:
         scenes: the built-in scenes.
         augmentation: what is done to training images, the same for every domain and method.
         workers: processes that load images; the images do not depend on it.
+        timeout: seconds to wait for a batch of the workers before the run ends as one that hangs; 0 waits for ever.
     """
 
     classes: list[str] = field(default_factory=lambda: list(CLASSES))
@@ -87,6 +93,7 @@ class Data:
     scenes: SceneSettings = field(default_factory=SceneSettings)
     augmentation: Augmentation = field(default_factory=Augmentation)
     workers: int = 0
+    timeout: int = 600
 
 
 @dataclass(frozen=True)
@@ -268,6 +275,8 @@ class Settings:
         seed: of the network, the draws, the augmentation and the built-in scenes.
         log_every: steps between two rows of the log.
         save_every: steps between two checkpoints.
+        validate_every: steps between two looks at the validation images, of which the best network is kept; 0 looks
+            at the end of the run only.
         precision: as Lightning Fabric names it; with bf16-mixed the discriminators stay in float32.
         accelerator: as Lightning Fabric names it.
         data: the domains.
@@ -284,6 +293,7 @@ class Settings:
     seed: int = 0
     log_every: int = 20
     save_every: int = 200
+    validate_every: int = 0
     precision: Literal["64-true", "32-true", "bf16-mixed"] = "32-true"
     accelerator: str = "cpu"
     data: Data = field(default_factory=Data)

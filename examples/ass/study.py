@@ -11,10 +11,10 @@ from typing import Any
 
 import jsonargparse
 
+from examples.ass.checkpoints import write_whole
 from examples.ass.compare import draw_comparison
 from examples.ass.data import InputError
 from examples.ass.run_queue import Run, finished, run_all
-from examples.ass.runs import write_whole
 from examples.ass.settings import METHODS
 from examples.ass.tables import duration, markdown, percent, spread, versions
 

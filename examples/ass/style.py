@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.ass.runs import write_whole
+from examples.ass.checkpoints import write_whole
 
 __all__ = ["IGNORED", "STRIPE", "STYLE", "class_colours", "save_figure"]
 

@@ -1,5 +1,6 @@
 """Training: ASS and its simpler relatives, top to bottom as in the paper (Wang et al. 2020, arXiv 2004.00794)."""
 
+import contextlib
 import math
 import sys
 import time
@@ -13,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import semshift
-from examples.ass import runs
+from examples.ass import checkpoints, runs, signals
 from examples.ass.build import (
     build_adversaries,
     build_critic,
@@ -25,7 +26,8 @@ from examples.ass.build import (
 )
 from examples.ass.checks import check
 from examples.ass.data import InputError, Samples, Some, TrainingSet, batches, labelled_subset
-from examples.ass.evaluate import evaluate, illustrate
+from examples.ass.evaluate import Scores, evaluate, illustrate
+from examples.ass.faults import MachineError
 from examples.ass.images import open_images
 from examples.ass.memory import estimate_memory
 from examples.ass.ranks import first_alone, norm_over_ranks, seed_step, share, start, whole_batch_norm
@@ -60,7 +62,7 @@ def train(
         settings: the run.
         out: the run folder; one that holds a run is refused unless `resume`.
         data_root: where the settings' folders lie; not needed for the built-in scenes.
-        resume: go on from the folder's last checkpoint; without one, start at step 0.
+        resume: go on from the folder's last whole checkpoint; without any, start at step 0.
         save_predictions: write the test set's index masks to `out/predictions`.
 
     Returns:
@@ -68,6 +70,8 @@ def train(
 
     Raises:
         InputError: settings, images or the run folder are not fit for it, or the loss is no longer finite.
+        MachineError: the run folder cannot be written, or another process writes to it.
+        Stopped: by a signal, after a step and its checkpoint.
     """
     began = time.monotonic()
     check(settings)
@@ -83,7 +87,7 @@ def train(
     # Before the run folder is made, so that a bad file leaves none; a run that goes on has them in its checkpoint.
     segmenter = build_segmenter(settings)
     whole_batch_norm(segmenter, fabric)
-    if settings.network.init is not None and not (out / runs.LAST).exists():
+    if settings.network.init is not None and not checkpoints.begun(out):
         loaded = load_init(settings, segmenter)
         if first:
             tqdm.write(str(loaded), file=sys.stderr)
@@ -126,16 +130,14 @@ def train(
     }
 
     # A checkpoint is these and the step: everything else is a function of the settings and the step.
-    stateful: dict[str, runs.Stateful] = {"segmenter": segmenter, "optimiser": optimiser}
+    networks: dict[str, checkpoints.Stateful] = {"segmenter": segmenter}
+    if teacher is not None:
+        networks |= {"teacher": teacher}
+    stateful = {**networks, "optimiser": optimiser}
     for name in critics:
         stateful |= {f"{name} critic": critics[name], f"{name} critic optimiser": critic_optimisers[name]}
-    if teacher is not None:
-        stateful |= {"teacher": teacher}
     for domain, bank in (banks or {}).items():
         stateful |= {f"{domain} bank": bank}
-    first_step, resumed_from = runs.load_checkpoint(out, stateful, pixels)
-    first_alone(fabric, lambda: runs.read_history(out, before=first_step))
-    recent = recent_rows(runs.read_history(out), settings)
     fabric_optimiser = fabric.setup_optimizers(optimiser)
     assert not isinstance(fabric_optimiser, tuple)  # one in, one out
 
@@ -154,20 +156,6 @@ def train(
         "unlabelled": own.optimiser.unlabelled if looked_at or (teacher is not None and plus.weight > 0) else 0,
     }
     domains = {domain: samples for domain, samples in domains.items() if counts[domain]}
-    sampler = MixedBatchSampler(
-        {domain: len(samples) for domain, samples in domains.items()},
-        {domain: counts[domain] for domain in domains},
-        seed=settings.seed,
-        rank=rank,
-        world_size=ranks,
-        first_step=first_step,
-        steps=settings.steps - first_step,
-        weights={
-            domain: rare_classes(domains[domain], settings, progress=domain if first else None)
-            for domain in ("source", "labelled")
-            if teacher is not None and plus.rare_classes
-        },
-    )
     sizes = {"source": settings.data.source_size or settings.data.size}
     training = TrainingSet(
         domains,
@@ -179,11 +167,52 @@ def train(
     starts = [adversary.start for adversary in adversaries.values()] + ([plus.start] if teacher is not None else [])
     adaptation_starts = min((round(start * settings.steps) for start in starts), default=0)
 
-    with tqdm(total=settings.steps, initial=first_step, desc=settings.method, unit="step", disable=not first) as bar:
-        since = (first_step, time.monotonic())
-        for step, batch in batches(training, sampler, workers=settings.data.workers):
+    final = teacher.module if teacher is not None and plus.final == "teacher" else segmenter
+
+    def score(split: str, predictions: Path | None = None) -> Scores:
+        """Evaluate the network that counts, and leave it as it was."""
+        final.eval()
+        scores = evaluate(
+            final,
+            getattr(images, split),
+            classes=settings.data.classes,
+            size=settings.data.size,
+            ignore_index=settings.data.ignore_index,
+            predictions=predictions,
+            progress=split if first else None,
+            rank=rank,
+            world_size=ranks,
+        )
+        final.train(final is segmenter)
+        return scores
+
+    bar = tqdm(total=settings.steps, desc=settings.method, unit="step", disable=not first)
+    with runs.locked(out) if first else contextlib.nullcontext(), signals.held() as heard, bar:
+        run = runs.identity(settings, images)
+        progress = checkpoints.load_checkpoint(out, stateful, pixels, run)
+        if fabric.broadcast(progress.step) != progress.step:
+            raise MachineError(f"expected every rank to see the same checkpoints in {out}, got others on rank {rank}")
+        first_alone(fabric, lambda: runs.read_history(out, before=progress.step))
+        recent = recent_rows(runs.read_history(out), settings)
+        sampler = MixedBatchSampler(
+            {domain: len(samples) for domain, samples in domains.items()},
+            {domain: counts[domain] for domain in domains},
+            seed=settings.seed,
+            rank=rank,
+            world_size=ranks,
+            first_step=progress.step,
+            steps=settings.steps - progress.step,
+            weights={
+                domain: rare_classes(domains[domain], settings, progress=domain if first else None)
+                for domain in ("source", "labelled")
+                if teacher is not None and plus.rare_classes
+            },
+        )
+        bar.initial = bar.n = progress.step
+        since = (progress.step, time.monotonic())
+        for step, batch in batches(training, sampler, workers=settings.data.workers, timeout=settings.data.timeout):
             if step == adaptation_starts and first:
-                runs.save_before(out, segmenter)
+                checkpoints.save_weights(out / checkpoints.BEFORE, {"segmenter": segmenter})
             for group, factor in zip(optimiser.param_groups, (1.0, settings.optimiser.classifier_factor)):
                 group["lr"] = factor * learning_rate(step)
             for name, critic_optimiser in critic_optimisers.items():
@@ -303,40 +332,44 @@ def train(
                 warn(out, recent, settings)
                 bar.set_postfix_str(compact(row), refresh=False)
             bar.update()
-            if first and ((step + 1) % settings.save_every == 0 or step + 1 == settings.steps):
-                runs.save_checkpoint(out, step + 1, stateful, pixels, settings=settings, resumed_from=resumed_from)
+            last = step + 1 == settings.steps
+            if settings.validate_every and ((step + 1) % settings.validate_every == 0 or last):
+                miou = score("validation").miou
+                if first:
+                    runs.append_history(out, {"step": step, "miou/validation": miou})
+                if progress.best is None or miou > progress.best[0]:
+                    progress = progress._replace(best=(miou, step + 1))
+                    if first:
+                        checkpoints.save_weights(out / checkpoints.BEST, networks, step=step + 1, miou=miou)
+            write, stop = signals.agreed(heard, fabric.device)
+            if write or last or (step + 1) % settings.save_every == 0:
+                progress = progress._replace(step=step + 1)
+                if first:
+                    checkpoints.save_checkpoint(out, progress, stateful, pixels, run)
+            if stop:
+                raise signals.Stopped(stop, f"{out} has a checkpoint of step {step + 1}, --resume goes on from it")
 
-    final = teacher.module if teacher is not None and plus.final == "teacher" else segmenter
-    final.eval()
-    scores = {
-        split: evaluate(
-            final,
-            getattr(images, split),
-            classes=settings.data.classes,
-            size=settings.data.size,
-            ignore_index=settings.data.ignore_index,
-            predictions=out / "predictions" if save_predictions and split == "test" else None,
-            progress=split if first else None,
-            rank=rank,
-            world_size=ranks,
-        )
-        for split in ("test", "validation")
-        if split == "test" or settings.data.validation is None or settings.data.validation != settings.data.test
-    }
+    scores = {"test": score("test", out / "predictions" if save_predictions else None)}
     # The published splits have one set for both.
-    scores.setdefault("validation", scores["test"])
+    once = settings.data.validation is not None and settings.data.validation == settings.data.test
+    scores["validation"] = scores["test"] if once else score("validation")
+    final.eval()
     if first:
         earlier = build_segmenter(settings).to(fabric.device, dtype).eval()
-        earlier.load_state_dict(runs.load_weights(out / runs.BEFORE))
-        illustrate(
-            out / "report.png",
-            settings,
-            images,
-            title=f"{settings.method}: mIoU {100 * scores['test'].miou:.1f} on {len(images.test)} test images",
-            before=(f"step {adaptation_starts}", earlier),
-            after=(f"step {settings.steps}", final),
-            history=runs.read_history(out),
-        )
+        try:
+            earlier.load_state_dict(checkpoints.load_weights(out / checkpoints.BEFORE))
+            illustrate(
+                out / "report.png",
+                settings,
+                images,
+                title=f"{settings.method}: mIoU {100 * scores['test'].miou:.1f} on {len(images.test)} test images",
+                before=(f"step {adaptation_starts}", earlier),
+                after=(f"step {settings.steps}", final),
+                history=runs.read_history(out),
+            )
+        except InputError as error:
+            # The run is done, and a picture is not worth it.
+            tqdm.write(f"no report: {error}", file=sys.stderr)
     metrics = {
         "method": settings.method,
         "labelled": settings.labelled,
@@ -346,7 +379,8 @@ def train(
         "miou": scores["test"].miou,
         "iou": scores["test"].iou,
         "validation": scores["validation"]._asdict(),
-        "resumed_from": resumed_from,
+        "best": progress.best and {"validation": progress.best[0], "step": progress.best[1]},
+        "resumed_from": list(progress.resumed_from),
         "seconds": round(time.monotonic() - began, 1),
         "device": str(fabric.device),
         "ranks": ranks,

@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import yaml
 from torch import nn
 from torch.nn import functional as F
 
-from examples.ass import runs
+from examples.ass import checkpoints, runs
 from examples.ass import train as train_module
 from examples.ass.__main__ import main
 from examples.ass.build import build_optimiser, build_segmenter
@@ -372,7 +373,7 @@ def test_files_that_do_not_load(model, tmp_path, capsys):
         with pytest.raises(InputError, match=r"to hold weights and no code, got a file that does not load so$"):
             load_pretrained(model, tmp_path / name)
     with pytest.raises(InputError, match=r"^expected network\.init to be a file of weights, got no file /none\.pth$"):
-        load_pretrained(model, runs.Path("/none.pth"))
+        load_pretrained(model, Path("/none.pth"))
     assert "code" not in capsys.readouterr().out
 
 
@@ -457,7 +458,7 @@ def test_from_the_command_line_with_weights(tmp_path, capsys):
     errors = capsys.readouterr().err
     assert f"{init}: 318 tensors loaded as caffe weights (BGR, stride in the 1x1)\nmissing: layer5." in errors
     assert "memory of a step, estimated: " in errors
-    kept = torch.load(out / runs.LAST, weights_only=True)
+    kept = torch.load(checkpoints.newest(out), weights_only=True)
     assert kept["settings"]["network"]["origin"] == "caffe"
     rates = [group["lr"] for group in kept["stateful"]["optimiser"]["param_groups"]]
     assert rates[1] == pytest.approx(10 * rates[0])
@@ -484,7 +485,7 @@ def test_the_second_level_has_losses_of_its_own(weight, critics, tmp_path):
     adversary = dataclasses.replace(TINY.global_adversary, start=0.0, ramp=0.0, auxiliary_weight=weight)
     settings = dataclasses.replace(TINY, network=network, global_adversary=adversary, steps=1)
     train(settings, tmp_path / "run")
-    state = torch.load(tmp_path / "run" / runs.LAST, weights_only=True)["stateful"]
+    state = torch.load(checkpoints.newest(tmp_path / "run"), weights_only=True)["stateful"]
     assert {name.split()[0] for name in state if name.endswith("critic")} == critics
     (row,) = runs.read_history(tmp_path / "run")
     assert {name.split("/")[1] for name in row if name.startswith("weight/")} == critics
@@ -521,7 +522,9 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     monkeypatch.undo()
     init.unlink()
     assert train(settings, tmp_path / "cut", resume=True)["resumed_from"] == [1]
-    whole, cut = (torch.load(tmp_path / run / runs.LAST, weights_only=True)["stateful"] for run in ("whole", "cut"))
+    whole, cut = (
+        torch.load(checkpoints.newest(tmp_path / run), weights_only=True)["stateful"] for run in ("whole", "cut")
+    )
     for part in ("segmenter", "global critic", "semantic critic"):
         assert all(torch.equal(whole[part][name], tensor) for name, tensor in cut[part].items())
     assert whole["optimiser"]["param_groups"] == cut["optimiser"]["param_groups"]

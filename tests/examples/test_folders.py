@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from examples.ass import runs
+from examples.ass import checkpoints
 from examples.ass.__main__ import PRESETS, main
 from examples.ass.__main__ import _parse as parse
 from examples.ass.data import InputError
@@ -306,13 +306,13 @@ def arguments(preset, root, out, init, *more):
 def test_two_steps_evaluation_and_resume(root, init, tmp_path, capsys, monkeypatch, preset, method):
     out = tmp_path / "run"
     how = ["--method", method, *(["--self_training.start", "0"] if method == "ass-plus" else [])]
-    save = runs.save_checkpoint
+    save = checkpoints.save_checkpoint
 
     def stop(*arguments, **options):
         save(*arguments, **options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "save_checkpoint", stop)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", stop)
     assert main(arguments(preset, root, out, init, *how)) == 130
     monkeypatch.undo()
     assert main(arguments(preset, root, out, init, *how, "--resume", "--save-predictions")) == 0
@@ -328,7 +328,7 @@ def test_two_steps_evaluation_and_resume(root, init, tmp_path, capsys, monkeypat
     # At the labels' size.
     with Image.open(out / "predictions" / "aachen_000000_000019.png") as mask:
         assert mask.size == (128, 64)
-    rates = torch.load(out / runs.LAST, weights_only=True)["stateful"]
+    rates = torch.load(checkpoints.newest(out), weights_only=True)["stateful"]
     assert rates["optimiser"]["param_groups"][0]["lr"] == pytest.approx(2.5e-4 * (1 - 1 / 250_000) ** 0.9)
     assert rates["global critic optimiser"]["param_groups"][0]["lr"] == pytest.approx(1e-4 * (1 - 1 / 250_000) ** 0.9)
     if preset == "synthia-cityscapes":

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from examples.ass import runs
+from examples.ass import checkpoints
 from examples.ass.__main__ import main
 from examples.ass.build import build_segmenter, load_init
 from examples.ass.checks import check
@@ -211,18 +211,20 @@ def test_resumed_equals_uninterrupted(folder, tmp_path, monkeypatch, capsys):
     settings = tiny(folder)
     train(settings, tmp_path / "whole")
     assert "tensors loaded as segformer weights (RGB)" in capsys.readouterr().err
-    save = runs.save_checkpoint
+    save = checkpoints.save_checkpoint
 
     def stop(*arguments, **options):
         save(*arguments, **options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "save_checkpoint", stop)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         train(settings, tmp_path / "cut")
     monkeypatch.undo()
     torch.rand(7)
     train(settings, tmp_path / "cut", resume=True)
-    whole, cut = (torch.load(tmp_path / run / runs.LAST, weights_only=True)["stateful"] for run in ("whole", "cut"))
+    whole, cut = (
+        torch.load(checkpoints.newest(tmp_path / run), weights_only=True)["stateful"] for run in ("whole", "cut")
+    )
     assert all(torch.equal(whole["segmenter"][name], cut["segmenter"][name]) for name in whole["segmenter"])
     assert main(["evaluate", "--out", str(tmp_path / "cut")]) == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from examples.ass import runs
+from examples.ass import checkpoints, runs
 from examples.ass import train as train_module
 from examples.ass.build import source_schedule
 from examples.ass.data import Sample
@@ -151,7 +151,7 @@ def test_rare_classes_are_drawn_more_often():
 
 
 def final_weights(out):
-    return torch.load(out / runs.LAST, weights_only=True)["stateful"]
+    return torch.load(checkpoints.newest(out), weights_only=True)["stateful"]
 
 
 def same(a, b):
@@ -175,8 +175,8 @@ def test_the_teacher_is_the_running_mean(whole):
     state = final_weights(whole)
     assert {"segmenter", "teacher", "source bank", "labelled bank"} <= state.keys()
     assert state["teacher"]["n_averaged"] == TINY.steps
-    teacher = runs.load_weights(whole / runs.LAST, teacher=True)
-    student = runs.load_weights(whole / runs.LAST)
+    teacher = checkpoints.load_weights(checkpoints.newest(whole), teacher=True)
+    student = checkpoints.load_weights(checkpoints.newest(whole))
     assert teacher.keys() == student.keys()
     assert not same(teacher, student)
     row = runs.read_history(whole)[-1]
@@ -218,19 +218,19 @@ def test_either_of_the_two_is_evaluated(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "evaluate", remembered)
     for final in ("teacher", "segmenter"):
         run(tmp_path / final, final=final)
-        assert same(evaluated[-1], runs.load_weights(whole / runs.LAST, teacher=final == "teacher"))
+        assert same(evaluated[-1], checkpoints.load_weights(checkpoints.newest(whole), teacher=final == "teacher"))
 
 
 @pytest.mark.slow
 def test_resumed_is_uninterrupted(whole, tmp_path, monkeypatch):
-    save = runs.save_checkpoint
+    save = checkpoints.save_checkpoint
 
-    def stop_after(out, step, *arguments, **options):
-        save(out, step, *arguments, **options)
-        if step == 3:
+    def stop_after(out, progress, *arguments, **options):
+        save(out, progress, *arguments, **options)
+        if progress.step == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "save_checkpoint", stop_after)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", stop_after)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run")
     monkeypatch.undo()

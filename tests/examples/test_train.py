@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from examples.ass import runs
+from examples.ass import checkpoints, runs
 from examples.ass import train as train_module
 from examples.ass.__main__ import main
 from examples.ass.build import weight_schedule
@@ -43,7 +43,7 @@ def tiny(**changes):
 
 
 def checkpoint(out):
-    return torch.load(out / "checkpoints" / "last.pt", weights_only=True)
+    return torch.load(checkpoints.newest(out), weights_only=True)
 
 
 def history(out):
@@ -149,10 +149,8 @@ def test_run_folders_are_not_mixed_up(tmp_path):
         train(tiny(steps=1), out)
     with pytest.raises(InputError, match=r"got labelled 3 where .*settings\.yaml has 2"):
         train(tiny(steps=1, labelled=3), out, resume=True)
-    (out / "checkpoints" / "last.pt").write_bytes(b"cut short")
-    with pytest.raises(
-        InputError, match=r"expected .*last\.pt to be a whole checkpoint, got a file that does not load"
-    ):
+    checkpoints.newest(out).write_bytes(b"cut short")
+    with pytest.raises(InputError, match=r"expected a whole checkpoint in .*checkpoints, got 1 damaged"):
         train(tiny(steps=1), out, resume=True)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="expected --out to be a folder, got the file"):

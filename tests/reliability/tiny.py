@@ -1,0 +1,42 @@
+"""A run that takes seconds, and what it has come to."""
+
+import torch
+
+from examples.ass import checkpoints
+
+TINY = {
+    "labelled": 2,
+    "steps": 6,
+    "log_every": 1,
+    "save_every": 2,
+    "data": {"size": [32, 32], "scenes": {"source": 6, "target": 6, "validation": 2, "test": 2}},
+    "network": {"width": 8},
+    "optimiser": {"images": 2, "unlabelled": 2},
+    "global_adversary": {"base_channels": 4},
+    "semantic_adversary": {"hidden_channels": [8]},
+}
+
+
+def steps(out):
+    """How many steps the history tells of."""
+    path = out / "history.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def state(out):
+    """The newest checkpoint of a run."""
+    return torch.load(checkpoints.newest(out), weights_only=True)
+
+
+def equal(a, b):
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def same_run(a, b):
+    """Have two runs come to the same, to the bit?"""
+    return all(equal(state(a)[part], state(b)[part]) for part in ("step", "best", "pixels", "stateful"))
