@@ -9,7 +9,7 @@ import torch
 from examples.ass import checkpoints, runs
 from examples.ass.data import InputError
 from examples.ass.faults import MachineError
-from tests.reliability.tiny import equal, same_run, state, steps
+from tests.reliability.tiny import equal, rows, same_run, state, steps
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -199,7 +199,7 @@ def test_cut_twice_and_resumed_is_uninterrupted(method, workers, run, tmp_path, 
         torch.rand(9)  # whatever else has been drawn
         assert run("--method", method, "--data.workers", workers, "--resume", out=out) == 0
         assert same_run(out, tmp_path / "whole")
-        assert runs.read_history(out) == runs.read_history(tmp_path / "whole")
+        assert rows(out) == rows(tmp_path / "whole")
         resumed = json.loads((out / "metrics.json").read_text())["resumed_from"]
         assert resumed == [at for at in dict.fromkeys((first // 2 * 2, min(first + 2, 5) // 2 * 2)) if at]
 
@@ -213,14 +213,14 @@ def test_validation_keeps_the_best_and_changes_nothing(run, tmp_path, monkeypatc
             run("--validate_every", 3)
     assert run("--validate_every", 2, "--resume") == 0
     assert equal(state(out)["stateful"], state(tmp_path / "whole")["stateful"])
-    rows = [row for row in runs.read_history(out) if "miou/validation" in row]
-    assert [row["step"] for row in rows] == [2, 5]
-    best = max(rows, key=lambda row: row["miou/validation"])
+    looks = [row for row in rows(out) if "miou/validation" in row]
+    assert [row["step"] for row in looks] == [2, 5]
+    best = max(looks, key=lambda row: row["miou/validation"])
     kept = torch.load(out / checkpoints.BEST, weights_only=True)
     assert (kept["step"], kept["miou"]) == (best["step"] + 1, best["miou/validation"])
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["best"] == {"validation": kept["miou"], "step": kept["step"]}
-    assert metrics["validation"]["miou"] == rows[-1]["miou/validation"]
+    assert metrics["validation"]["miou"] == looks[-1]["miou/validation"]
 
 
 def test_the_best_is_evaluated_on_request(run, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import torch
 
-from examples.ass import checkpoints
+from examples.ass import checkpoints, runs
 
 TINY = {
     "labelled": 2,
@@ -21,6 +21,11 @@ def steps(out):
     """How many steps the history tells of."""
     path = out / "history.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def rows(out):
+    """The history, but for what differs between two runs of the same settings."""
+    return [{n: v for n, v in row.items() if not n.startswith("machine/")} for row in runs.read_history(out)]
 
 
 def state(out):
