@@ -194,6 +194,19 @@ def test_the_mixture_of_the_docstring():
     assert weight[~mask].unique().tolist() == pseudo.weight.tolist() == [pytest.approx(2 / 3)]
 
 
+def test_keys_choose_what_their_generator_does_also_in_a_full_graph():
+    labels = torch.tensor([[[0, 1, 2], [255, 3, 3]]] * 4)
+    expected = class_mix(labels, 5, generator=seeded(5))
+    keys = torch.rand(4, 5, generator=seeded(5))
+    compiled = torch.compile(class_mix, fullgraph=True, backend="aot_eager")
+    for mix in (class_mix, compiled):
+        assert torch.equal(mix(labels, 5, keys=keys), expected)
+        # Only their order counts, and the lower half is chosen.
+        assert torch.equal(mix(labels, 5, keys=1000 * keys), expected)
+    rising = torch.arange(5.0).expand(4, 5)
+    assert labels[class_mix(labels, 5, keys=rising)].unique().tolist() == [0, 1]
+
+
 def test_compiled_equals_eager():
     labels = torch.tensor([[[0, 1, 2], [255, 3, 3]]] * 4)
     logits = torch.randn(4, 5, 2, 3)
@@ -257,6 +270,25 @@ def test_a_generator_on_the_cpu_chooses_alike_on_cuda_without_waiting():
             {"generator": 3},
             TypeError,
             "expected generator to be a torch.Generator or None, got int",
+        ),
+        ((torch.tensor([[0]]), 2), {"keys": 3}, TypeError, "expected keys to be a tensor, got int"),
+        (
+            (torch.tensor([[0]]), 2),
+            {"keys": torch.zeros(1, 2, dtype=torch.int64)},
+            TypeError,
+            "expected keys to be floating point, got torch.int64",
+        ),
+        (
+            (torch.tensor([[0]]), 2),
+            {"keys": torch.zeros(1, 3)},
+            ValueError,
+            "expected keys [B, K] [1, 2], got [1, 3]",
+        ),
+        (
+            (torch.tensor([[0]]), 2),
+            {"keys": torch.zeros(1, 2), "generator": seeded(0)},
+            ValueError,
+            "expected generator or keys, got both",
         ),
         (
             (torch.tensor([[0]]), 300),

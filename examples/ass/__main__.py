@@ -13,13 +13,14 @@ import jsonargparse
 from torch import distributed as dist
 
 from examples.ass import checkpoints, faults, runs, signals
-from examples.ass.build import Segmenter, build_segmenter
+from examples.ass.build import Segmenter, build_adversaries, build_critic, build_segmenter, load_init
 from examples.ass.checks import check
 from examples.ass.compare import compare, comparison_table
 from examples.ass.data import InputError
 from examples.ass.data_check import check_data
 from examples.ass.evaluate import Scores, evaluate, illustrate, score_table
 from examples.ass.images import open_images
+from examples.ass.memory import estimate_memory
 from examples.ass.settings import METHODS, Settings
 from examples.ass.study import draw_study, read_study, run_study, study_table
 from examples.ass.train import train
@@ -96,21 +97,32 @@ def _train(arguments: Sequence[str]) -> None:
         save_predictions=options.save_predictions,
     )
     if first:
-        print(score_table(Scores(metrics["iou"], metrics["miou"])))
+        print(score_table(Scores(metrics["iou"], metrics["miou"]), subsets=settings.data.subsets))
         print(f"report: {out / 'report.png'}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _check_data(settings: Settings, data_root: Path | None) -> None:
-    check(settings)
+    network = settings.network
+    if network.init is None and network.frozen_batch_norm:
+        # Of the weights there is nothing to look at yet.
+        network = dataclasses.replace(network, frozen_batch_norm=False)
+    check(dataclasses.replace(settings, network=network))
+    segmenter = build_segmenter(settings)
+    if network.init is not None:
+        print(load_init(settings, segmenter))
+    critics = {name: build_critic(name, settings, segmenter) for name in build_adversaries(settings)}
+    print(estimate_memory(settings, segmenter, critics))
     report = check_data(settings, data_root)
     print(report.text)
+    for note in report.notes:
+        print(f"note: {note}")
     for problem in report.problems:
         print(f"error: {problem}", file=sys.stderr)
     if report.problems:
-        raise InputError(f"expected every file that was read to be fit for use, got {len(report.problems)} unfit")
-    print("no file that was read is unfit")
+        raise InputError(f"expected every file that was looked at to be fit for use, got {len(report.problems)} unfit")
+    print("no file that was looked at is unfit")
 
 
 def _demo(arguments: Sequence[str]) -> None:
@@ -142,7 +154,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="DIR", required=True, help="a run folder")
     parser.add_argument("--data-root", metavar="DIR", help="where the run's image folders lie")
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="(default: test)")
-    parser.add_argument("--subset", metavar="NAME", help="average over this one of the run's data.subsets")
+    parser.add_argument("--subset", metavar="NAME", help="of the run's data.subsets this one alone")
     parser.add_argument("--best", action="store_true", help="the step that was best on the validation images")
     parser.add_argument("--save-predictions", metavar="DIR", help="write the predicted index masks here")
     options = parser.parse_args(arguments)
@@ -161,8 +173,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
         ignore_index=settings.data.ignore_index,
         predictions=_path(options.save_predictions),
     )
-    named = (options.subset, subsets[options.subset]) if options.subset else ("all classes", settings.data.classes)
-    print(score_table(scores, subset=named[0], classes=named[1]))
+    print(score_table(scores, subsets=subsets, only=options.subset))
 
 
 def _compare(arguments: Sequence[str]) -> None:
@@ -259,7 +270,7 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[Settings, argparse.N
     parser.add_argument("--init", metavar="FILE", help="short for --network.init")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
     parser.add_argument("--save-predictions", action="store_true", help="write the test set's index masks")
-    parser.add_argument("--check", action="store_true", help="look at the images for a minute, and train nothing")
+    parser.add_argument("--check", action="store_true", help="look at images and weights for a minute, train nothing")
     parser.add_class_arguments(Settings, None)
     try:
         options = parser.instantiate(parser.parse_args(list(arguments)))
@@ -274,7 +285,9 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[Settings, argparse.N
 def _load(settings: Settings, checkpoint: Path) -> Segmenter:
     segmenter = build_segmenter(settings)
     taught = "self-training" in METHODS[settings.method] and settings.self_training.final == "teacher"
-    segmenter.load_state_dict(checkpoints.load_weights(checkpoint, teacher=taught))
+    weights = checkpoints.load_weights(checkpoint, teacher=taught)
+    checkpoints.refuse_unfit(segmenter.state_dict(), weights, checkpoint)
+    segmenter.load_state_dict(weights)
     return segmenter.eval()
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "load_weights",
     "newest",
     "refuse_others",
+    "refuse_unfit",
     "save_checkpoint",
     "save_weights",
     "set_aside_damaged",
@@ -136,6 +137,7 @@ def load_checkpoint(
     state = _read(path)
     try:
         refuse_others(state["run"], run, path)
+        refuse_unfit(stateful["segmenter"].state_dict(), state["stateful"]["segmenter"], path)
         for name, part in stateful.items():
             part.load_state_dict(state["stateful"][name])
         for name, counts in pixels.items():
@@ -193,6 +195,18 @@ def load_weights(path: Path, *, teacher: bool = False) -> dict[str, Tensor]:
         return {key.removeprefix("module."): value for key, value in stateful["teacher"].items() if key != "n_averaged"}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"expected {path} to be a checkpoint of this trainer, got other contents") from error
+
+
+def refuse_unfit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], where: Path) -> None:
+    """Refuse a checkpoint's weights that do not agree with the segmenter's own, name by name and shape by shape.
+
+    Raises:
+        InputError: naming the first that does not fit, such as a classifier of other classes.
+    """
+    for name in [*own, *weights]:
+        wanted, found = (list(of[name].shape) if name in of else "none" for of in (own, weights))
+        if wanted != found:
+            raise InputError(f"expected {name} in {where} of shape {wanted}, as the settings have it, got {found}")
 
 
 def refuse_others(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:

@@ -21,7 +21,17 @@ from examples.ass.settings import Settings
 from semshift.distributed import all_reduce_sum
 from semshift.pooling import class_sums
 
-__all__ = ["Scores", "evaluate", "illustrate", "mean_iou", "predict", "prototypes", "save_masks", "score_table"]
+__all__ = [
+    "Scores",
+    "evaluate",
+    "illustrate",
+    "mean_iou",
+    "predict",
+    "prototypes",
+    "save_masks",
+    "score_table",
+    "subset_means",
+]
 
 
 class Scores(NamedTuple):
@@ -200,15 +210,25 @@ def save_masks(folder: Path, masks: Mapping[str, np.ndarray]) -> None:
         Image.fromarray(mask).save(folder / f"{name}.png")
 
 
-def score_table(scores: Scores, *, subset: str = "all classes", classes: Sequence[str] | None = None) -> str:
-    """A table of the scores in percent, one class a line."""
-    names = list(scores.iou) if classes is None else list(classes)
-    width = max(map(len, [*names, f"mean over {subset}"]))
-    lines = [
-        f"{name:<{width}}  {'absent' if (value := scores.iou[name]) is None else format(100 * value, '6.1f')}"
-        for name in names
-    ]
-    return "\n".join([*lines, f"{f'mean over {subset}':<{width}}  {100 * mean_iou(scores.iou, names):6.1f}"])
+def subset_means(iou: Mapping[str, float | None], subsets: Mapping[str, Sequence[str]]) -> dict[str, float | None]:
+    """Mean of each named list of classes over those that have a value; None where none has."""
+    return {
+        name: mean_iou(iou, classes) if any(iou[label] is not None for label in classes) else None
+        for name, classes in subsets.items()
+    }
+
+
+def score_table(scores: Scores, *, subsets: Mapping[str, Sequence[str]], only: str | None = None) -> str:
+    """A table of the scores in percent, one class a line, then their mean and that of every subset; or `only` one."""
+    names = list(scores.iou) if only is None else list(subsets[only])
+    means: dict[str, float | None] = {} if only is not None else {"all classes": scores.miou}
+    means |= {name: mean for name, mean in subset_means(scores.iou, subsets).items() if only in (None, name)}
+    rows = {name: scores.iou[name] for name in names}
+    rows |= {f"mean over {name}": mean for name, mean in means.items()}
+    width = max(map(len, rows))
+    return "\n".join(
+        f"{name:<{width}}  {'absent' if value is None else format(100 * value, '6.1f')}" for name, value in rows.items()
+    )
 
 
 def _network_input(segmenter: nn.Module, sample: Sample, size: tuple[int, int]) -> Tensor:

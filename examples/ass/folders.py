@@ -63,16 +63,14 @@ class FolderPair:
             )
         images = _list(root, folder.images, self.layout.pattern, self.layout.image_ends)
         masks = _list(root, folder.labels, self.layout.pattern, (self.layout.label_end,))
-        for name in images:
-            if name not in masks:
-                raise InputError(
-                    f"expected a mask for every image, got none in {root / folder.labels} for {images[name]}"
-                )
-        for name in masks:
-            if name not in images:
-                raise InputError(
-                    f"expected an image for every mask, got none in {root / folder.images} for {masks[name]}"
-                )
+        for what, of, others, where, files in (
+            ("a mask for every image", images, masks, folder.labels, images),
+            ("an image for every mask", masks, images, folder.images, masks),
+        ):
+            alone = [name for name in of if name not in others]
+            if alone:
+                more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
+                raise InputError(f"expected {what}, got none in {root / where} for {files[alone[0]]}{more}")
         self.names = sorted(images)
         self.name = folder.layout
         self.num_classes = len(classes)
@@ -104,13 +102,37 @@ class FolderPair:
             sizes = [f"{array.shape[1]} x {array.shape[0]}" for array in (image, label)]
             raise InputError(f"expected {mask_file} to have its image's size {sizes[0]}, got {sizes[1]}")
         try:
-            ids = torch.from_numpy(label.astype(np.int64))
-            if self._table is not None:
-                ids = remap_labels(ids, self._table)
-            check_labels(ids, self.num_classes, ignore_index=self.ignore_index)
+            ids = self._by_class(label)
         except ValueError as error:
             raise InputError(f"{mask_file}: {error}") from error
-        return Sample(image, ids.numpy().astype(np.uint8), self.names[index])
+        return Sample(image, ids, self.names[index])
+
+    def _by_class(self, label: np.ndarray) -> np.ndarray:
+        """Ids of the file to those of the classes, `uint8 [H, W]`."""
+        # By way of the ids that occur: to remap millions of pixels one by one takes longer than to read them.
+        occurring = np.flatnonzero(np.bincount(label.ravel()))
+        classless, others = occurring[occurring == 255], occurring[occurring != 255]
+        if self.name == "cityscapes" and classless.size and others.size and others.max() < 19:
+            raise ValueError(
+                f"expected ids of {self.layout.label_end[1:]}, got 255 and none of 19 to 33: are they train ids?"
+            )
+        try:
+            ids = self._checked(occurring)
+        except ValueError:
+            # Once more, for an error that counts the pixels.
+            self._checked(label.astype(np.int64))
+            raise
+        table = np.zeros(occurring[-1] + 1, np.uint8)
+        table[occurring] = ids
+        result: np.ndarray = table[label]
+        return result
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
+        labels = torch.from_numpy(ids)
+        if self._table is not None:
+            labels = remap_labels(labels, self._table)
+        check_labels(labels, self.num_classes, ignore_index=self.ignore_index)
+        return labels.numpy()
 
 
 def _list(root: Path, folder: str, pattern: str, endings: Sequence[str]) -> dict[str, Path]:

@@ -87,7 +87,7 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[s
                 if domain != "unlabelled":
                     labels = torch.empty(images, *size, device="meta", dtype=torch.int64)
                     outputs.append(F.cross_entropy(logits, labels, ignore_index=data.ignore_index))
-                if name in critic and domain == "source":
+                if name in critic and settings.global_adversary.against in (domain, "both") and domain in uses:
                     outputs.append(logits.softmax(1))
                 if name in critic and domain == "unlabelled":
                     outputs.append(functional_call(critics[name], critic[name], (logits.softmax(1),)))

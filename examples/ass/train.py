@@ -26,7 +26,7 @@ from examples.ass.build import (
 )
 from examples.ass.checks import check
 from examples.ass.data import InputError, Samples, Some, TrainingSet, batches, labelled_subset
-from examples.ass.evaluate import Scores, evaluate, illustrate
+from examples.ass.evaluate import Scores, evaluate, illustrate, subset_means
 from examples.ass.faults import MachineError
 from examples.ass.images import open_images
 from examples.ass.memory import estimate_memory
@@ -378,6 +378,7 @@ def train(
         "num_classes": len(settings.data.classes),
         "miou": scores["test"].miou,
         "iou": scores["test"].iou,
+        "subsets": subset_means(scores["test"].iou, settings.data.subsets),
         "validation": scores["validation"]._asdict(),
         "best": progress.best and {"validation": progress.best[0], "step": progress.best[1]},
         "resumed_from": list(progress.resumed_from),

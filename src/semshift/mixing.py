@@ -3,6 +3,7 @@
 The mixture itself is a `torch.where`, of whatever there is for each pixel: images, labels, weights.
 """
 
+import math
 from typing import NamedTuple, Optional
 
 import torch
@@ -76,6 +77,7 @@ def class_mix(
     *,
     ignore_index: Optional[int] = 255,
     generator: Optional[torch.Generator] = None,
+    keys: Optional[Tensor] = None,
 ) -> Tensor:
     """Choose half of the classes of each image, rounded up, and return their pixels, which go on top of another image.
 
@@ -97,13 +99,17 @@ def class_mix(
             classes.
         generator: of the choice, on any device; None takes PyTorch's own, on the labels' device. One on the CPU
             chooses the same on every device, and one seeded by the step makes the mask a function of it.
+        keys: `[B, K]` finite, in place of the generator: of the classes that an image holds, the
+            half with the lower keys is chosen. `torch.rand(B, K, generator=generator)` chooses what `generator` does,
+            and goes into a full graph of `torch.compile`, into which no generator goes.
 
     Returns:
         `[B, *S]` bool, on the device of `labels`.
 
     Raises:
-        TypeError: labels of another dtype, or a count that is no int.
-        ValueError: labels without dimensions of pixels, or on the CPU a label out of range.
+        TypeError: labels of another dtype, a count that is no int, or keys that are not floating point.
+        ValueError: labels without dimensions of pixels, keys of another shape or beside a generator, or on the CPU a
+            label out of range.
 
     Example:
         >>> labels = torch.tensor([[[0, 0, 255], [1, 1, 1]]])
@@ -116,6 +122,8 @@ def class_mix(
         raise ValueError(f"expected labels [B, *S], got {list(labels.shape)}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"expected generator to be a torch.Generator or None, got {type(generator).__name__}")
+    if keys is not None:
+        _check_keys(keys, [len(labels), num_classes], generator)
     if _may_look(labels):
         check_labels(labels, num_classes, ignore_index=ignore_index)
     ids = labels.flatten(1).long()
@@ -126,13 +134,24 @@ def class_mix(
     slots = torch.where(takes_part, ids, num_classes)
     held = torch.zeros(len(labels), num_classes + 1, dtype=torch.bool, device=labels.device)
     held = held.scatter(1, slots, True)[:, :num_classes]
-    keys = torch.rand(
-        len(labels), num_classes, generator=generator, device=labels.device if generator is None else generator.device
-    )
+    if keys is None:
+        device = labels.device if generator is None else generator.device
+        keys = torch.rand(len(labels), num_classes, generator=generator, device=device)
     # The lower half of the keys is chosen, by rank: equal keys would choose a class too many.
-    order = keys.to(labels.device, non_blocking=True).masked_fill(~held, 2.0).argsort(dim=1, stable=True)
+    order = keys.to(labels.device, non_blocking=True).masked_fill(~held, math.inf).argsort(dim=1, stable=True)
     chosen = order.argsort(1) < (held.sum(1, keepdim=True) + 1) // 2
     return F.pad(chosen, (0, 1)).gather(1, slots).reshape(labels.shape)
+
+
+def _check_keys(keys: Tensor, shape: list[int], generator: Optional[torch.Generator]) -> None:
+    if not isinstance(keys, Tensor):
+        raise TypeError(f"expected keys to be a tensor, got {type(keys).__name__}")
+    if not keys.is_floating_point():
+        raise TypeError(f"expected keys to be floating point, got {keys.dtype}")
+    if list(keys.shape) != shape:
+        raise ValueError(f"expected keys [B, K] {shape}, got {list(keys.shape)}")
+    if generator is not None:
+        raise ValueError("expected generator or keys, got both")
 
 
 def _may_look(tensor: Tensor) -> bool:

@@ -459,7 +459,7 @@ def test_from_the_command_line_with_weights(tmp_path, capsys):
     assert f"{init}: 318 tensors loaded as caffe weights (BGR, stride in the 1x1)\nmissing: layer5." in errors
     assert "memory of a step, estimated: " in errors
     kept = torch.load(checkpoints.newest(out), weights_only=True)
-    assert kept["settings"]["network"]["origin"] == "caffe"
+    assert kept["run"]["network"]["origin"] == "caffe"
     rates = [group["lr"] for group in kept["stateful"]["optimiser"]["param_groups"]]
     assert rates[1] == pytest.approx(10 * rates[0])
     weights = kept["stateful"]["segmenter"]

@@ -193,6 +193,16 @@ AACHEN = "cityscapes/gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.pn
         ),
         (
             "cityscapes",
+            lambda r: save(by_table(ids(33, 64, 128), CITYSCAPES_TO_19), r / AACHEN),
+            f"{{root}}/{AACHEN}: expected ids of gtFine_labelIds.png, got 255 and none of 19 to 33: are they train ",
+        ),
+        (
+            "gta5",
+            lambda r: save_palette(by_table(ids(34), CITYSCAPES_TO_19), r / GTA5),
+            "{root}/gta5/labels/00001.png: expected labels to be ids of table, got 255 (",
+        ),
+        (
+            "cityscapes",
             lambda r: save(ids(33, 32, 64), r / AACHEN),
             f"expected {{root}}/{AACHEN} to have its image's size 128 x 64, got 64 x 32",
         ),
@@ -243,12 +253,12 @@ def test_label_files_that_are_not_of_the_layout(root, layout, damage, message):
         (
             Folder("cityscapes/leftImg8bit/train", "cityscapes/gtFine/val", "cityscapes"),
             "expected a mask for every image, got none in {root}/cityscapes/gtFine/val for "
-            "{root}/cityscapes/leftImg8bit/train/aachen/aachen_000002_000019_leftImg8bit.png",
+            "{root}/cityscapes/leftImg8bit/train/aachen/aachen_000002_000019_leftImg8bit.png and 3 more",
         ),
         (
             Folder("gta5/images", "RAND_CITYSCAPES/GT/LABELS", "gta5"),
             "expected a mask for every image, got none in {root}/RAND_CITYSCAPES/GT/LABELS for "
-            "{root}/gta5/images/00001.png",
+            "{root}/gta5/images/00001.png and 3 more",
         ),
         (Folder("images", "labels", "gta5"), "expected a folder {root}/images, got none"),
     ],
@@ -316,9 +326,9 @@ def test_two_steps_evaluation_and_resume(root, init, tmp_path, capsys, monkeypat
     assert main(arguments(preset, root, out, init, *how)) == 130
     monkeypatch.undo()
     assert main(arguments(preset, root, out, init, *how, "--resume", "--save-predictions")) == 0
-    errors = capsys.readouterr().err
-    assert "memory of a step, estimated: " in errors
-    assert "tensors loaded as torchvision weights" in errors
+    captured = capsys.readouterr()
+    assert "memory of a step, estimated: " in captured.err
+    assert "tensors loaded as torchvision weights" in captured.err
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["resumed_from"] == [1]
     assert metrics["validation"] == {"miou": metrics["miou"], "iou": metrics["iou"]}
@@ -332,11 +342,15 @@ def test_two_steps_evaluation_and_resume(root, init, tmp_path, capsys, monkeypat
     assert rates["optimiser"]["param_groups"][0]["lr"] == pytest.approx(2.5e-4 * (1 - 1 / 250_000) ** 0.9)
     assert rates["global critic optimiser"]["param_groups"][0]["lr"] == pytest.approx(1e-4 * (1 - 1 / 250_000) ** 0.9)
     if preset == "synthia-cityscapes":
-        command = ["evaluate", "--out", str(out), "--data-root", str(root), "--subset", "13"]
-        assert main(command) == 0
-        table = capsys.readouterr().out
-        assert "mean over 13" in table
-        assert "wall" not in table
+        of_13 = [metrics["iou"][name] for name in CLASSES[13] if metrics["iou"][name] is not None]
+        assert metrics["subsets"] == {"13": pytest.approx(sum(of_13) / len(of_13))}
+        last = ["mean", "over", "13", f"{100 * metrics['subsets']['13']:.1f}"]
+        assert captured.out.splitlines()[-2].split() == last
+        for more in ([], ["--subset", "13"]):
+            assert main(["evaluate", "--out", str(out), "--data-root", str(root), *more]) == 0
+            table = capsys.readouterr().out
+            assert table.splitlines()[-1].split() == last
+            assert ("wall" in table) == ("mean over all classes" in table) == (not more)
 
 
 def test_more_labelled_than_there_are(root, init, tmp_path, capsys):
@@ -351,16 +365,22 @@ def test_a_data_root_of_another_set(root, init, tmp_path, capsys):
 
 
 def check_of(preset, root, *more):
-    return main(["train", "--preset", preset, "--data-root", str(root), "--init", "none.pth", "--check", *more])
+    small = ["--network.depth", "50", "--data.size", "[64,128]", "--data.source_size", "[40,64]"]
+    return main(["train", "--preset", preset, "--data-root", str(root), *small, "--check", *more])
 
 
 def test_check(root, capsys):
     assert check_of("gta5-cityscapes", root, "--labelled", "2") == 0
     report = capsys.readouterr().out
-    assert "source: 4 images (as distributed: 24966), 4 of them read" in report
+    assert "memory of a step, estimated: " in report
+    assert "source: 4 images (as distributed: 24966), 4 with whole ends, 4 of them read" in report
     assert "  sizes: 64 x 40 (4); labels of another size, to be scaled: 1" in report
-    assert "target: 6 images (as distributed: 500 or 2975), 6 of them read" in report
-    shares = {line.split("  ")[0]: line.split()[-4:] for line in report.splitlines() if re.match(r"[a-z ]+ \d", line)}
+    assert "target: 6 images (as distributed: 500 or 2975), 6 with whole ends, 6 of them read" in report
+    assert "test: the validation images" in report
+    notes = [line for line in report.splitlines() if line.startswith("note: ")]
+    assert notes[0] == "note: source has 4 images, not as distributed: is the copy complete?"
+    assert [note.split()[1] for note in notes] == ["source", "target", "validation"]
+    shares = {line.split("  ")[0]: line.split()[-3:] for line in report.splitlines() if re.match(r"[a-z ]+ \d", line)}
     label = np.concatenate([pair(root, "cityscapes")[i].label.ravel() for i in range(6)])
     assert float(shares["road"][1]) == pytest.approx(100 * (label == 0).mean(), abs=6e-4)
     assert float(shares["without a class"][1]) == pytest.approx(100 * (label == 255).mean(), abs=6e-4)
@@ -369,12 +389,34 @@ def test_check(root, capsys):
 def test_check_names_every_file_that_is_unfit(root, capsys):
     save(photo(), root / GTA5)
     (root / AACHEN).write_bytes(b"")
+    cut = root / "cityscapes/leftImg8bit/val/bochum/bochum_000001_000019_leftImg8bit.png"
+    cut.write_bytes(cut.read_bytes()[:1000])
     assert check_of("gta5-cityscapes", root, "--labelled", "2") == 2
     errors = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error")]
-    assert len(errors) == 3
-    assert "00001.png to be an index mask of one channel" in errors[0]
-    assert "aachen_000000_000019_gtFine_labelIds.png to be a whole image" in errors[1]
-    assert errors[2] == "error: expected every file that was read to be fit for use, got 2 unfit"
+    assert errors == [
+        f"error: expected {root / GTA5} to be an index mask of one channel, got an image of mode RGB",
+        f"error: expected {root / AACHEN} to be a whole image, got an empty file",
+        f"error: expected {cut} to be a whole image, got 1000 bytes without the end of a PNG",
+        "error: expected every file that was looked at to be fit for use, got 3 unfit",
+    ]
+
+
+def test_check_notes_classes_without_a_pixel(root, capsys):
+    for i in range(1, 5):
+        save_palette(np.full((40, 64), 7, np.uint8), root / f"gta5/labels/{i:05d}.png")
+    assert check_of("gta5-cityscapes", root, "--labelled", "2", "--data.classes", "[road,sky,car]") == 0
+    assert "note: source has no pixel of sky, car in the 4 images that were read" in capsys.readouterr().out
+
+
+def test_check_looks_at_the_weights_too(root, init, tmp_path, capsys):
+    assert check_of("gta5-cityscapes", root, "--labelled", "2", "--init", str(init)) == 0
+    assert f"{init}: 318 tensors loaded as torchvision weights (RGB, stride in the 3x3)" in capsys.readouterr().out
+    other = tmp_path / "other.pth"
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, other)
+    assert check_of("gta5-cityscapes", root, "--labelled", "2", "--init", str(other)) == 2
+    assert capsys.readouterr().err == (
+        f"error: expected {other} to hold all of the backbone of depth 50, got no bn1.weight and 263 more\n"
+    )
 
 
 def test_check_ends_in_time(root):

@@ -103,6 +103,22 @@ def test_at_full_size():
     assert half[:3] == estimate[:3]
 
 
+def test_maps_that_the_unlabelled_are_to_be_taken_for_are_counted():
+    segmenter = build_segmenter(SETTINGS)
+    critics = {"global": build_critic("global", SETTINGS, segmenter)}
+    source, labelled, both = (
+        estimate_memory(
+            dataclasses.replace(SETTINGS, method="global", global_adversary=GlobalAdversary(against=against)),
+            segmenter,
+            critics,
+        ).activations
+        for against in ("source", "labelled", "both")
+    )
+    # Probabilities of 8 classes in float32, of two more images.
+    assert labelled == source
+    assert both == source + 2 * 8 * 96 * 128 * 4
+
+
 def test_the_networks_are_not_changed():
     segmenter = build_segmenter(dataclasses.replace(SETTINGS, network=DEEPLAB))
     before = {name: tensor.clone() for name, tensor in segmenter.state_dict().items()}

@@ -377,6 +377,31 @@ def test_an_image_cut_short_ends_the_run_and_keeps_the_checkpoint(folders, capsy
     assert checkpoint(out)["step"] == 2
 
 
+def test_a_checkpoint_of_other_classes_is_told_in_a_line(folders, capsys):
+    """By evaluation and by resuming, neither of which loses anything."""
+    out, root = folders / "run", ["--data-root", str(folders / "data")]
+    train_it = ["train", "--config", str(folders / "settings.yaml"), *root, "--out", str(out), "--method", "joint"]
+    assert main(train_it) == 0
+    last = checkpoints.newest(out)
+    state = torch.load(last, weights_only=True)
+    weight = state["stateful"]["segmenter"]["classifier.weight"]
+    state["stateful"]["segmenter"]["classifier.weight"] = torch.cat([weight, weight])
+    capsys.readouterr()
+    for contents, message in (
+        (
+            state,
+            f"expected classifier.weight in {last} of shape [3, 8, 1, 1], as the settings have it, got [6, 8, 1, 1]",
+        ),
+        (state["stateful"]["segmenter"], f"expected {last} to be a checkpoint of this "),
+    ):
+        checkpoints._save(last, contents)
+        before = last.read_bytes()
+        for command in (["evaluate", "--out", str(out), *root], [*train_it, "--resume"]):
+            assert main(command) == 2
+            assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+        assert last.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
