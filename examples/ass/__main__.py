@@ -22,7 +22,7 @@ from examples.ass.evaluate import Scores, evaluate, illustrate, score_table
 from examples.ass.images import open_images
 from examples.ass.memory import estimate_memory
 from examples.ass.settings import METHODS, Settings
-from examples.ass.study import draw_study, read_study, run_study, study_table
+from examples.ass.study import draw_study, read_study, recorded, run_study, study_table
 from examples.ass.train import train
 
 __all__ = ["main"]
@@ -209,24 +209,26 @@ def _study(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="DIR", default="runs/study", help="of the run folders (default: runs/study)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
+    parser.add_argument("--report-only", action="store_true", help="table and figure of what is on record; run nothing")
     options = parser.parse_args(arguments)
     if min(options.jobs, options.threads) < 1:
         raise InputError(f"expected --jobs and --threads of at least 1, got {options.jobs} and {options.threads}")
     path = STUDIES / f"{options.study}.yaml" if options.study in names else Path(options.study)
     study = read_study(path)
     records = Path(options.records) / f"{path.stem}.json"
-    results = run_study(
-        study,
-        records=records,
-        out=Path(options.out) / path.stem,
-        data_root=options.data_root,
-        jobs=options.jobs,
-        threads=options.threads,
-    )
+    if options.report_only:
+        results = recorded(study, records=records)
+    else:
+        results = run_study(
+            study,
+            records=records,
+            out=Path(options.out) / path.stem,
+            data_root=options.data_root,
+            jobs=options.jobs,
+            threads=options.threads,
+        )
     table = study_table(study, results)
-    how = (
-        f"`python -m examples.ass study {options.study}`, {options.jobs} runs at a time, {options.threads} thread each."
-    )
+    how = f"`python -m examples.ass study {path.stem}`"
     checkpoints.write_whole(records.with_suffix(".md"), lambda to: to.write_text(f"{table}\n{how}\n", encoding="utf-8"))
     draw_study(records.with_suffix(".png"), study, results)
     print(table)

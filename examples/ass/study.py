@@ -18,7 +18,7 @@ from examples.ass.run_queue import Run, finished, run_all
 from examples.ass.settings import METHODS
 from examples.ass.tables import duration, markdown, percent, spread, versions
 
-__all__ = ["Study", "draw_study", "read_study", "run_study", "study_table"]
+__all__ = ["Study", "draw_study", "read_study", "recorded", "run_study", "study_table"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,26 @@ def run_study(
                 done[name, seed] = {"row": name, "options": options, **metrics}
         lines = ",\n".join(json.dumps(record) for record in done.values())
         write_whole(records, lambda path: path.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
-    return [done[name, seed] for name, seed, _ in wanted]
+    return recorded(study, records=records)
+
+
+def recorded(study: Study, *, records: Path) -> list[dict[str, Any]]:
+    """The finished runs of a study that are on record, row by row.
+
+    Raises:
+        InputError: there are none.
+    """
+    kept: list[dict[str, Any]] = json.loads(records.read_text(encoding="utf-8")) if records.exists() else []
+    done = {(r["row"], r["seed"]): r for r in kept}
+    found = [
+        done[name, seed]
+        for name, options in study.rows.items()
+        for seed in study.seeds
+        if (name, seed) in done and done[name, seed]["options"] == {**study.train, **options}
+    ]
+    if not found:
+        raise InputError(f"expected {records} to hold runs of {study.title}, got none")
+    return found
 
 
 def study_table(study: Study, results: Sequence[Mapping[str, Any]]) -> str:

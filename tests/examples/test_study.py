@@ -155,6 +155,22 @@ def test_the_command_leaves_records_table_and_figure(folder, capsys):
     assert "| boosted |" in capsys.readouterr().out
 
 
+def test_the_report_of_what_is_on_record_runs_nothing(folder, capsys, monkeypatch):
+    (folder / "mine.yaml").write_text(yaml.safe_dump({**STUDY.__dict__, "seeds": STUDY.seeds[:1]}))
+    arguments = ["study", str(folder / "mine.yaml"), "--records", str(folder / "r"), "--out", str(folder / "o")]
+    assert main([*arguments, "--report-only"]) == 2
+    assert "to hold runs of" in capsys.readouterr().err
+    assert main(arguments) == 0
+    before, _ = capsys.readouterr()
+    (folder / "mine.yaml").write_text(yaml.safe_dump({**STUDY.__dict__, "seeds": [*STUDY.seeds, 99]}))
+    monkeypatch.setattr("examples.ass.run_queue._TRAIN", ["/none"])
+    assert main([*arguments, "--report-only"]) == 0
+    after, _ = capsys.readouterr()
+    assert f"{len(STUDY.rows)} runs, " in before
+    assert f"{len(STUDY.rows)} runs, " in after
+    assert "seed 99" in after
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
