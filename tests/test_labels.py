@@ -158,6 +158,12 @@ def resize(labels=MAP, size=(2, 2), **changes):
             "got 255 with num_classes 256",
         ),
         (
+            # The ops hold it in an int64.
+            lambda: resize_labels(MAP, (1, 1), mode="nearest", num_classes=3, ignore_index=2**63),
+            ValueError,
+            "expected ignore_index to fit int64, got 9223372036854775808",
+        ),
+        (
             lambda: check_labels(torch.tensor([-1, 3, 3]), 3),
             ValueError,
             "expected labels in [0, 3) or ignore_index 255, got -1 (1 pixel), 3 (2 pixels)",

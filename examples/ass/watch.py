@@ -88,14 +88,17 @@ def feature_figures(
 
 
 def machine_figures(images: int, seconds: float, device: torch.device) -> dict[str, float]:
-    """How fast so many images went through, and the memory held: of the process, and the most so far on a GPU.
+    """How fast so many images went through, and what the process holds: memory, open files, threads, and on a GPU.
 
     The only figures of a row that differ between two runs of the same settings; their names begin with `machine/`.
     """
     figures = {"machine/images_per_second": images / max(seconds, 1e-9)}
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        figures["machine/memory_mib"] = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    process = Path("/proc/self")
+    if process.exists():
+        pages = int((process / "statm").read_text().split()[1])
+        figures["machine/memory_mib"] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        figures["machine/open_files"] = len(os.listdir(process / "fd"))
+        figures["machine/threads"] = len(os.listdir(process / "task"))
     if device.type == "cuda":
         figures["machine/cuda_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
     return figures

@@ -385,6 +385,9 @@ def _check_arguments(labels: Tensor, num_classes: int, ignore_index: Optional[in
         raise ValueError(f"expected num_classes to be at least 1, got {num_classes}")
     if ignore_index is not None:
         _check_int("ignore_index", ignore_index)
+        # What holds it is an int64 from here on.
+        if not _holds(torch.int64, ignore_index):
+            raise ValueError(f"expected ignore_index to fit int64, got {ignore_index}")
     if ignore_index == 255 and num_classes > 255:
         raise ValueError(
             f"expected an explicit ignore_index (None, or an id that is no class) with more than 255 classes, "
