@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from examples.ass.checkpoints import Progress, load_checkpoint, load_weights, save_checkpoint
 from hypothesis import strategies as st
 from PIL import Image
 
+from examples.ass.checkpoints import Progress, load_checkpoint, load_weights, save_checkpoint
 from examples.ass.data import InputError
 from examples.ass.folders import Folder, FolderPair
 from examples.ass.layouts import LAYOUTS
