@@ -6,7 +6,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from semshift.distributed import all_reduce_sum
+from semshift.distributed import all_gather, all_reduce_sum, average_gradients
 from semshift.pooling import ClassSums, class_sums
 
 WORLD = 2
@@ -58,6 +58,7 @@ def work(rank, folder):
     (first,) = torch.autograd.grad(all_reduce_sum(y).pow(3), y, create_graph=True)
     (second,) = torch.autograd.grad(first, y)
     found |= {"first": first.detach(), "second": second}
+    gather_and_average(rank, found)
 
     network = DistributedDataParallel(segmenter())
     mine = slice(2 * rank, 2 * rank + 2)
@@ -68,6 +69,38 @@ def work(rank, folder):
     found |= {"weight": network.module.weight.grad, "bias": network.module.bias.grad}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def gather_and_average(rank, found):
+    x = (torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64) + 10 * rank).T.requires_grad_()
+    rows = all_gather(x)
+    (found["gathered_gradient"],) = torch.autograd.grad(rows, x, torch.stack([sent_by(rank), 10 * sent_by(rank)]))
+    found |= {
+        "rows": rows.detach(),
+        "flags": all_gather(torch.tensor([rank == 0, True])),
+        "scalars": all_gather(y(rank)),
+    }
+    found["counted"] = all_gather(torch.tensor(2**53 + rank))
+    # A weighted mean whose elements lie on both ranks, to the third power: its second derivative by an element.
+    (first,) = torch.autograd.grad(all_gather(z := y(rank)).mean().pow(3), z, create_graph=True)
+    (found["gathered_second"],) = torch.autograd.grad(first, z)
+
+    learning = [torch.zeros(2, 3, dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.float64)]
+    lies_otherwise = torch.zeros(2, 2, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+    without, still = torch.zeros(2, requires_grad=True), torch.zeros(3)
+    for parameter in learning:
+        parameter.grad = torch.full_like(parameter, 1.0 + 2 * rank)
+    lies_otherwise.grad = (torch.arange(36.0).reshape(2, 2, 3, 3) * (rank + 1)).to(memory_format=torch.channels_last)
+    if rank == 1:
+        without.grad = torch.tensor([4.0, 6.0])
+    average_gradients(iter([learning[0], still, lies_otherwise, learning[1], without]))
+    found["averaged"] = [parameter.grad for parameter in (*learning, lies_otherwise, without)]
+    found["still"] = still.grad is None
+    found["strides"] = lies_otherwise.grad.stride() == lies_otherwise.stride()
+
+
+def y(rank):
+    return torch.tensor(1.0 + rank, dtype=torch.float64, requires_grad=True)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +122,14 @@ def test_without_a_group_it_is_the_tensor_itself():
     assert all_reduce_sum(x) is x
 
 
+def test_without_a_group_there_is_one_row_and_gradients_stay():
+    x = torch.randn(2, 3, requires_grad=True)
+    assert torch.equal(all_gather(x), x[None])
+    assert all_gather(torch.tensor(True)).tolist() == [True]
+    average_gradients([x])
+    assert x.grad is None
+
+
 def test_a_group_of_one(one_rank):
     x = torch.randn(4, 3, dtype=torch.float64).T.requires_grad_()
     total = all_reduce_sum(x)
@@ -99,6 +140,14 @@ def test_a_group_of_one(one_rank):
     counts = all_reduce_sum(torch.tensor([2**53 + 1]))
     assert counts.item() == 2**53 + 1
     assert not counts.requires_grad
+    assert torch.equal(all_gather(x), x[None])
+    assert torch.autograd.gradcheck(all_gather, (x,))
+    assert torch.autograd.gradgradcheck(all_gather, (x,))
+    assert all_gather(torch.ones(0, 2)).shape == (1, 0, 2)
+    x.grad = torch.ones_like(x)
+    average_gradients([x])
+    assert torch.equal(x.grad, torch.ones_like(x))
+    average_gradients([])
 
 
 def test_it_wants_a_tensor_of_numbers():
@@ -106,6 +155,10 @@ def test_it_wants_a_tensor_of_numbers():
         all_reduce_sum(1.0)
     with pytest.raises(TypeError, match=r"^expected tensor to hold numbers, got torch\.bool$"):
         all_reduce_sum(torch.ones(2, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"^expected tensor to be a torch\.Tensor, got list$"):
+        all_gather([1.0])
+    with pytest.raises(TypeError, match=r"^expected each of parameters to be a torch\.Tensor, got str$"):
+        average_gradients(["weight"])
 
 
 @pytest.mark.slow
@@ -135,6 +188,27 @@ class TestTwoRanks:
         for found in ranks:
             assert found["first"].item() == WORLD * 3 * 3.0**2
             assert found["second"].item() == WORLD**2 * 6 * 3.0
+
+    def test_gathered(self, ranks):
+        base = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+        for rank, found in enumerate(ranks):
+            assert torch.equal(found["rows"], torch.stack([base.T, base.T + 10]))
+            assert found["flags"].tolist() == [[True, True], [False, True]]
+            assert found["scalars"].tolist() == [1.0, 2.0]
+            assert found["counted"].tolist() == [2**53, 2**53 + 1]
+            assert torch.equal(found["gathered_gradient"], (sent_by(0) + sent_by(1)) * 10**rank)
+            # The derivative of m^3 by z is 3 m^2 / 2 on each of two ranks, m = 3 / 2; of both by z, 2 * 2 * 6 m / 4.
+            assert found["gathered_second"].item() == 2 * 2 * 6 * 1.5 / 4
+
+    def test_averaged(self, ranks):
+        for found in ranks:
+            single, double, lies_otherwise, without = found["averaged"]
+            assert torch.equal(single, torch.full((2, 3), 2.0))
+            assert torch.equal(double, torch.full((2, 3), 2.0, dtype=torch.float64))
+            assert torch.equal(lies_otherwise, torch.arange(36.0).reshape(2, 2, 3, 3) * 1.5)
+            assert torch.equal(without, torch.tensor([2.0, 3.0]))
+            assert found["still"]
+            assert found["strides"]
 
     def test_pooled_prototypes_are_those_of_one_process(self, ranks):
         network = segmenter()
