@@ -12,6 +12,7 @@ from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from torch import Tensor, nn
 
 from examples.ass.data import InputError
+from examples.ass.faults import MachineError
 from examples.ass.settings import Settings
 from semshift.distributed import all_reduce_sum
 
@@ -71,23 +72,23 @@ def whole_batch_norm(segmenter: nn.Module, fabric: Fabric) -> None:
 
 
 def first_alone(fabric: Fabric, work: Callable[[], Any]) -> None:
-    """Have the first rank do something while the others wait; what it refuses, every rank refuses.
+    """Have the first rank do something while the others wait; where it fails, every rank fails alike.
 
     Raises:
-        InputError: as `work` does.
+        InputError, MachineError: as `work` does.
     """
     if fabric.world_size == 1:
         work()
         return
-    refused = None
+    failed: Exception | None = None
     if fabric.is_global_zero:
         try:
             work()
-        except InputError as error:
-            refused = str(error)
-    refused = fabric.broadcast(refused)
-    if refused is not None:
-        raise InputError(refused)
+        except (InputError, MachineError) as error:
+            failed = type(error)(str(error))
+    failed = fabric.broadcast(failed)
+    if failed is not None:
+        raise failed
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from examples.ass import runs
 from examples.ass import train as train_module
 from examples.ass.__main__ import main
 from examples.ass.build import build_critic, build_segmenter
@@ -25,6 +24,7 @@ from semshift.discriminators import frozen
 from semshift.distributed import average_gradients
 from semshift.health import gradient_norm
 from semshift.prototypes import PrototypeBank
+from tests.reliability.tiny import rows, state
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -144,7 +144,7 @@ def steps_of_ranks(tmp_path_factory):
 
 
 def assert_close(found, expected, layers=1):
-    """Within what rounding can do: each layer sums no more than the batch's pixels, of the largest magnitude at most."""
+    """Within what rounding can do: each layer sums at most the pixels of the batch, of the largest magnitude."""
     for name, value in expected.items():
         n = IMAGES * SIZE[0] * SIZE[1]
         bound = layers * n * EPS * max(value.abs().max().item(), 1e-3)
@@ -183,10 +183,6 @@ def histories_agree(a, b, rtol):
         assert y == pytest.approx(x, rel=rtol, abs=1e-12, nan_ok=True)
 
 
-def weights(out):
-    return torch.load(out / runs.LAST, weights_only=True)["stateful"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "steps"), [("ass", 50), ("ass-plus", 20)])
 def test_torchrun_equals_one_process(method, steps, tmp_path):
@@ -204,9 +200,8 @@ def test_torchrun_equals_one_process(method, steps, tmp_path):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = runs.read_history(tmp_path / "two")
-    assert [row["step"] for row in rows] == list(range(steps))
-    histories_agree(runs.read_history(tmp_path / "one"), rows, rtol=1e-5)
+    assert [row["step"] for row in rows(tmp_path / "two")] == list(range(steps))
+    histories_agree(rows(tmp_path / "one"), rows(tmp_path / "two"), rtol=1e-5)
     # The first rank alone writes and prints.
     assert len(list((tmp_path / "two" / "tensorboard").glob("events*"))) == 1
     assert done.stdout.count("mean over all classes") == 1
@@ -280,8 +275,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     assert counted(*(found["two"] for found in ranks)) == counted(whole)
     assert len(set(whole)) == len(whole) == SETTINGS.steps * 3 * IMAGES
     for name in ("one then two", "two then one", "two"):
-        histories_agree(runs.read_history(tmp_path / "one"), runs.read_history(tmp_path / name), rtol=1e-9)
-        ours, theirs = weights(tmp_path / name), weights(tmp_path / "one")
+        histories_agree(rows(tmp_path / "one"), rows(tmp_path / name), rtol=1e-9)
+        ours, theirs = (state(tmp_path / run)["stateful"] for run in (name, "one"))
         for part in ("segmenter", "teacher", "source bank", "labelled bank", "global critic", "semantic critic"):
             torch.testing.assert_close(dict(ours[part]), dict(theirs[part]), rtol=1e-9, atol=1e-12)
 
