@@ -74,9 +74,8 @@ def taught(
     seed = np.random.SeedSequence((settings.seed, step)).generate_state(1, np.uint32)
     generator = torch.Generator().manual_seed(int(seed[0]))
     k = len(settings.data.classes)
-    # What the images before this rank's draw.
-    torch.rand(first, k, generator=generator)
-    mask = class_mix(label, k, ignore_index=settings.data.ignore_index, generator=generator)
+    keys = torch.rand(first + len(label), k, generator=generator)[first:]
+    mask = class_mix(label, k, ignore_index=settings.data.ignore_index, keys=keys)
     return Taught(
         torch.where(mask[:, None], image, unlabelled["image"]),
         torch.where(mask, label, labels),
