@@ -300,3 +300,17 @@ def test_each_part_can_stand_alone(tmp_path):
     plus, joint = final_weights(tmp_path / "plus"), final_weights(tmp_path / "joint")
     assert plus.keys() == joint.keys() | {"teacher"}
     assert same(plus["segmenter"], joint["segmenter"])
+
+
+def test_the_teacher_answers_as_it_would_be_evaluated(tmp_path, monkeypatch):
+    """Without dropout, and by running statistics."""
+    modes = []
+
+    class Watched(train_module.AveragedModel):
+        def forward(self, *arguments):
+            modes.append(any(module.training for module in self.modules()))
+            return super().forward(*arguments)
+
+    monkeypatch.setattr(train_module, "AveragedModel", Watched)
+    run(tmp_path / "run", steps=2)
+    assert modes == [False, False]

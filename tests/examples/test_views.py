@@ -15,8 +15,10 @@ from examples.ass.folders import Folder
 from examples.ass.models import Segmentation
 from examples.ass.settings import Data, Network, Optimiser, SceneSettings, Settings
 from examples.ass.train import train
-from examples.ass.views import global_view
+from examples.ass.views import global_view, semantic_view
 from semshift.losses import confusion_loss
+from semshift.pooling import ClassSums
+from semshift.prototypes import PrototypeBank
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -133,3 +135,52 @@ def test_hidden_channels_from_the_command_line(tmp_path, capsys):
     state = torch.load(checkpoints.newest(tmp_path / "run"), weights_only=True)
     assert state["run"]["semantic_adversary"]["hidden_channels"] == [24]
     assert 24 in {len(tensor) for tensor in state["stateful"]["semantic critic"].values()}
+
+
+def semantic_case():
+    """Two images a domain at 4 x 4: the source has classes 0 and 1, the labelled images 0 alone."""
+    generator = torch.Generator().manual_seed(0)
+    outputs, batch = {}, {}
+    for domain in ("source", "labelled", "unlabelled"):
+        features = torch.randn(2, 3, 4, 4, generator=generator).requires_grad_()
+        outputs[domain] = Segmentation(features, features)
+        batch[domain] = {"label": torch.zeros(2, 4, 4, dtype=torch.int64)}
+    batch["source"]["label"][:, 2:] = 1
+    pixels = {"source": torch.tensor([16, 16, 0]), "labelled": torch.tensor([32, 9, 0])}
+    settings = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, classes=["a", "b", "c"]))
+    return outputs, batch, pixels, with_adversary(settings, semantic=True, resample="nearest")
+
+
+def test_a_bank_stands_in_for_the_discriminator_alone():
+    outputs, batch, pixels, settings = semantic_case()
+    banks = {domain: PrototypeBank(3, 3, momentum=0.5) for domain in ("source", "labelled")}
+    earlier = torch.tensor([[0.0, 0.0, 0.0], [2.0, 4.0, 6.0], [0.0, 0.0, 0.0]])
+    banks["labelled"].update(ClassSums(earlier, torch.tensor([0, 2, 0])))
+    view = semantic_view(outputs, batch, pixels, settings, banks=banks)
+    assert view.target_weight.tolist() == [[True, True, False]] * 2
+    assert view.confusion_weight.tolist() == [[True, False, False]] * 2
+    assert view.target[:, 1].tolist() == [[1.0, 2.0, 3.0]] * 2
+    # The bank has taken in this batch: half of the sum of all features of class 0, over half of their number.
+    of_0 = outputs["labelled"].features.detach().permute(0, 2, 3, 1).reshape(-1, 3).mean(0)
+    torch.testing.assert_close(banks["labelled"].means[0], of_0)
+    assert not banks["labelled"].means.requires_grad
+    without = semantic_view(outputs, batch, pixels, settings)
+    assert without.target_weight.tolist() == without.confusion_weight.tolist() == [[True, False, False]] * 2
+
+
+@pytest.mark.parametrize("per_image", [True, False])
+def test_soft_prototypes_join_where_they_weigh_a_cell(per_image):
+    outputs, batch, pixels, settings = semantic_case()
+    settings = with_adversary(settings, semantic=True, per_image=per_image)
+    soft = torch.zeros(2, 3, 4, 4)
+    soft[:, 0, 0, 0] = 0.25
+    soft[:, 1, 1, :2] = 0.5
+    view = semantic_view(outputs, batch, pixels, settings, soft_weights=soft)
+    rows = slice(2, 4) if per_image else slice(1, 2)
+    assert view.target_weight[rows].tolist() == [[False, True, False]] * (2 if per_image else 1)
+    assert view.confusion_weight[rows].tolist() == view.target_weight[rows].tolist()
+    means = outputs["unlabelled"].features.detach()[:, :, 1, :2].mean(2)
+    torch.testing.assert_close(view.target[rows, 1].detach(), means if per_image else means.mean(0, keepdim=True))
+    (outputs["unlabelled"].features * 0).sum().backward()
+    view.target.sum().backward()
+    assert outputs["unlabelled"].features.grad.abs().sum() > 0
