@@ -62,6 +62,7 @@ def test_without_mixing_the_labels_are_the_teachers():
     probabilities = F.interpolate(logits, size=(32, 32), mode="bilinear", align_corners=False).softmax(1)
     assert torch.equal(images.image, batch["unlabelled"]["image"])
     assert torch.equal(images.label, probabilities.argmax(1))
+    assert images.weight.shape == images.label.shape
     sure = (probabilities.amax(1) > 0.8).float().mean((1, 2))
     assert 0 < sure.min() < sure.max() < 1
     assert torch.allclose(images.weight[:, :, :28], sure[:, None, None].expand(3, 32, 28))
