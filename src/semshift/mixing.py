@@ -16,7 +16,13 @@ __all__ = ["PseudoLabels", "class_mix", "pseudo_labels"]
 
 
 class PseudoLabels(NamedTuple):
-    """What a network takes the classes for, and how far to trust it."""
+    """What a network takes the classes for, and how far to trust it.
+
+    Example:
+        >>> pseudo = pseudo_labels(torch.tensor([[[9.0, 0.0], [0.0, 0.5]]]))
+        >>> pseudo.labels, pseudo.weight
+        (tensor([[0, 1]]), tensor([0.5000]))
+    """
 
     labels: Tensor
     """`[B, *S]` int64, in `[0, K)`."""

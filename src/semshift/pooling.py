@@ -28,6 +28,9 @@ class ClassSums:
         sums: `[(B,) K, C]` float32 (float64 for float64 features), the features of each class added up.
         mass: `[(B,) K]`, how much was added: int64 pixels, or in the dtype of `sums` for area and for weights.
 
+    Raises:
+        ValueError: two that are added are of unlike shape or dtype.
+
     Example:
         >>> one = class_sums(torch.ones(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), 2)
         >>> (one + one).mass
@@ -51,6 +54,7 @@ class ClassSums:
         return self.mass > 0
 
     def __add__(self, other: "ClassSums") -> "ClassSums":
+        """Sums and mass of both; `sum(parts)` merges a list."""
         if not isinstance(other, ClassSums):
             return NotImplemented
         for name in ("sums", "mass"):

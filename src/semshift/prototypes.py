@@ -19,7 +19,15 @@ _DTYPES = (torch.float32, torch.float64)
 
 
 class FilledPrototypes(NamedTuple):
-    """Prototypes of a batch, and the bank's where the batch has none."""
+    """Prototypes of a batch, and the bank's where the batch has none.
+
+    Example:
+        >>> bank = PrototypeBank(2, 1)
+        >>> bank.update(ClassSums(torch.tensor([[6.0], [4.0]]), torch.tensor([3, 4])))
+        >>> bank(ClassSums(torch.tensor([[5.0], [0.0]]), torch.tensor([1, 0])))
+        FilledPrototypes(means=tensor([[5.],
+                [1.]]), present=tensor([True, True]))
+    """
 
     means: Tensor
     """`[(B,) K, C]`; 0 for a class that neither has ever seen."""
@@ -74,12 +82,20 @@ class PrototypeBank(nn.Module):
 
     @property
     def means(self) -> Tensor:
-        """The prototypes `[K, C]` float32, without gradient; 0 for a class that was never seen."""
+        """The prototypes `[K, C]` float32, without gradient; 0 for a class that was never seen.
+
+        Raises:
+            TypeError: the bank was cast to half precision.
+        """
         return self._state().means
 
     @property
     def present(self) -> Tensor:
-        """`[K]` bool, the classes that were ever seen."""
+        """`[K]` bool, the classes that were ever seen.
+
+        Raises:
+            TypeError: the bank was cast to half precision.
+        """
         return self._state().present
 
     @torch.no_grad()

@@ -129,6 +129,11 @@ class MixedBatchSampler:
             TypeError: what the constructor refuses.
             ValueError: draws of a step that are not as many as before, a step outside the run, or what the
                 constructor refuses.
+
+        Example:
+            >>> sampler = MixedBatchSampler({"source": 1000}, {"source": 4}, seed=0, steps=100)
+            >>> sampler.resume(60, rank=0, world_size=2, per_batch={"source": 2})
+            MixedBatchSampler({'source': 1000}, {'source': 2}, seed=0, rank=0, world_size=2, first_step=60, steps=40)
         """
         _check_count("first_step", first_step, self.first_step)
         end = None if self.steps is None else self.first_step + self.steps

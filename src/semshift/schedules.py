@@ -14,7 +14,13 @@ from typing import TypeAlias
 __all__ = ["Constant", "Cosine", "Linear", "Polynomial", "Schedule", "Sigmoid", "Then"]
 
 Schedule: TypeAlias = Callable[[int], float]
-"""Anything that maps a step, 0 or more, to a float."""
+"""Anything that maps a step, 0 or more, to a float.
+
+Example:
+    >>> halved: Schedule = lambda step: 0.01 * 0.5 ** (step // 1000)
+    >>> Then(Constant(0.0), 100, halved)(1100)
+    0.005
+"""
 
 
 @dataclass(frozen=True)

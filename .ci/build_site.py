@@ -1,0 +1,80 @@
+"""Build the site into a folder, warnings being errors and a network refused, and look at its links. Run by .ci/run."""
+
+import importlib
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from sphinx.cmd.build import main as build
+from sphinx.util.inventory import InventoryFile
+
+import semshift
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def refuse_network(event: str, arguments: object) -> None:
+    """An audit hook."""
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        raise SystemExit(f"expected a build without a network, got {event} {arguments}")
+
+
+class Page(HTMLParser):
+    """What a page has to offer and what it asks for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Called for every tag."""
+        values = {name: value or "" for name, value in attrs}
+        self.anchors |= {values[name] for name in ("id", "name") if name in values}
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        elif tag == "link" and values.get("rel") in ("stylesheet", "icon", "preload"):
+            self.loads.append(values["href"])
+        elif "src" in values:
+            self.loads.append(values["src"])
+
+
+def problems(out: Path) -> list[str]:
+    """Links without an end, pictures and scripts that are not there or come from elsewhere, names without an entry."""
+    pages = {path: Page(path) for path in sorted(out.rglob("*.html"))}
+    found = []
+    for path, page in pages.items():
+        for target in [*page.links, *page.loads]:
+            parts = urlsplit(target)
+            if parts.scheme or parts.netloc:
+                if target in page.loads and parts.scheme != "data":
+                    found.append(f"{path}: loads {target} from elsewhere")
+                continue
+            where = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            if not where.exists():
+                found.append(f"{path}: {target} is not there")
+            elif where in pages and parts.fragment and unquote(parts.fragment) not in pages[where].anchors:
+                found.append(f"{path}: {target} has no such place")
+    with (out / "objects.inv").open("rb") as file:
+        inventory = InventoryFile.load(file, "", lambda _, name: name)
+    entries = {name for kind, names in inventory.items() if kind.startswith("py:") for name in names}
+    for module in semshift.__all__:
+        for name in importlib.import_module(f"semshift.{module}").__all__:
+            if f"semshift.{module}.{name}" not in entries:
+                found.append(f"semshift.{module}.{name} has no entry in the API reference")
+    if "PrototypeDiscriminator" not in (out / "searchindex.js").read_text(encoding="utf-8"):
+        found.append("the search does not know PrototypeDiscriminator")
+    print(f"{len(pages)} pages, {sum(len(p.links) for p in pages.values())} links, {len(entries)} names")
+    return found
+
+
+if __name__ == "__main__":
+    sys.addaudithook(refuse_network)
+    out = Path(sys.argv[1]).resolve()
+    if build(["-q", "-W", "-n", "--keep-going", "-E", str(DOCS), str(out)]):
+        sys.exit("expected a site without a warning")
+    if found := problems(out):
+        sys.exit("\n".join(found))

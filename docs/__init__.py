@@ -1,0 +1,1 @@
+"""The site: pages, how they are built (`conf.py`), and the code of their pictures (`drawings`)."""

@@ -1,0 +1,49 @@
+"""Every schedule over a run of a thousand steps."""
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from examples.ass.style import STYLE, save_figure
+from semshift.schedules import Constant, Cosine, Linear, Polynomial, Schedule, Sigmoid, Then
+
+__all__ = ["SHOWN", "draw_schedules"]
+
+SHOWN: tuple[Schedule, ...] = (
+    Constant(0.01),
+    Linear(0.0, 0.01, steps=600),
+    Cosine(0.01, 0.0, steps=1000),
+    Polynomial(0.01, steps=1000),
+    Sigmoid(0.01, steps=600),
+    Then(Constant(0.0), 200, Sigmoid(0.01, steps=200)),
+)
+"""One of each kind."""
+
+_STEPS = 1000
+
+
+def draw_schedules(path: Path) -> None:
+    """A panel for each, titled by the code that makes it."""
+    with matplotlib.rc_context({**STYLE, "font.size": 13}):
+        figure = Figure(figsize=(9, 8), layout="constrained")
+        panels = figure.subplots(3, 2, sharex=True, sharey=True).flatten()
+        for axes, schedule in zip(panels, SHOWN, strict=True):
+            axes.plot([schedule(step) for step in range(_STEPS)], color="#0072B2", linewidth=2.5)
+            axes.set_title(_code(schedule), fontsize=11.5, family="monospace", weight="normal")
+            axes.grid(color="0.9")
+            axes.set(ylim=(-0.0005, 0.0108), yticks=[0, 0.005, 0.01], xticks=[0, 200, 400, 600, 800, 1000])
+        for axes in panels[-2:]:
+            axes.set_xlabel("step")
+        save_figure(figure, path)
+
+
+def _code(schedule: Schedule) -> str:
+    if isinstance(schedule, Then):
+        return f"Then({_code(schedule.first)}, {schedule.steps},\n     {_code(schedule.second)})"
+    names = {Linear: "start stop steps", Cosine: "start stop steps", Polynomial: "start steps", Sigmoid: "stop steps"}
+    named = names.get(type(schedule), "value").split()
+    values = [
+        f"{name}={getattr(schedule, name)}" if name == "steps" else f"{getattr(schedule, name)}" for name in named
+    ]
+    return f"{type(schedule).__name__}({', '.join(values)})"

@@ -1,0 +1,69 @@
+"""Global against per-class shift: two targets beside their source, and where each class's mean colour goes."""
+
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from torch import Tensor
+
+from examples.ass.scenes import CLASSES, Scenes, Severity
+from examples.ass.style import STYLE, class_colours, save_figure
+from semshift.pooling import ClassSums, class_sums
+
+__all__ = ["draw_shifts"]
+
+_GLOBAL = Severity(light=1.0, fog=0.7, noise=0.5, camera=0.0, texture=0.0, colour=0.0)
+_PER_CLASS = Severity(light=0.0, fog=0.0, noise=0.0, camera=0.0, texture=1.0, colour=1.0)
+
+
+def draw_shifts(path: Path) -> None:
+    """One picture of both, with the built-in scenes."""
+    source = Scenes("source", "train", 60, seed=0)
+    targets = {
+        "global: light, fog, noise": Scenes("target", "train", 60, seed=0, severity=_GLOBAL),
+        "per class: colour, texture": Scenes("target", "train", 60, seed=0, severity=_PER_CLASS),
+    }
+    with matplotlib.rc_context({**STYLE, "font.size": 13, "axes.titlesize": 13}):
+        figure = Figure(figsize=(9, 6.4), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=[1, 1.9])
+        panels = above.subplots(1, 3)
+        shown = {"source": source, **targets}
+        for axes, (title, scenes) in zip(panels, shown.items(), strict=True):
+            axes.imshow(scenes[3].image, interpolation="nearest")
+            axes.set_title(title, fontsize=11.5)
+            axes.set(xticks=[], yticks=[])
+        before = _colours(source)
+        for axes, (title, scenes) in zip(below.subplots(1, 2, sharex=True, sharey=True), targets.items(), strict=True):
+            _draw_moves(axes, before.means, _colours(scenes).means)
+            axes.set_title(f"mean colours, {title.split(':')[0]} shift", fontsize=12)
+        save_figure(figure, path)
+
+
+def _colours(scenes: Scenes) -> ClassSums:
+    """The class prototypes of an image's own colours, over a whole domain: sums are added, divided last."""
+    samples = [scenes[i] for i in range(len(scenes))]
+    images = torch.stack([torch.from_numpy(sample.image) for sample in samples]).permute(0, 3, 1, 2) / 255
+    return class_sums(images, torch.stack([torch.from_numpy(sample.label) for sample in samples]), len(CLASSES))
+
+
+def _draw_moves(axes: Axes, before: Tensor, after: Tensor) -> None:
+    colours = class_colours(len(CLASSES)) / 255
+    for k, name in enumerate(CLASSES):
+        # Red against blue shows more of the built-in shift than either with green.
+        (x, u), (y, v) = ((float(before[k, c]), float(after[k, c])) for c in (0, 2))
+        axes.annotate("", (u, v), (x, y), arrowprops={"arrowstyle": "-|>", "color": colours[k], "linewidth": 2.2})
+        axes.plot(x, y, "o", color=colours[k], markersize=9)
+        below = name in ("pole", "car")
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(0, -18 if below else 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=12,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        )
+    axes.set(xlabel="red", ylabel="blue", xlim=(0.05, 0.95), ylim=(0.0, 1.0))

@@ -1,0 +1,162 @@
+"""The API reference: every public name has a page, an example that runs, its arguments and the errors it raises."""
+
+import ast
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import semshift
+
+ROOT = Path(__file__).parent.parent.parent
+TREES = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "src" / "semshift").glob("*.py")}
+# Called by what a user writes about the class: their errors belong into its docstring.
+OF_THE_CLASS = ("__init__", "__post_init__", "__call__", "__add__", "__iter__", "__len__")
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def top(module):
+    """Functions, classes and aliases of a module, and what it imports from another of ours, by name."""
+    found = {}
+    for node in TREES[module].body:
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            found[node.name] = (module, node)
+        elif isinstance(node, ast.AnnAssign):
+            found[node.target.id] = (module, node)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("semshift."):
+            other = node.module.split(".")[1]
+            found |= {a.asname or a.name: (other, a.name) for a in node.names}
+    return found
+
+
+def methods(node):
+    return {part.name: part for part in node.body if isinstance(part, FUNCTIONS)}
+
+
+def raised(module, node, owner=None, seen=None):
+    """Names of the errors that a function raises, itself or by a function of ours that it calls."""
+    seen = set() if seen is None else seen
+    if id(node) in seen:
+        return set()
+    seen.add(id(node))
+    names, errors = top(module), set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Raise) and part.exc is not None:
+            error = part.exc.func if isinstance(part.exc, ast.Call) else part.exc
+            if isinstance(error, ast.Name) and error.id.endswith("Error"):
+                errors.add(error.id)
+        if not isinstance(part, ast.Call):
+            continue
+        called = part.func
+        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "self":
+            if owner is not None and called.attr in methods(owner):
+                errors |= raised(module, methods(owner)[called.attr], owner, seen)
+            continue
+        if isinstance(called, ast.Name) and called.id in names:
+            where, what = names[called.id]
+            if isinstance(what, str):
+                where, what = top(where)[what]
+            if isinstance(what, FUNCTIONS):
+                errors |= raised(where, what, None, seen)
+            elif isinstance(what, ast.ClassDef):
+                for special in ("__init__", "__post_init__"):
+                    if special in methods(what):
+                        errors |= raised(where, methods(what)[special], what, seen)
+    return errors
+
+
+def docstring(module, name):
+    node = top(module)[name][1]
+    if not isinstance(node, ast.AnnAssign):
+        return ast.get_docstring(node) or ""
+    body = TREES[module].body
+    after = body[body.index(node) + 1]
+    return after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+
+
+def section(text, title):
+    found = re.search(rf"^{title}:\n((?:[ ]+.*\n?|\n)+)", text, flags=re.MULTILINE)
+    return found[1] if found else ""
+
+
+def entries(text, title):
+    """What a section names: lines at its first indentation, up to the colon."""
+    return set(re.findall(r"^ {4}(\w+): ", section(text, title), flags=re.MULTILINE))
+
+
+NAMES = [
+    (module, name) for module in semshift.__all__ for name in importlib.import_module(f"semshift.{module}").__all__
+]
+DOCUMENTED = []
+"""(what it is called, module, node, its class or None, docstring) of everything public that has arguments or raises."""
+for module, name in NAMES:
+    node = top(module)[name][1]
+    if isinstance(node, FUNCTIONS):
+        DOCUMENTED.append((f"{module}.{name}", module, node, None, docstring(module, name)))
+    elif isinstance(node, ast.ClassDef):
+        DOCUMENTED += [
+            (f"{module}.{name}.{method}", module, part, node, ast.get_docstring(part) or "")
+            for method, part in methods(node).items()
+            if not method.startswith("_")
+        ]
+CLASSES = [(module, name) for module, name in NAMES if isinstance(top(module)[name][1], ast.ClassDef)]
+
+
+@pytest.mark.parametrize("module", semshift.__all__)
+def test_every_module_has_a_page(module):
+    page = (ROOT / "docs" / "api" / f"{module}.md").read_text()
+    assert f".. automodule:: semshift.{module}\n" in page
+    # Where it is used.
+    assert re.search(r"\{seealso\}\n(?:.*\n)*?.*\]\(\.\./[\w-]+\.md\)", page)
+    assert f"]({module}.md)" in (ROOT / "docs" / "api" / "index.md").read_text()
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES, ids=[".".join(name) for name in NAMES])
+def test_every_name_has_an_example_that_runs(module, name):
+    text = docstring(module, name)
+    assert "Example:\n" in text
+    names = dict(vars(importlib.import_module(f"semshift.{module}")))
+    test = doctest.DocTestParser().get_doctest(text, names, f"{module}.{name}", None, 0)
+    assert test.examples
+    assert doctest.DocTestRunner(verbose=False).run(test).failed == 0
+
+
+@pytest.mark.parametrize(("called", "module", "node", "owner", "text"), DOCUMENTED, ids=[d[0] for d in DOCUMENTED])
+def test_functions_name_errors_arguments_and_results(called, module, node, owner, text):
+    assert raised(module, node, owner) <= entries(text, "Raises")
+    arguments = [a.arg for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs] if a.arg != "self"]
+    assert arguments == sorted(entries(text, "Args"), key=lambda name: section(text, "Args").index(f"    {name}: "))
+    is_property = any(isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list)
+    returns = node.returns is not None and not (isinstance(node.returns, ast.Constant) and node.returns.value is None)
+    if returns and not is_property and node.name != "extra_repr":
+        assert section(text, "Returns")
+
+
+@pytest.mark.parametrize(("module", "name"), CLASSES, ids=[".".join(name) for name in CLASSES])
+def test_classes_name_errors_and_arguments(module, name):
+    node, text = top(module)[name][1], docstring(module, name)
+    parts = methods(node)
+    errors = set().union(*(raised(module, parts[special], node) for special in OF_THE_CLASS if special in parts))
+    assert errors <= entries(text, "Raises")
+    if "__init__" in parts:
+        arguments = parts["__init__"].args
+        expected = {a.arg for a in [*arguments.args, *arguments.kwonlyargs]} - {"self"}
+        assert entries(text, "Args") == expected
+    elif any(isinstance(d, ast.Call) and getattr(d.func, "id", "") == "dataclass" for d in node.decorator_list):
+        assert entries(text, "Args") == {a.target.id for a in node.body if isinstance(a, ast.AnnAssign)}
+    else:
+        # The fields of a named tuple stand one by one, each above its own docstring.
+        for field, after in zip(node.body, node.body[1:]):
+            if isinstance(field, ast.AnnAssign):
+                assert isinstance(after, ast.Expr)
+                assert isinstance(after.value, ast.Constant)
+
+
+def test_the_search_for_errors_sees_what_is_there():
+    # Its own test: an error of a private checker in another module, two calls away, and one of a method.
+    assert raised("pooling", top("pooling")["class_sums"][1]) == {"TypeError", "ValueError"}
+    bank = top("prototypes")["PrototypeBank"][1]
+    assert raised("prototypes", methods(bank)["means"], bank) == {"TypeError"}
+    assert raised("schedules", top("schedules")["_progress"][1]) == {"TypeError", "ValueError"}

@@ -1,0 +1,107 @@
+"""Pages and README: every block is run or marked as output, every picture has its source, no link leads nowhere."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from docs.drawings.__main__ import DRAWINGS, FIGURES, RESULTS, STUDIES
+from docs.pages import read_blocks
+from examples.ass.__main__ import main as trainer
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+# Too long for anything but the gate.
+SLOW = {"tutorial.md"}
+CODE = [
+    pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name in SLOW else ())
+    for page in PAGES
+    if any(block.language == "python" for block in read_blocks(page))
+]
+
+
+@pytest.mark.parametrize("page", CODE)
+def test_blocks_run(page, capsys, monkeypatch, tmp_path):
+    """One after another, as a reader pastes them; a `text` block right below is what they print."""
+    monkeypatch.chdir(tmp_path)
+    names, blocks, printed = {"__name__": "__main__"}, read_blocks(page), ""
+    for block, below in zip(blocks, [*blocks[1:], None]):
+        if block.language == "python":
+            exec(compile(block.code, f"{page.name}:{block.line}", "exec"), names)
+            out = capsys.readouterr().out
+            printed += out
+            if below is not None and below.language == "text" and is_right_below(page, block, below):
+                assert out == below.code, f"{page.name}:{below.line}"
+    if page.name == "tutorial.md":
+        # What the page says of its two trainings; the numbers that it shows are one machine's.
+        plain, aligned = (float(apart) for apart in re.findall(r"prototypes ([\d.]+) apart", printed))
+        assert aligned < 0.6 * plain
+        wrong = 1 - np.mean([row["critic right on source"] for row in names["aligned_rows"][-10:]])
+        assert wrong > 1 - np.mean([row["critic right on source"] for row in names["plain_rows"][-10:]])
+
+
+def is_right_below(page, block, below):
+    between = page.read_text().splitlines()[block.line + block.code.count("\n") + 1 : below.line - 1]
+    return not any(line.strip() for line in between)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_every_block_is_run_or_output(page):
+    # `text` and `console` are output; `yaml` is tried below; `bash` is README's, whose commands .ci/run runs; a diff is
+    # of files that tests run. A fence must say which it is.
+    allowed = {"python", "text", "console", "yaml", "diff"} | ({"bash"} if page.name == "README.md" else set())
+    assert {block.language for block in read_blocks(page)} <= allowed
+    fences = re.findall(r"^ *(`{3,})(.*)$", page.read_text(), flags=re.MULTILINE)
+    assert all(info.strip() for _, info in fences[::2])
+    assert not any(info.strip() for _, info in fences[1::2])
+
+
+def test_two_folders_of_your_own(tmp_path, capsys):
+    """The settings of docs/paper.md fit the folders that it describes."""
+    (settings,) = (b.code for b in read_blocks(ROOT / "docs" / "paper.md") if b.language == "yaml")
+    (tmp_path / "mine.yaml").write_text(settings)
+    folders = re.findall(r"images: ([\w/]+), labels: ([\w/]+)", settings)
+    assert len(folders) == 4
+    rng = np.random.default_rng(0)
+    for images, labels in folders:
+        for folder, shape in ((images, (96, 128, 3)), (labels, (96, 128))):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            for i in range(10):
+                Image.fromarray(rng.integers(0, 3, shape, dtype=np.uint8)).save(tmp_path / folder / f"{i}.png")
+    arguments = ["train", "--config", str(tmp_path / "mine.yaml"), "--data-root", str(tmp_path), "--check"]
+    assert trainer(arguments) == 0
+    assert "no file that was read is unfit" in capsys.readouterr().out
+
+
+def test_every_picture_has_its_source():
+    assert {path.name for path in FIGURES.iterdir()} == set(DRAWINGS)
+    for path in RESULTS.glob("*.png"):
+        assert json.loads(path.with_suffix(".json").read_text())
+        assert (STUDIES / f"{path.stem}.yaml").exists()
+
+
+@pytest.mark.parametrize("name", ["logo-light.svg", "logo-dark.svg"])
+def test_logos_are_what_the_code_draws(name, tmp_path):
+    DRAWINGS[name](tmp_path / name)
+    assert (tmp_path / name).read_text() == (FIGURES / name).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shifts.png", "pooling.png", "transpose.png", "modes.png", "schedules.png"])
+def test_pictures_are_what_the_code_draws(name, tmp_path):
+    DRAWINGS[name](tmp_path / name)
+    drawn, kept = (np.asarray(Image.open(folder / name).convert("RGB"), dtype=float) for folder in (tmp_path, FIGURES))
+    assert drawn.shape == kept.shape
+    # Another Matplotlib may set its letters a little differently; another curve or word is far more than that.
+    assert np.abs(drawn - kept).mean() < 0.5
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page):
+    for alternative, target in re.findall(r"(!?\[[^\]]*\])\(([^)\s]+)\)", page.read_text()):
+        if "://" not in target and not target.startswith("#"):
+            assert (page.parent / target.split("#")[0]).exists(), target
+        assert alternative != "![]", f"{target} has no text for those who do not see it"
