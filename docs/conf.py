@@ -44,11 +44,9 @@ html_title = f"semshift {version}"
 html_static_path = ["static", "figures/logo-light.svg", "figures/logo-dark.svg"]
 html_css_files = ["site.css"]
 html_favicon = "figures/logo-light.svg"
-
 html_show_sourcelink = False
 html_show_copyright = False
 html_theme_options = {"light_logo": "logo-light.svg", "dark_logo": "logo-dark.svg"}
-
 
 # Names of others, and where they are explained: an inventory of our own, since the build has no network.
 _TORCH, _PYTHON = "https://docs.pytorch.org/docs/stable/", "https://docs.python.org/3/library/"
@@ -63,14 +61,10 @@ NAMES = {
     "torch.nn.functional.interpolate": f"{_TORCH}generated/torch.nn.functional.interpolate.html",
     "torch.utils.data.DataLoader": f"{_TORCH}data.html#torch.utils.data.DataLoader",
     "torch.utils.data.default_collate": f"{_TORCH}data.html#torch.utils.data.default_collate",
-    **{name: f"{_PYTHON}functions.html#{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")},
-    **{
-        f"collections.abc.{name}": f"{_PYTHON}collections.abc.html#collections.abc.{name}"
-        for name in ("Callable", "Iterator", "Mapping", "Sequence")
-    },
-    **{name: f"{_PYTHON}constants.html#{name}" for name in ("None",)},
+    "None": f"{_PYTHON}constants.html#None",
+    **{name: f"{_PYTHON}functions.html#{name}" for name in ("bool", "float", "int", "object")},
+    **{name: f"{_PYTHON}stdtypes.html#{name}" for name in ("dict", "list", "str", "tuple")},
     **{name: f"{_PYTHON}exceptions.html#{name}" for name in ("TypeError", "ValueError")},
-    **{f"typing.{name}": f"{_PYTHON}typing.html#typing.{name}" for name in ("Any", "Literal", "NamedTuple")},
 }
 # As docstrings and signatures write them.
 _SHORT = {"DistributedDataParallel": f"{_TORCH}generated/torch.nn.parallel.DistributedDataParallel.html"}
@@ -87,6 +81,9 @@ def _link(app, env, node, contnode):
     """A name of others, as an outside link."""
     target = node.get("reftarget", "")
     url = NAMES.get(target) or _SHORT.get(target)
+    for module in ("collections.abc", "typing"):
+        if target.startswith(f"{module}."):
+            url = f"{_PYTHON}{module}.html#{target}"
     if url is None:
         return None
     return nodes.reference("", "", contnode, internal=False, refuri=url, reftitle=target)

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from docs.drawings.demo import draw_demo
 from docs.drawings.logo import draw_logo
 from docs.drawings.pooling import draw_modes, draw_pooling, draw_transpose
 from docs.drawings.schedules import draw_schedules
@@ -46,16 +47,12 @@ def _draw_records(records: Path, study: Path) -> None:
     draw_study(records.with_suffix(".png"), asked, [kept[key] for key in wanted if key in kept])
 
 
-def _run(command: Sequence[str], picture: str) -> Callable[[Path], None]:
-    """A picture that a command of the trainer leaves in its folder."""
-
-    def draw(path: Path) -> None:
-        with tempfile.TemporaryDirectory() as out:
-            if trainer([*command, "--out", out]):
-                sys.exit(f"expected the trainer to draw {picture}, got an error")
-            path.write_bytes((Path(out) / picture).read_bytes())
-
-    return draw
+def _draw_comparison(path: Path) -> None:
+    """What `compare` leaves in its folder."""
+    with tempfile.TemporaryDirectory() as out:
+        if trainer(["compare", "--out", out]):
+            sys.exit("expected all runs to be compared, got an error")
+        path.write_bytes((Path(out) / path.name).read_bytes())
 
 
 DRAWINGS: dict[str, Callable[[Path], None]] = {
@@ -70,8 +67,8 @@ DRAWINGS: dict[str, Callable[[Path], None]] = {
     "tutorial-health.png": draw_health,
     "tutorial-predictions.png": draw_predictions,
     "adversary.png": draw_adversary,
-    "demo.png": _run(["demo"], "report.png"),
-    "comparison.png": _run(["compare"], "comparison.png"),
+    "demo.png": draw_demo,
+    "comparison.png": _draw_comparison,
 }
 """A picture's name to what draws it. Minutes: `demo.png`; the best part of an hour: `comparison.png`."""
 

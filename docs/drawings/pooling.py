@@ -1,6 +1,7 @@
 """What pooling computes, why the transpose of up-sampling is exact, and the ways to bring labels to the grid."""
 
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -20,7 +21,7 @@ __all__ = ["draw_modes", "draw_pooling", "draw_transpose"]
 
 _LARGE = {**STYLE, "font.size": 13, "axes.titlesize": 13}
 _SIZE, _GRID = (96, 144), (12, 18)
-_MODES = ("nearest", "majority", "area", "bilinear")
+_MODES: tuple[Literal["nearest", "majority", "area", "bilinear"], ...] = ("nearest", "majority", "area", "bilinear")
 _ORANGE, _BLUE, _GREY = "#D55E00", "#0072B2", "0.45"
 
 
@@ -136,8 +137,8 @@ def _draw_labels(axes: Axes, label: np.ndarray) -> None:
         axes.axvline(x - 0.5, color="white", linewidth=0.6)
 
 
-def _weights(labels: Tensor, mode: str) -> Tensor:
-    if mode in ("nearest", "majority"):
-        resized = resize_labels(labels, _GRID, mode=mode, num_classes=len(CLASSES))
-        return F.one_hot(resized.long(), len(CLASSES))[0].movedim(-1, 0).float()
-    return class_shares(labels, _GRID, len(CLASSES), mode=mode)[0]
+def _weights(labels: Tensor, mode: Literal["nearest", "majority", "area", "bilinear"]) -> Tensor:
+    if mode == "area" or mode == "bilinear":
+        return class_shares(labels, _GRID, len(CLASSES), mode=mode)[0]
+    resized = resize_labels(labels, _GRID, mode=mode, num_classes=len(CLASSES))
+    return F.one_hot(resized.long(), len(CLASSES))[0].movedim(-1, 0).float()

@@ -1,6 +1,7 @@
 """Global against per-class shift: two targets beside their source, and where each class's mean colour goes."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -28,7 +29,8 @@ def draw_shifts(path: Path) -> None:
     }
     with matplotlib.rc_context({**STYLE, "font.size": 13, "axes.titlesize": 13}):
         figure = Figure(figsize=(9, 6.4), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=[1, 1.9])
+        parts: Any = figure.subfigures(2, 1, height_ratios=[1, 1.9])
+        above, below = parts
         panels = above.subplots(1, 3)
         shown = {"source": source, **targets}
         for axes, (title, scenes) in zip(panels, shown.items(), strict=True):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from semshift.discriminators import ClassPixelDiscriminator, FCDiscriminator, PrototypeDiscriminator, frozen
-from semshift.distributed import all_reduce_sum
+from semshift.distributed import all_gather, all_reduce_sum, average_gradients
 from semshift.health import (
     DomainAccuracy,
     class_domain_accuracy,
@@ -128,5 +128,8 @@ def main() -> float:
     pixels, _, _ = play_by_class(features, torch.full((2, 4, 6, 2), 0.5))
     assert draw(np.array([[3, 0], [0, 2]]))["source"].shape == (2,)
     assert mix(logits, labels).shape == labels.shape
+    everywhere: Tensor = all_gather(labels)
+    assert everywhere.shape[1:] == labels.shape
     (loss + pixels).backward()  # type: ignore[no-untyped-call]  # because torch's backward is untyped
+    average_gradients([features])
     return float(loss.detach()) + float(accuracy.target)
