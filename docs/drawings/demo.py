@@ -9,7 +9,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from examples.ass import runs
+from examples.ass import checkpoints
 from examples.ass.__main__ import main as trainer
 from examples.ass.build import build_segmenter
 from examples.ass.evaluate import predict
@@ -32,7 +32,7 @@ def draw_demo(path: Path) -> None:
             sys.exit("expected the demo to train, got an error")
         for method in _METHODS:
             segmenter = build_segmenter(settings)
-            segmenter.load_state_dict(runs.load_weights(Path(out) / method / runs.LAST))
+            segmenter.load_state_dict(checkpoints.load_weights(checkpoints.newest(Path(out) / method)))
             segmenters.append(segmenter.eval())
     images, classes = open_images(settings, None).validation, settings.data.classes
     colours = class_colours(len(classes)) / 255

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from examples.ass.runs import write_whole
+from examples.ass.checkpoints import write_whole
 
 __all__ = ["draw_logo"]
 
