@@ -26,7 +26,7 @@ __all__ = ["compact", "feature_figures", "findings", "machine_figures", "recent_
 Row = Mapping[str, float]
 
 # docs/health.md gives the reason of each.
-_CERTAIN, _CHANCE, _SILENT, _DOMINATES = 0.98, 0.55, 1e-3, 1.0
+_CERTAIN, _CHANCE, _SILENT, _DOMINATES = 0.98, 0.55, 1e-3, 2.0
 _ROWS, _SHARE = 10, 0.1
 
 

@@ -61,11 +61,11 @@ def test_a_discriminator_that_does_not_learn_is_at_chance(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_weight_too_high_dominates_and_one_too_low_is_silent(tmp_path):
-    train(with_adversaries(weight=300.0), tmp_path / "high")
+    train(with_adversaries(weight=1000.0), tmp_path / "high")
     train(with_adversaries(weight=1e-7), tmp_path / "low")
     high, low = told(tmp_path / "high"), told(tmp_path / "low")
     for name in ("global", "semantic"):
-        assert high[f"{name} dominates"]["warning"].endswith(f"lower {name}_adversary.weight (now 300)")
+        assert high[f"{name} dominates"]["warning"].endswith(f"lower {name}_adversary.weight (now 1000)")
         assert low[f"{name} silent"]["warning"].endswith(f"raise {name}_adversary.weight (now 1e-07)")
         assert not {f"{name} silent", f"{name} certain"} & high.keys()
         assert not {f"{name} dominates", f"{name} certain"} & low.keys()
@@ -106,7 +106,7 @@ def test_an_adversary_that_sees_no_class_is_idle(tmp_path):
 
 @pytest.mark.slow
 def test_a_resumed_run_warns_of_a_kind_no_second_time(tmp_path, capsys, monkeypatch):
-    settings = dataclasses.replace(with_adversaries(weight=300.0), method="semantic", steps=22, save_every=15)
+    settings = dataclasses.replace(with_adversaries(weight=1000.0), method="semantic", steps=22, save_every=15)
     train(settings, tmp_path / "whole")
     whole = told(tmp_path / "whole")
     assert whole["semantic dominates"]["step"] == 19
@@ -159,8 +159,8 @@ SEMANTIC = dataclasses.replace(with_adversaries(), method="semantic")
         ({"accuracy__semantic_source": math.nan}, "idle"),
         ({"gradient__semantic": 0.0003}, "silent"),
         ({"gradient__semantic": 0.0005}, None),
-        ({"gradient__semantic": 0.41}, "dominates"),
-        ({"gradient__semantic": 0.39}, None),
+        ({"gradient__semantic": 0.81}, "dominates"),
+        ({"gradient__semantic": 0.79}, None),
         # Nothing to compare with.
         ({"gradient__segmentation": 0.0}, None),
         # The weight has not risen yet.
@@ -204,7 +204,7 @@ def test_the_auxiliary_term_is_judged_by_its_own_gradient_and_weight():
     settings = dataclasses.replace(SEMANTIC, network=network)
     adversary = dataclasses.replace(settings.global_adversary, weight=0.0, auxiliary_weight=0.25)
     settings = dataclasses.replace(settings, method="global", global_adversary=adversary)
-    of_it = {"weight/auxiliary": 0.25, "gradient/auxiliary": 2.0, "gradient/auxiliary_segmentation": 1.0}
+    of_it = {"weight/auxiliary": 0.25, "gradient/auxiliary": 3.0, "gradient/auxiliary_segmentation": 1.0}
     found = findings([row | of_it | {"gradient/segmentation": 100.0} for row in rows()], settings)
     assert found.keys() == {"auxiliary dominates"}
     assert found["auxiliary dominates"].endswith("lower global_adversary.auxiliary_weight (now 0.25)")
