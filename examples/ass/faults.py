@@ -22,6 +22,8 @@ def told(error: BaseException) -> str | None:
             return f"out of memory, take fewer or smaller images a step: {str(cause).splitlines()[0]}"
         if isinstance(cause, RuntimeError) and "DataLoader" in str(cause):
             return f"{' '.join(str(cause).split())} (data.workers loads images, data.timeout is how long one may take)"
+        if isinstance(cause, RuntimeError) and any(word in str(cause) for word in ("gloo", "NCCL", "TCPStore")):
+            return f"another rank has gone: {str(cause).splitlines()[0]}"
     return None
 
 

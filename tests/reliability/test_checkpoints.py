@@ -204,6 +204,7 @@ def test_cut_twice_and_resumed_is_uninterrupted(method, workers, run, tmp_path, 
         assert resumed == [at for at in dict.fromkeys((first // 2 * 2, min(first + 2, 5) // 2 * 2)) if at]
 
 
+@pytest.mark.slow
 def test_validation_keeps_the_best_and_changes_nothing(run, tmp_path, monkeypatch, capsys):
     assert run(out=tmp_path / "whole") == 0
     out = tmp_path / "run"

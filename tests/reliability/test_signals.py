@@ -1,0 +1,150 @@
+"""Signals: the step is finished and a checkpoint written before a run obeys; each has a status of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from examples.ass import checkpoints, runs, signals
+from tests.reliability.tiny import rows, same_run, state, steps
+
+# Libraries under the trainer warn of things that are not ours to mend.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def signal_at(step, signum, monkeypatch):
+    """Let the signal arrive while the step is under way."""
+    append = runs.append_history
+
+    def arrives(out, row):
+        append(out, row)
+        if row["step"] == step:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(runs, "append_history", arrives)
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
+def test_a_signal_to_stop_finishes_the_step_and_writes(signum, status, run, tmp_path, monkeypatch, capsys):
+    before = [signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD)]
+    with monkeypatch.context() as patch:
+        signal_at(2, signum, patch)
+        assert run("--save_every", 100) == status
+    out = tmp_path / "run"
+    assert state(out)["step"] == 3
+    name = signal.Signals(signum).name
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"stopped by {name}: {out} has a checkpoint of step 3, --resume goes on from it"
+    assert [
+        signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD)
+    ] == before
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_is_uninterrupted(run, tmp_path, monkeypatch):
+    assert run(out=tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        signal_at(2, signal.SIGTERM, patch)
+        assert run() == 143
+    assert run("--resume") == 0
+    assert same_run(tmp_path / "run", tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["resumed_from"] == [3]
+
+
+def test_usr1_writes_and_goes_on(run, tmp_path, monkeypatch):
+    written = []
+    save = checkpoints.save_checkpoint
+
+    def noted(out, progress, *arguments):
+        written.append(progress.step)
+        save(out, progress, *arguments)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", noted)
+    signal_at(1, signal.SIGUSR1, monkeypatch)
+    assert run("--steps", 4, "--save_every", 100) == 0
+    assert written == [2, 4]
+
+
+def test_the_second_stops_at_once(run, tmp_path, monkeypatch, capsys):
+    append = runs.append_history
+
+    def twice(out, row):
+        append(out, row)
+        if row["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(runs, "append_history", twice)
+    assert run() == 130
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("stopped by SIGINT: the last checkpoint is kept, --resume goes on from it")
+    )
+    assert state(tmp_path / "run")["step"] == 2
+
+
+def test_before_and_after_the_steps_a_signal_stops_at_once(run, tmp_path, monkeypatch):
+    from examples.ass import train as train_module
+
+    evaluate = train_module.evaluate
+
+    def arrives(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "evaluate", arrives)
+        assert run("--steps", 2) == 143
+    assert state(tmp_path / "run")["step"] == 2
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    # A run whose steps are done goes on with what comes after them.
+    assert run("--steps", 2, "--resume") == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["resumed_from"] == [2]
+
+
+def test_signals_that_come_between_two_looks_are_not_lost():
+    with signals.held() as heard:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.agreed(heard, "cpu") == (True, 0)
+        assert signals.agreed(heard, "cpu") == (False, 0)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.agreed(heard, "cpu") == (True, signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_sent_to_all_processes_of_a_run_it_still_writes(start, tmp_path):
+    """As a scheduler does it: the processes that load images get it too, and end."""
+    out = tmp_path / "run"
+    process = start("--data.workers", 2, "--steps", 2000, "--save_every", 5000)
+    process.until(lambda: steps(out) > 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait() == 143, process.log.read_text()
+    assert state(out)["step"] == steps(out)
+    assert "Traceback" not in process.log.read_text()
+
+
+@pytest.mark.slow
+def test_the_command_line_ends_with_these_statuses(config, tmp_path):
+    """A process from the shell, once."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "examples.ass", "train", "--config", str(config), "--out", str(out)]
+    with subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True) as process:
+        while steps(out) < 2:
+            assert process.poll() is None
+        process.send_signal(signal.SIGUSR1)
+        while not checkpoints.begun(out):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, printed = process.communicate()
+    assert process.returncode == 143
+    assert "Traceback" not in printed
+    done = subprocess.run([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: expected --out to be a new folder, or --resume, got {out}, which holds a run\n"
