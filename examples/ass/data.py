@@ -1,8 +1,10 @@
 """Images: what is done to them in training, and batches drawn from several domains."""
 
 import functools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -218,13 +220,28 @@ def batches(
     keys = _Keys(sampler)
     collate = functools.partial(collate_by_domain, per_batch=sampler.per_batch)
     loader: DataLoader[Any] = DataLoader(
-        training, batch_sampler=keys, collate_fn=collate, num_workers=workers, timeout=timeout if workers else 0
+        training,
+        batch_sampler=keys,
+        collate_fn=collate,
+        num_workers=workers,
+        timeout=timeout if workers else 0,
+        worker_init_fn=_say_nothing_of_the_end,
     )
     try:
         yield from enumerate(loader, start=sampler.first_step)
     except InputError as error:
         # A worker process sends its whole traceback as the message; what the user needs is the last line of it.
         raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from None
+
+
+def _say_nothing_of_the_end(worker: int) -> None:
+    """Where the run ends while it takes an image from a worker, a thread of that worker would print a traceback."""
+
+    def hook(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            sys.__excepthook__(kind, error, where)
+
+    sys.excepthook = hook
 
 
 class _Keys:
