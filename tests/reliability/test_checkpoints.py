@@ -43,8 +43,9 @@ def test_each_changed_byte_is_noticed(small):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
         assert not checkpoints._is_whole(path)
     assert loaded(out) is None
-    path.write_bytes(bytes(len(whole)))
-    assert loaded(out) is None
+    for length in (4, len(whole)):
+        path.write_bytes(bytes(length))
+        assert not checkpoints._is_whole(path)
     path.write_bytes(whole)
     assert equal(loaded(out), contents)
 
@@ -184,12 +185,19 @@ def cut_at(step, monkeypatch):
     monkeypatch.setattr(runs, "append_history", ends)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", ["ass", pytest.param("ass-plus", marks=pytest.mark.slow)])
-def test_cut_twice_and_resumed_is_uninterrupted(method, workers, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "workers", "cuts"),
+    [
+        ("ass", 0, [3]),
+        pytest.param("ass", 2, [1, 4], marks=pytest.mark.slow),
+        pytest.param("ass-plus", 1, range(6), marks=pytest.mark.slow),
+    ],
+    ids=["ass", "ass-workers", "ass-plus-each-step"],
+)
+def test_cut_twice_and_resumed_is_uninterrupted(method, workers, cuts, run, tmp_path, monkeypatch):
+    """In the middle of a step, by an end without warning; then with another number of workers; then once more."""
     assert run("--method", method, out=tmp_path / "whole") == 0
-    cuts = [3, 5] if workers == 0 and method == "ass" else None
-    for first in range(6) if cuts is None else cuts[:1]:
+    for first in cuts:
         out = tmp_path / f"cut-{first}"
         for resume, step, loaders in (([], first, workers), (["--resume"], min(first + 2, 5), 0)):
             with monkeypatch.context() as patch:
