@@ -24,7 +24,7 @@ from semshift.discriminators import frozen
 from semshift.distributed import average_gradients
 from semshift.health import gradient_norm
 from semshift.prototypes import PrototypeBank
-from tests.reliability.tiny import rows, state
+from tests.reliability.tiny import rows, same_run, state
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -249,6 +249,8 @@ def run_ranks(rank, port, folder):
         "two then one": recorded_run(SETTINGS, folder / "two then one", stop_at=4),
         "two": recorded_run(SETTINGS, folder / "two"),
     }
+    recorded_run(SETTINGS, folder / "two then two", stop_at=4)
+    recorded_run(SETTINGS, folder / "two then two", resume=True)
     with pytest.raises(InputError, match="expected --out to be a new folder, or --resume"):
         train_module.train(SETTINGS, folder / "two")
     torch.save(found, folder / f"{rank}.pt")
@@ -274,6 +276,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     assert counted(*(found["two then one"] for found in ranks), last=3) + counted(after) == counted(whole)
     assert counted(*(found["two"] for found in ranks)) == counted(whole)
     assert len(set(whole)) == len(whole) == SETTINGS.steps * 3 * IMAGES
+    assert state(tmp_path / "two then two")["resumed_from"] == (3,)
+    assert same_run(tmp_path / "two", tmp_path / "two then two")
     for name in ("one then two", "two then one", "two"):
         histories_agree(rows(tmp_path / "one"), rows(tmp_path / name), rtol=1e-9)
         ours, theirs = (state(tmp_path / run)["stateful"] for run in (name, "one"))
