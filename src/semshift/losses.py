@@ -29,8 +29,10 @@ __all__ = [
 ]
 
 Objective: TypeAlias = Literal["bce", "least-squares", "hinge", "wasserstein"]
-"""`bce`: Goodfellow et al. 2014, the non-saturating form. `least-squares`: Mao et al. 2017, towards 1 and -1. `hinge`:
-Lim and Ye 2017. `wasserstein`: Arjovsky et al. 2017, which needs a penalty or spectral norm beside it.
+"""What the two sides of the game minimise.
+
+`bce`: Goodfellow et al. 2014, the non-saturating form. `least-squares`: Mao et al. 2017, towards 1 and -1. `hinge`: Lim
+and Ye 2017. `wasserstein`: Arjovsky et al. 2017, which needs a penalty or spectral norm beside it.
 
 Example:
     >>> objective: Objective = "least-squares"
