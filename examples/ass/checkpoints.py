@@ -1,5 +1,6 @@
 """Checkpoints of a run: each written whole or not at all, the last three kept, a damaged one passed over."""
 
+import contextlib
 import os
 import sys
 import zlib
@@ -72,7 +73,9 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         write(temporary)
         _flush(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)
+        # Not every file system flushes folders.
+        with contextlib.suppress(OSError):
+            _flush(path.parent)
     except Exception as error:
         temporary.unlink(missing_ok=True)
         # On a full disk torch.save says something about positions; what it arose from is the OSError.

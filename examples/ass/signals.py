@@ -16,8 +16,8 @@ _STOPS = (signal.SIGTERM, signal.SIGINT)
 _WRITE = getattr(signal, "SIGUSR1", None)
 
 
-class Stopped(Exception):  # noqa: N818 - nothing has gone wrong
-    """A signal ended the command; what it had to write is written."""
+class Stopped(KeyboardInterrupt):
+    """A signal ended the command; what it had to write is written. No `except Exception` takes it for an error."""
 
     def __init__(self, signum: int, message: str = "the last checkpoint is kept, --resume goes on from it") -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}: {message}")

@@ -69,16 +69,28 @@ def test_usr1_writes_and_goes_on(run, tmp_path, monkeypatch):
     assert written == [2, 4]
 
 
-def test_the_second_stops_at_once(run, tmp_path, monkeypatch, capsys):
-    append = runs.append_history
+@pytest.mark.parametrize("at", ["a step", "a checkpoint"])
+def test_the_second_stops_at_once(at, run, tmp_path, monkeypatch, capsys):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    def twice(out, row):
+    append, flush = runs.append_history, checkpoints._flush
+
+    def append_and_stop(out, row):
         append(out, row)
         if row["step"] == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            twice()
 
-    monkeypatch.setattr(runs, "append_history", twice)
+    def stop_and_flush(path):
+        if "00000004" in path.name:
+            twice()
+        flush(path)
+
+    if at == "a step":
+        monkeypatch.setattr(runs, "append_history", append_and_stop)
+    else:
+        monkeypatch.setattr(checkpoints, "_flush", stop_and_flush)
     assert run() == 130
     assert (
         capsys.readouterr()
