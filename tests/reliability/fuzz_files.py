@@ -186,6 +186,11 @@ def checkpoint_file() -> tuple[bytes, dict[str, Any]]:
 CHECKPOINT, STATE = checkpoint_file()
 
 
+def signed(content: bytes) -> bytes:
+    """With the checksum that the trainer puts at the end, so that what is wrong reaches what stands behind it."""
+    return content + zlib.crc32(content).to_bytes(4, "little")
+
+
 def zipped(draw: st.DrawFn) -> bytes:
     """The checkpoint with damage inside of one of its parts, under checksums that are right."""
     file = io.BytesIO()
@@ -224,8 +229,13 @@ def restructured(draw: st.DrawFn) -> bytes:
 def fuzz_checkpoints(data: st.DataObject) -> None:
     """The loaders of checkpoints: all of a run, and the weights alone."""
     draw = data.draw
-    how = draw(st.sampled_from(["bytes", "zip", "zip", "structure"]))
-    content = draw(damaged(CHECKPOINT)) if how == "bytes" else (zipped if how == "zip" else restructured)(draw)
+    how = draw(st.sampled_from(["bytes", "signed bytes", "zip", "zip", "structure", "structure"]))
+    if how == "bytes":
+        content = draw(damaged(CHECKPOINT))
+    elif how == "signed bytes":
+        content = signed(draw(damaged(CHECKPOINT[:-4])))
+    else:
+        content = signed((zipped if how == "zip" else restructured)(draw))
     stateful, pixels = parts()
     with tempfile.TemporaryDirectory() as root, contextlib.redirect_stderr(io.StringIO()):
         path = Path(root) / "checkpoints/step-00000007.pt"
