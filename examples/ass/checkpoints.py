@@ -41,6 +41,9 @@ BEST = Path("checkpoints/best.pt")
 KEPT = 3
 """Checkpoints of the last steps that are kept."""
 
+# What the parts of a checkpoint raise that were given another's, or something else.
+_UNFIT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 class Stateful(Protocol):
     """What a checkpoint saves: modules and optimisers."""
@@ -146,9 +149,13 @@ def load_checkpoint(
         for name, counts in pixels.items():
             counts.copy_(state["pixels"][name])
         best = state["best"] and (state["best"][0], state["best"][1])
+        if not isinstance(state["step"], int):
+            raise TypeError(f"its step is {state['step']!r}")
         return Progress(state["step"], (*state["resumed_from"], state["step"]), best)
-    except (KeyError, TypeError, RuntimeError) as error:
-        why = f"{type(error).__name__} {str(error).splitlines()[0]}"
+    except InputError:
+        raise
+    except _UNFIT as error:
+        why = f"{type(error).__name__} {error!s}".splitlines()[0]
         raise InputError(f"expected {path} to be a checkpoint of this run, got one that does not fit: {why}") from error
 
 
@@ -196,7 +203,7 @@ def load_weights(path: Path, *, teacher: bool = False) -> dict[str, Tensor]:
             weights: dict[str, Tensor] = stateful["segmenter"]
             return weights
         return {key.removeprefix("module."): value for key, value in stateful["teacher"].items() if key != "n_averaged"}
-    except (KeyError, TypeError, AttributeError) as error:
+    except _UNFIT as error:
         raise InputError(f"expected {path} to be a checkpoint of this trainer, got other contents") from error
 
 
