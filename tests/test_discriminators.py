@@ -281,7 +281,7 @@ def test_inputs_of_another_kind(name, what):
     ):
         with pytest.raises(error, match="^" + re.escape(f"expected {rule}") + "$"):
             critic(wrong)
-    message = "expected a discriminator in float32, which it is to stay in, got torch.bfloat16"
+    message = "expected a discriminator in float32, which it is to stay in, got torch.bfloat16; call its .float()"
     with pytest.raises(TypeError, match="^" + re.escape(message) + "$"):
         critic.bfloat16()(inputs)
 

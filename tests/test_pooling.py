@@ -366,7 +366,7 @@ F, L = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.int64)
             L[:, 1:],
             {},
             ValueError,
-            "expected labels of the features' size [4, 5] or resample to be chosen, "
+            "expected labels of the features' size [4, 5] or a resample such as 'bilinear' or 'nearest', "
             "got labels [2, 3, 5] for features [2, 3, 4, 5]",
         ),
         (

@@ -15,7 +15,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 import semshift  # +
 
-CLASSES, CHANNELS = 4, 32
+CLASSES = 4
 COLOURS = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
 
 
@@ -42,7 +42,7 @@ def train(steps: int = 100, **options: Any) -> tuple[nn.Module, list[tuple[float
         num_labels=CLASSES,  # type: ignore[call-arg]  # because it goes to the base class
         num_encoder_blocks=2,
         depths=[1, 1],
-        hidden_sizes=[16, CHANNELS],
+        hidden_sizes=[16, 32],
         num_attention_heads=[1, 2],
         sr_ratios=[2, 1],
         patch_sizes=[3, 3],
@@ -55,11 +55,11 @@ def train(steps: int = 100, **options: Any) -> tuple[nn.Module, list[tuple[float
     )
     config.output_hidden_states = True  # +
     model = SegformerForSemanticSegmentation(config)
-    optimiser = torch.optim.AdamW(model.parameters(), 5e-4)
+    optimiser = torch.optim.AdamW(model.parameters(), 1e-3)
     loaders = loader("source", 4 * steps), loader("target", 8)
     model, optimiser, *loaders = accelerator.prepare(model, optimiser, *loaders)
-    critic = accelerator.prepare(semshift.discriminators.PrototypeDiscriminator(CHANNELS, CLASSES))  # +
-    optimiser.add_param_group({"params": critic.parameters(), "lr": 3e-3})  # +
+    critic = accelerator.prepare(semshift.discriminators.PrototypeDiscriminator(32, CLASSES, spectral_norm=True))  # +
+    optimiser.add_param_group({"params": critic.parameters(), "lr": 1e-2})  # +
     few = list(loaders[1])
     for step, batch_s in enumerate(loaders[0]):
         batch_t = few[step % len(few)]
@@ -69,7 +69,7 @@ def train(steps: int = 100, **options: Any) -> tuple[nn.Module, list[tuple[float
         source = semshift.pooling.class_sums(out_s.hidden_states[-1], labels_s, CLASSES, resample="bilinear")  # +
         target = semshift.pooling.class_sums(out_t.hidden_states[-1], labels_t, CLASSES, resample="bilinear")  # +
         both = source.present & target.present  # +
-        logits = critic(source.means.detach()), critic(semshift.losses.reverse_gradient(target.means, scale=1.0))  # +
+        logits = critic(source.means.detach()), critic(semshift.losses.reverse_gradient(target.means, scale=3.0))  # +
         loss = loss + semshift.losses.discriminator_loss(*logits, source_weight=both, target_weight=both)  # +
         optimiser.zero_grad()
         accelerator.backward(loss)

@@ -272,7 +272,9 @@ def _in_float32(layers: nn.Sequential, name: str, inputs: Tensor) -> Tensor:
     # The bias, since reading a spectrally normalised weight would run a power iteration.
     bias: Tensor = layers[0].bias  # type: ignore[assignment]  # because nn.Module types no attribute
     if bias.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"expected a discriminator in float32, which it is to stay in, got {bias.dtype}")
+        raise TypeError(
+            f"expected a discriminator in float32, which it is to stay in, got {bias.dtype}; call its .float()"
+        )
     if inputs.device != bias.device:
         raise ValueError(f"expected {name} and the discriminator on one device, got {inputs.device} and {bias.device}")
     device = inputs.device.type

@@ -139,7 +139,7 @@ def class_sums(
     if labels.shape[1:] != size:
         if resample is None:
             raise ValueError(
-                f"expected labels of the features' size {list(size)} or resample to be chosen, "
+                f"expected labels of the features' size {list(size)} or a resample such as 'bilinear' or 'nearest', "
                 f"got labels {list(labels.shape)} for features {list(features.shape)}"
             )
         if features.dim() != 4:
