@@ -94,7 +94,7 @@ def train(steps: int = 100) -> tuple[nn.Module, list[tuple[float, float, float]]
         ):
             loss = loss + share * (F.cross_entropy(map_s, labels_s) + F.cross_entropy(map_l, labels_l))
             for output, label in ((map_s, 1.0), (map_u, 0.0)):
-                reversed_output = Reverse.apply(output.softmax(1), reversal)  # type: ignore[no-untyped-call]
+                reversed_output = Reverse.apply(output.softmax(1), reversal)
                 loss = loss + bce(critics[name](reversed_output), label) / 2
 
         source = semshift.pooling.class_sums(features_s, labels_s, CLASSES, resample="bilinear")  # +
