@@ -67,7 +67,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     where = head("cpu")
     print(where, flush=True)
-    scenes = SceneSettings(source=50, target=50, validation=10, test=10)
+    scenes = SceneSettings(source=50, target=50, validation=1, test=1)
     settings = Settings(
         steps=args.steps,
         log_every=args.log_every,
