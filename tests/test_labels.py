@@ -158,6 +158,11 @@ def resize(labels=MAP, size=(2, 2), **changes):
             "got 255 with num_classes 256",
         ),
         (
+            lambda: resize_labels(MAP, (1, 1), mode="majority", num_classes=3, min_share="0.5"),
+            TypeError,
+            "expected min_share to be a number, got '0.5'",
+        ),
+        (
             # The ops hold it in an int64.
             lambda: resize_labels(MAP, (1, 1), mode="nearest", num_classes=3, ignore_index=2**63),
             ValueError,

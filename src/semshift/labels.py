@@ -136,7 +136,7 @@ def resize_labels(
         `[B, h, w]` in the dtype of `labels`.
 
     Raises:
-        TypeError: labels of another dtype.
+        TypeError: labels of another dtype, or a min_share that is no number.
         ValueError: a wrong shape, size, mode or share; on the CPU, a label out of range.
 
     Example:
@@ -148,6 +148,8 @@ def resize_labels(
     _check_map(labels, size)
     if mode not in ("nearest", "majority"):
         raise ValueError(f"expected mode to be 'nearest' or 'majority', got {mode!r}")
+    if not isinstance(min_share, (int, float)) or isinstance(min_share, bool):
+        raise TypeError(f"expected min_share to be a number, got {min_share!r}")
     if not 0 <= min_share <= 1:
         raise ValueError(f"expected min_share in [0, 1], got {min_share}")
     if min_share > 0 and (mode != "majority" or ignore_index is None):
