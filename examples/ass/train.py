@@ -156,6 +156,11 @@ def train(
         "unlabelled": own.optimiser.unlabelled if looked_at or (teacher is not None and plus.weight > 0) else 0,
     }
     domains = {domain: samples for domain, samples in domains.items() if counts[domain]}
+    rare = {
+        domain: rare_classes(domains[domain], settings, progress=domain if first else None)
+        for domain in ("source", "labelled")
+        if teacher is not None and plus.rare_classes
+    }
     sizes = {"source": settings.data.source_size or settings.data.size}
     training = TrainingSet(
         domains,
@@ -202,11 +207,7 @@ def train(
             world_size=ranks,
             first_step=progress.step,
             steps=settings.steps - progress.step,
-            weights={
-                domain: rare_classes(domains[domain], settings, progress=domain if first else None)
-                for domain in ("source", "labelled")
-                if teacher is not None and plus.rare_classes
-            },
+            weights=rare,
         )
         bar.initial = bar.n = progress.step
         since = (progress.step, time.monotonic())
