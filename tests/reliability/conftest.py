@@ -56,7 +56,7 @@ class Process:
     """A run in a process of its own."""
 
     def __init__(self, server, arguments, log, memory):
-        self.server, self.log = server, log
+        self.server, self.log, self.ended = server, log, False
         self.pid = self._ask({"arguments": list(map(str, arguments)), "log": str(log), "memory": memory})
 
     def kill(self, signum=signal.SIGKILL):
@@ -64,7 +64,9 @@ class Process:
 
     def wait(self):
         """Its exit status; negative for a signal that it died of."""
-        return self._ask({"wait": self.pid})
+        status = self._ask({"wait": self.pid})
+        self.ended = True
+        return status
 
     def until(self, what, seconds=120):
         """Wait until `what()` is true."""
@@ -101,4 +103,8 @@ def start(server, config, tmp_path):
         started.append(Process(server, command, log, memory))
         return started[-1]
 
-    return begin
+    yield begin
+    for process in started:
+        if not process.ended:
+            process.kill()
+            process.wait()
