@@ -35,11 +35,11 @@ def draw_pooling(path: Path) -> None:
     with matplotlib.rc_context(_LARGE):
         figure = Figure(figsize=(9, 6.6), layout="constrained")
         panels = figure.subplots(2, 2).flatten()
-        panels[0].imshow(features[0].permute(1, 2, 0), interpolation="nearest")
+        panels[0].imshow(features[0].permute(1, 2, 0).numpy(), interpolation="nearest")
         panels[0].set_title("features f: here, a cell's mean colour")
         _draw_labels(panels[1], label)
         panels[1].set_title("labels y, with the grid of f")
-        panels[2].imshow(shares, cmap="Greys", interpolation="nearest")
+        panels[2].imshow(shares.numpy(), cmap="Greys", interpolation="nearest")
         panels[2].set_title('weight of each cell in "car"')
         for axes in panels[:3]:
             _frame(axes)
@@ -78,18 +78,18 @@ def draw_transpose(path: Path) -> None:
             axes.set_axisbelow(True)
         up, down = panels
         up.set_title("bring f to the labels")
-        up.bar(at[mask > 0], upsampled[mask > 0], 0.8, color=_ORANGE, label="f at a pixel of the class")
-        up.plot(at, upsampled, ".-", color=_BLUE, label="f, up-sampled")
-        up.plot(centres, f, "o", color=_BLUE, markersize=9, label="f")
+        up.bar(at[mask.numpy() > 0], upsampled[mask > 0].numpy(), 0.8, color=_ORANGE, label="f at a pixel of the class")
+        up.plot(at, upsampled.numpy(), ".-", color=_BLUE, label="f, up-sampled")
+        up.plot(centres, f.numpy(), "o", color=_BLUE, markersize=9, label="f")
         up.set_xlabel(f"pixels: {pixels} values in each channel\nsum of the orange bars: {left:.5g}")
         down.set_title("bring the class to f")
-        down.bar(centres, shares, 1.6, color=_ORANGE, label="weight w of a cell")
+        down.bar(centres, shares.numpy(), 1.6, color=_ORANGE, label="weight w of a cell")
         for i, (x, weight, value) in enumerate(zip(centres, shares.tolist(), f.tolist(), strict=True)):
             if weight > 0:
                 # Neighbours stand at two heights, so as not to meet.
                 top = max(weight, value) + (0.9 if i % 2 else 0.25)
                 down.text(x, top, f"{weight:.4g} x {value:.0f}", ha="center", fontsize=12)
-        down.plot(centres, f, "o", color=_BLUE, markersize=9, label="f")
+        down.plot(centres, f.numpy(), "o", color=_BLUE, markersize=9, label="f")
         down.set_xlabel(f"cells: {cells} values in each channel\nsum of w x f: {right:.5g}")
         for axes in panels:
             axes.legend(loc="upper left", fontsize=11)
@@ -111,7 +111,7 @@ def draw_modes(path: Path) -> None:
         for axes, mode in zip(panels[2:], _MODES, strict=True):
             weights = _weights(labels, mode)[pole]
             # Where most weight is, each by its own unit, since one counts pixels and the others cells.
-            axes.imshow(weights, cmap="Greys", vmin=0, vmax=float(weights.max()), interpolation="nearest")
+            axes.imshow(weights.numpy(), cmap="Greys", vmin=0, vmax=float(weights.max()), interpolation="nearest")
             unit = "pixels" if mode == "bilinear" else "cells"
             axes.set_title(f"{mode}: mass in {unit} {float(weights.sum()):.3g}")
         for axes in panels:

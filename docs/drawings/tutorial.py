@@ -110,21 +110,21 @@ def draw_adversary(path: Path) -> None:
             with torch.no_grad():
                 _, logits = names["segment"](names["plain"], pairs[0][0][None], pairs[0][1].shape)
             colours = torch.from_numpy(class_colours(len(classes))).float() / 255
-            axes.imshow(torch.einsum("khw,kc->hwc", logits[0].softmax(0), colours), interpolation="nearest")
+            axes.imshow(torch.einsum("khw,kc->hwc", logits[0].softmax(0), colours).numpy(), interpolation="nearest")
             axes.set_title(f"output map, {domain}")
             axes.set(xticks=[], yticks=[])
         # Roots, since a few channels are far larger than the rest; they are the outputs of a ReLU.
         seen = {domain: prototypes["plain", domain].sqrt() for domain in inputs}
         largest = max(float(value.max()) for value in seen.values())
         for axes, domain in zip(panels[1], inputs, strict=True):
-            axes.imshow(seen[domain], aspect="auto", cmap="Greys", vmin=0, vmax=largest)
+            axes.imshow(seen[domain].numpy(), aspect="auto", cmap="Greys", vmin=0, vmax=largest)
             axes.set_title(f"prototypes, {domain}")
             axes.set(xticks=[], yticks=range(len(classes)), yticklabels=classes, xlabel="64 channels")
         for axes, run, critic in zip(panels[2], ("plain", "aligned"), ("plain_critic", "critic"), strict=True):
             for domain, marker, colour in (("source", "o", _BLUE), ("target", "X", _ORANGE)):
                 with torch.no_grad():
                     answers = names[critic](prototypes[run, domain])
-                axes.plot(answers, range(len(classes)), marker, color=colour, markersize=10, label=domain)
+                axes.plot(answers.numpy(), range(len(classes)), marker, color=colour, markersize=10, label=domain)
             axes.axvline(0, color="0.75", linestyle=":", linewidth=1.5)
             axes.set(yticks=range(len(classes)), yticklabels=classes, ylim=(len(classes) - 0.5, -0.5))
             axes.set(title=f"D_s answers, {run} training", xlabel="logit, positive for source", xlim=(-7, 7))
@@ -151,7 +151,7 @@ def _picture(image: Tensor) -> np.ndarray:
 
 def _draw_classes(axes: Axes, ids: Tensor) -> None:
     colours = class_colours(8) / 255
-    axes.imshow(ids, cmap=ListedColormap(colours), vmin=-0.5, vmax=7.5, interpolation="nearest")
+    axes.imshow(ids.numpy(), cmap=ListedColormap(colours), vmin=-0.5, vmax=7.5, interpolation="nearest")
 
 
 def _name_classes(figure: Figure, classes: tuple[str, ...]) -> None:

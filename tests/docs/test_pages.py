@@ -14,17 +14,6 @@ from examples.ass.__main__ import main as trainer
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-# What a page's reader has at hand: a loop of their own.
-GIVEN = {
-    "drop-in.md": """
-import semshift, torch
-critic, log = semshift.discriminators.PrototypeDiscriminator(4, 2), []
-source, target = (
-    semshift.pooling.class_sums(torch.randn(1, 4, 8, 8), torch.randint(0, 2, (1, 8, 8)), 2) for _ in range(2)
-)
-both, logits = source.present & target.present, (critic(source.means), critic(target.means))
-"""
-}
 # Too long for anything but the gate.
 SLOW = {"tutorial.md"}
 CODE = [
@@ -39,7 +28,6 @@ def test_blocks_run(page, capsys, monkeypatch, tmp_path):
     """One after another, as a reader pastes them; a `text` block right below is what they print."""
     monkeypatch.chdir(tmp_path)
     names, blocks, printed = {"__name__": "__main__"}, read_blocks(page), ""
-    exec(GIVEN.get(page.name, ""), names)
     for block, below in zip(blocks, [*blocks[1:], None]):
         if block.language == "python":
             exec(compile(block.code, f"{page.name}:{block.line}", "exec"), names)
