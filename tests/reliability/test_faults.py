@@ -369,6 +369,8 @@ def test_a_damaged_checkpoint(damage, out, run, capsys, whole):
     newest.write_bytes({"cut": data[:-1], "changed": changed, "zeros": bytes(len(data)), "empty": b""}[damage])
     assert run("--resume") == 0
     assert f"{newest} is damaged, and passed over for the one before it\n" in capsys.readouterr().err
+    # Out of the way of those that are kept.
+    assert newest.with_suffix(".damaged").exists()
     assert state(out)["resumed_from"] == (2,)
     assert same_run(out, whole)
 
