@@ -64,7 +64,7 @@ class Process:
 
     def wait(self):
         """Its exit status; negative for a signal that it died of."""
-        self.until(lambda: Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+        self.until(lambda: Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z", 600)
         status = self._ask({"wait": self.pid})
         self.ended = True
         return status
