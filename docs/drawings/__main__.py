@@ -3,9 +3,7 @@
 `--quick` leaves out those that train for minutes. Everything is drawn from the built-in scenes or from records of runs.
 """
 
-import json
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,8 +14,7 @@ from docs.drawings.schedules import draw_schedules
 from docs.drawings.shifts import draw_shifts
 from docs.drawings.tutorial import draw_adversary, draw_health, draw_predictions, draw_scenes
 from examples.ass.__main__ import STUDIES
-from examples.ass.__main__ import main as trainer
-from examples.ass.study import draw_study, read_study
+from examples.ass.study import draw_study, read_study, recorded
 
 __all__ = ["DRAWINGS", "FIGURES", "main"]
 
@@ -28,31 +25,16 @@ RESULTS = Path(__file__).parent.parent / "results"
 def main(names: Sequence[str]) -> None:
     """Draw."""
     chosen = [name for name in names if name != "--quick"]
-    slow = {"demo.png", "comparison.png"} if "--quick" in names else set()
+    slow = {"demo.png"} if "--quick" in names else set()
     for name in chosen or [name for name in DRAWINGS if name not in slow]:
         DRAWINGS[name](FIGURES / name)
         print(FIGURES / name, flush=True)
     for study in [] if chosen else sorted(STUDIES.glob("*.yaml")):
         records = RESULTS / f"{study.stem}.json"
         if records.exists():
-            _draw_records(records, study)
+            asked = read_study(study)
+            draw_study(records.with_suffix(".png"), asked, recorded(asked, records=records))
             print(records.with_suffix(".png"), flush=True)
-
-
-def _draw_records(records: Path, study: Path) -> None:
-    """What `study` draws, of the runs that are on record."""
-    asked = read_study(study)
-    kept = {(record["row"], record["seed"]): record for record in json.loads(records.read_text(encoding="utf-8"))}
-    wanted = [(name, seed) for name in asked.rows for seed in asked.seeds]
-    draw_study(records.with_suffix(".png"), asked, [kept[key] for key in wanted if key in kept])
-
-
-def _draw_comparison(path: Path) -> None:
-    """What `compare` leaves in its folder."""
-    with tempfile.TemporaryDirectory() as out:
-        if trainer(["compare", "--out", out]):
-            sys.exit("expected all runs to be compared, got an error")
-        path.write_bytes((Path(out) / path.name).read_bytes())
 
 
 DRAWINGS: dict[str, Callable[[Path], None]] = {
@@ -68,9 +50,8 @@ DRAWINGS: dict[str, Callable[[Path], None]] = {
     "tutorial-predictions.png": draw_predictions,
     "adversary.png": draw_adversary,
     "demo.png": draw_demo,
-    "comparison.png": _draw_comparison,
 }
-"""A picture's name to what draws it. Minutes: `demo.png`; the best part of an hour: `comparison.png`."""
+"""A picture's name to what draws it; `demo.png` takes minutes."""
 
 if __name__ == "__main__":
     main(sys.argv[1:])

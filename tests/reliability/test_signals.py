@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +54,32 @@ def test_stopped_and_resumed_is_uninterrupted(run, tmp_path, monkeypatch):
     assert same_run(tmp_path / "run", tmp_path / "whole")
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["resumed_from"] == [3]
+
+
+@pytest.mark.slow
+def test_sent_to_one_rank_all_stop_after_the_same_step(config, tmp_path):
+    """Not to the first, which writes. torchrun has a status of its own."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["examples.ass", "train", "--config", str(config), "--out", str(out)]
+    command += ["--steps", "100000", "--save_every", "100000"]
+    with (tmp_path / "log.txt").open("w") as log:
+        agent = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            while steps(out) < 10:
+                assert agent.poll() is None, (tmp_path / "log.txt").read_text()
+            children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+            second = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+            os.kill(int(second[0]), signal.SIGTERM)
+            assert agent.wait(300) == 1
+        finally:
+            agent.kill()
+    last = runs.read_history(out)[-1]["step"] + 1
+    assert state(out)["step"] == last
+    log = (tmp_path / "log.txt").read_text()
+    assert f"stopped by SIGTERM: {out} has a checkpoint of step {last}, --resume goes on from it" in log
+    # torchrun's own, of the status.
+    assert log.count("Traceback") == log.count("ChildFailedError:") == 1
 
 
 def test_usr1_writes_and_goes_on(run, tmp_path, monkeypatch):
