@@ -95,6 +95,14 @@ def gather_and_average(rank, found):
         without.grad = torch.tensor([4.0, 6.0])
     average_gradients(iter([learning[0], still, lies_otherwise, learning[1], without]))
     found["averaged"] = [parameter.grad for parameter in (*learning, lies_otherwise, without)]
+    half = torch.zeros(2, dtype=torch.float16, requires_grad=True)
+    half.grad = torch.full_like(half, 40000.0)
+    average_gradients([half])
+    found["half"] = half.grad
+    alone = dist.new_group([0])
+    if rank == 1:
+        with pytest.raises(ValueError, match="^expected a group that this rank is in, got one without it$"):
+            average_gradients([half], group=alone)
     found["still"] = still.grad is None
     found["strides"] = lies_otherwise.grad.stride() == lies_otherwise.stride()
 
@@ -159,6 +167,10 @@ def test_it_wants_a_tensor_of_numbers():
         all_gather([1.0])
     with pytest.raises(TypeError, match=r"^expected each of parameters to be a torch\.Tensor, got str$"):
         average_gradients(["weight"])
+    with pytest.raises(
+        TypeError, match=r"^expected parameters to be several tensors, got one: \[parameter\] is a list"
+    ):
+        average_gradients(torch.zeros(2, 3))
 
 
 @pytest.mark.slow
@@ -207,6 +219,7 @@ class TestTwoRanks:
             assert torch.equal(double, torch.full((2, 3), 2.0, dtype=torch.float64))
             assert torch.equal(lies_otherwise, torch.arange(36.0).reshape(2, 2, 3, 3) * 1.5)
             assert torch.equal(without, torch.tensor([2.0, 3.0]))
+            assert torch.equal(found["half"], torch.full((2,), 40000.0, dtype=torch.float16))
             assert found["still"]
             assert found["strides"]
 

@@ -98,7 +98,8 @@ def _train(arguments: Sequence[str]) -> None:
     )
     if first:
         print(score_table(Scores(metrics["iou"], metrics["miou"]), subsets=settings.data.subsets))
-        print(f"report: {out / 'report.png'}")
+        if (out / "report.png").exists():
+            print(f"report: {out / 'report.png'}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -127,6 +128,11 @@ def _check_data(settings: Settings, data_root: Path | None) -> None:
 
 def _demo(arguments: Sequence[str]) -> None:
     settings, options = _parse("demo", arguments)
+    for name in ("check", "save_predictions"):
+        if getattr(options, name):
+            raise InputError(f"expected --{name.replace('_', '-')} with train, got it with demo")
+    if settings.method == "source-only":
+        raise InputError("expected demo to have a method beside source-only, got source-only")
     out = Path(options.out or "runs/demo")
     data_root = _path(options.data_root)
     scores, segmenters = {}, []
@@ -162,6 +168,12 @@ def _evaluate(arguments: Sequence[str]) -> None:
     if not (out / "settings.yaml").exists():
         raise InputError(f"expected --out to be a run folder, got {out}, which has no settings.yaml")
     settings, _ = _parse("train", ["--config", str(out / "settings.yaml")])
+    chosen_on_test = settings.data.test is not None and settings.data.test == settings.data.validation
+    if options.best and options.split == "test" and chosen_on_test:
+        raise InputError(
+            "expected --split validation with --best where data.validation is data.test, got test: the step would be "
+            "chosen on the images that it is scored on"
+        )
     subsets = settings.data.subsets
     if options.subset is not None and options.subset not in subsets:
         raise InputError(f"expected --subset to be one of {sorted(subsets)}, got {options.subset}")
@@ -185,7 +197,10 @@ def _compare(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="DIR", default="runs/compare", help="(default: runs/compare)")
     options, rest = parser.parse_known_args(arguments)
     settings, train_options = _parse("train", rest)
-    if train_options.out is not None or train_options.resume or "--method" in rest or "--seed" in rest:
+    if train_options.check:
+        raise InputError("expected --check with train, got it with compare")
+    own = train_options.out is not None or train_options.resume
+    if own or any(argument.partition("=")[0] in ("--method", "--seed") for argument in rest):
         raise InputError("expected compare to choose method, seed, out and resume of its runs, got one of them")
     check(settings)
     results = compare(
@@ -258,6 +273,10 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[Settings, argparse.N
     file = chosen.config if chosen.preset is None else str(PRESETS / f"{chosen.preset}.yaml")
     if file is not None and not Path(file).is_file():
         raise InputError(f"expected --config to be a file, got {file}")
+    try:
+        _ = file and Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"expected --config to be a text file in UTF-8, got {file}") from error
 
     parser = jsonargparse.ArgumentParser(
         prog=f"python -m examples.ass {command}",

@@ -10,6 +10,9 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from examples.ass.data import InputError
 from examples.ass.faults import MachineError
@@ -26,6 +29,11 @@ def start(settings: Settings, *, loggers: Any = None) -> Fabric:
         fabric = Fabric(accelerator=settings.accelerator, devices=1, precision=settings.precision, loggers=loggers)
     else:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+        # torchrun keeps one store over its restarts, in which the addresses of processes that are gone still stand.
+        store, rank, _ = next(rendezvous("env://"))
+        store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        cuda = settings.accelerator in ("auto", "cuda") and torch.cuda.is_available()
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)
         # The strategy sets up devices and the process group; gradients are averaged by a call in the trainer.
         fabric = Fabric(
             accelerator=settings.accelerator,

@@ -23,7 +23,7 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["append_history", "identity", "locked", "prepare", "read_history", "write_metrics"]
+__all__ = ["append_history", "describe", "identity", "locked", "prepare", "read_history", "write_metrics"]
 
 
 def identity(settings: Settings, images: Images) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def identity(settings: Settings, images: Images) -> dict[str, Any]:
     return as_plain(settings) | {"images": {split: f"{len(of)} ({digests[split]})" for split, of in names.items()}}
 
 
-def prepare(out: Path, settings: Settings, *, labelled: Sequence[str], resume: bool) -> None:
+def prepare(out: Path, settings: Settings, *, resume: bool) -> None:
     """Make the run folder, or make sure that it is one to go on with.
 
     Raises:
@@ -56,7 +56,13 @@ def prepare(out: Path, settings: Settings, *, labelled: Sequence[str], resume: b
             set_aside_damaged(out)
     except OSError as error:
         raise InputError(f"expected --out to be a folder that can be written, got {out}: {error.strerror}") from error
-    write_whole(written, lambda path: path.write_text(yaml.safe_dump(as_plain(settings), sort_keys=False)))
+
+
+def describe(out: Path, settings: Settings, labelled: Sequence[str]) -> None:
+    """Write for people what the run is, once nothing speaks against it."""
+    write_whole(
+        out / "settings.yaml", lambda path: path.write_text(yaml.safe_dump(as_plain(settings), sort_keys=False))
+    )
     write_whole(out / "labelled.txt", lambda path: path.write_text("".join(f"{name}\n" for name in labelled)))
 
 

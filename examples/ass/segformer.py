@@ -148,6 +148,6 @@ def _transformers() -> ModuleType:
         import transformers
     except ImportError as error:
         raise InputError(
-            "expected transformers for network.name segformer: pip install 'semshift[segformer]'"
+            "expected transformers for network.name segformer, got none: pip install transformers"
         ) from error
     return transformers

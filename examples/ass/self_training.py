@@ -55,10 +55,13 @@ def taught(
     how, unlabelled = settings.self_training, batch["unlabelled"]
     size = unlabelled["image"].shape[-2:]
     logits = upsampled(teacher_logits, size)
-    labels, share = pseudo_labels(logits, threshold=how.threshold)
+    labels, _ = pseudo_labels(logits, threshold=how.threshold)
+    inside = unlabelled["inside"]
+    # Of the image's own pixels: what the teacher makes of the margin around a crop says nothing of the image.
+    sure = (logits.softmax(1).amax(1) > how.threshold) & inside
     # By pixel as in FixMatch (Sohn et al. 2020, arXiv 2001.07685): what a teacher is not sure of is often a rare class.
-    trust = logits.softmax(1).amax(1) > how.threshold if how.weighted_by == "pixel" else share[:, None, None]
-    weight = trust * unlabelled["inside"].float()
+    share = sure.sum((1, 2), keepdim=True) / inside.sum((1, 2), keepdim=True).clamp(min=1)
+    weight = sure.float() if how.weighted_by == "pixel" else share * inside
     if how.mixed_from == "nothing":
         return Taught(unlabelled["image"], labels, weight)
     domains = ["source", "labelled"] if how.mixed_from == "both" else [how.mixed_from]

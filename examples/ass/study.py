@@ -52,7 +52,7 @@ def read_study(path: Path) -> Study:
     parser.add_class_arguments(Study, None)
     try:
         study = Study(**parser.parse_string(path.read_text(encoding="utf-8")).as_dict())
-    except (OSError, argparse.ArgumentError, TypeError) as error:
+    except (OSError, UnicodeDecodeError, argparse.ArgumentError, TypeError) as error:
         parts = ", ".join(field.name for field in fields(Study))
         raise InputError(f"expected {path} to be a study of {parts}: {error}") from error
     if study.split not in ("validation", "test"):
@@ -88,7 +88,7 @@ def run_study(
     Raises:
         InputError: a run failed, or `out` holds other runs of the same names.
     """
-    kept: list[dict[str, Any]] = json.loads(records.read_text(encoding="utf-8")) if records.exists() else []
+    kept = _read_records(records)
     wanted = [(name, seed, {**study.train, **options}) for name, options in study.rows.items() for seed in study.seeds]
     done = {(r["row"], r["seed"]): r for r in kept}
     queue: dict[tuple[str, int], Run] = {}
@@ -120,8 +120,7 @@ def recorded(study: Study, *, records: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: there are none.
     """
-    kept: list[dict[str, Any]] = json.loads(records.read_text(encoding="utf-8")) if records.exists() else []
-    done = {(r["row"], r["seed"]): r for r in kept}
+    done = {(r["row"], r["seed"]): r for r in _read_records(records)}
     found = [
         done[name, seed]
         for name, options in study.rows.items()
@@ -186,6 +185,19 @@ def draw_study(path: Path, study: Study, results: Sequence[Mapping[str, Any]]) -
     """Draw the study: a dot a run, and the differences to the baseline."""
     scored = [{**r, "method": r["row"], **_score(r, study.split)} for r in results]
     draw_comparison(path, scored, baseline=study.baseline, alike=("num_classes",), split=study.split)
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        complete = all(record.keys() >= {"row", "seed", "options"} for record in kept)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"expected {path} to hold the records of a study, got a file that does not parse") from error
+    if not complete:
+        raise InputError(f"expected each record of {path} to have a row, a seed and options, got others")
+    return kept
 
 
 def _score(result: Mapping[str, Any], split: str) -> dict[str, Any]:

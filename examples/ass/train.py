@@ -92,7 +92,7 @@ def train(
         if first:
             tqdm.write(str(loaded), file=sys.stderr)
     names = [images.target.names[i] for i in labelled]
-    first_alone(fabric, lambda: runs.prepare(out, settings, labelled=names, resume=resume))
+    first_alone(fabric, lambda: runs.prepare(out, settings, resume=resume))
 
     # The networks and how they learn. Which of them exist is all that tells the methods apart.
     segmenter = segmenter.to(fabric.device, dtype)
@@ -170,7 +170,9 @@ def train(
         ignore_index=settings.data.ignore_index,
     )
     starts = [adversary.start for adversary in adversaries.values()] + ([plus.start] if teacher is not None else [])
-    adaptation_starts = min((round(start * settings.steps) for start in starts), default=0)
+    adaptation_starts = min(
+        [*(round(start * settings.steps) for start in starts), settings.steps - 1] if starts else [0]
+    )
 
     final = teacher.module if teacher is not None and plus.final == "teacher" else segmenter
 
@@ -197,6 +199,7 @@ def train(
         progress = checkpoints.load_checkpoint(out, stateful, pixels, run)
         if fabric.broadcast(progress.step) != progress.step:
             raise MachineError(f"expected every rank to see the same checkpoints in {out}, got others on rank {rank}")
+        first_alone(fabric, lambda: runs.describe(out, settings, names))
         first_alone(fabric, lambda: runs.read_history(out, before=progress.step))
         recent = recent_rows(runs.read_history(out), settings)
         sampler = MixedBatchSampler(
@@ -283,14 +286,16 @@ def train(
                         "weight/self-training": weights["self-training"](step),
                     }
                 for name, term in terms.items():
-                    output = outputs["labelled" if name == "semantic" else "unlabelled"]
+                    reached = ["labelled"] if name == "semantic" else ["unlabelled"]
+                    reached += ["unlabelled"] if name == "semantic" and soft is not None else []
                     # The second level does not see the features of the first.
-                    features = output.auxiliary if name == "auxiliary" else output.features
+                    layer = "auxiliary" if name == "auxiliary" else "features"
+                    norms = (gradient_norm(term, getattr(outputs[domain], layer)) for domain in reached)
                     row |= {
                         f"loss/{name}": float(term.detach()),
                         f"weight/{name}": weights[name](step),
                         f"gradient/{name}": weights[name](step)
-                        * float(norm_over_ranks(gradient_norm(term, features), ranks)),
+                        * math.hypot(*(float(norm_over_ranks(norm, ranks)) for norm in norms)),
                     }
             fabric_optimiser.zero_grad()
             fabric.backward(loss)

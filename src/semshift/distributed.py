@@ -88,7 +88,8 @@ def average_gradients(parameters: Iterable[Tensor], *, group: Optional[Any] = No
         group: a process group, None for all ranks.
 
     Raises:
-        TypeError: something else than tensors.
+        TypeError: something else than tensors, or a single one.
+        ValueError: a group that this rank is not in.
 
     Example:
         >>> weight = torch.ones(2, requires_grad=True)
@@ -97,6 +98,8 @@ def average_gradients(parameters: Iterable[Tensor], *, group: Optional[Any] = No
         >>> weight.grad
         tensor([2., 2.])
     """
+    if isinstance(parameters, Tensor):
+        raise TypeError("expected parameters to be several tensors, got one: [parameter] is a list of it")
     learning = list(parameters)
     for parameter in learning:
         _check_tensor(parameter, "each of parameters")
@@ -104,12 +107,16 @@ def average_gradients(parameters: Iterable[Tensor], *, group: Optional[Any] = No
         return
     learning = [parameter for parameter in learning if parameter.requires_grad]
     ranks = dist.get_world_size(group)
+    if ranks < 1:
+        raise ValueError("expected a group that this rank is in, got one without it")
     # One reduction for all of one kind: hundreds of small ones would wait for each other.
     for kind in dict.fromkeys((parameter.device, parameter.dtype) for parameter in learning):
         alike = [parameter for parameter in learning if (parameter.device, parameter.dtype) == kind]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in alike])
+        # A sum of half precision may overflow where the mean does not.
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         dist.all_reduce(flat, group=group)
-        for parameter, mean in zip(alike, torch.split(flat / ranks, [p.numel() for p in alike])):
+        for parameter, mean in zip(alike, torch.split(flat.div_(ranks), [p.numel() for p in alike])):
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
             parameter.grad.copy_(mean.view(parameter.shape))

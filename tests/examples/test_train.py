@@ -424,6 +424,14 @@ def test_a_checkpoint_of_other_classes_is_told_in_a_line(folders, capsys):
             ["compare", "--seed", "1"],
             "expected compare to choose method, seed, out and resume of its runs, got one of them",
         ),
+        (
+            ["compare", "--method=ass"],
+            "expected compare to choose method, seed, out and resume of its runs, got one of them",
+        ),
+        (["compare", "--check"], "expected --check with train, got it with compare"),
+        (["demo", "--check"], "expected --check with train, got it with demo"),
+        (["demo", "--save-predictions"], "expected --save-predictions with train, got it with demo"),
+        (["demo", "--method", "source-only"], "expected demo to have a method beside source-only, got source-only"),
     ],
 )
 def test_bad_command_lines(arguments, message, capsys, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from PIL import Image
 from examples.ass import checkpoints, runs
 from examples.ass import train as train_module
 from examples.ass.__main__ import main
-from tests.reliability.tiny import TINY, rows, same_run, state, steps
+from tests.reliability.tiny import TINY, end_all, kill_the_second_rank, rows, same_run, state, steps
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -248,19 +248,20 @@ def test_a_rank_that_dies(config, tmp_path):
     """torchrun ends the others and starts all of them again, by the same command."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", "-m", "examples.ass", "train", "--config", str(config), "--resume"]
-    command += ["--steps", "24", "--save_every", "4"]
+    command += ["--steps", "80", "--save_every", "4"]
     for name in ("whole", "run"):
         out = tmp_path / name
         with (tmp_path / "log.txt").open("w") as log:
-            agent = subprocess.Popen([*command, "--out", str(out)], stdout=log, stderr=log)
-            if name == "run":
-                while steps(out) < 10:
-                    assert agent.poll() is None
-                children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-                second = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
-                os.kill(int(second[0]), signal.SIGKILL)
-            assert agent.wait() == 0, (tmp_path / "log.txt").read_text()
-    assert state(out)["resumed_from"] in ((8,), (12,), (16,), (20,))
+            agent = subprocess.Popen([*command, "--out", str(out)], stdout=log, stderr=log, start_new_session=True)
+            try:
+                if name == "run":
+                    kill_the_second_rank(agent, signal.SIGKILL, out)
+                assert agent.wait(300) == 0, (tmp_path / "log.txt").read_text()
+            finally:
+                end_all(agent)
+    (at,) = state(out)["resumed_from"]
+    assert at >= 8
+    assert at % 4 == 0
     assert same_run(out, tmp_path / "whole")
     log = (tmp_path / "log.txt").read_text()
     assert "error: another rank has gone: " in log
@@ -338,6 +339,15 @@ def test_settings_that_do_not_parse(out, run, capsys, whole):
     assert f"{out}/settings.yaml is damaged, and written anew" in capsys.readouterr().err
     assert (out / "settings.yaml").read_text() == (whole / "settings.yaml").read_text()
     assert same_run(out, whole)
+
+
+def test_a_refused_resume_leaves_the_folder_as_it_was(out, run, said):
+    (out / "settings.yaml").write_bytes(b"steps: [\xff")
+    labelled = (out / "labelled.txt").read_bytes()
+    assert run("--resume", "--labelled", 1) == 2
+    assert said().endswith("has 2")
+    assert (out / "settings.yaml").read_bytes() == b"steps: [\xff"
+    assert (out / "labelled.txt").read_bytes() == labelled
 
 
 def test_settings_that_do_not_parse_and_no_checkpoint(out, run, said):
@@ -440,6 +450,14 @@ def test_a_run_that_is_done(out, run, whole):
 
 
 # What it is given.
+
+
+def test_settings_that_are_no_text(said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "given.yaml").write_bytes(b"\xff\xfes\0t\0")
+    for command in (["train", "--config", "given.yaml"], ["study", "given.yaml"]):
+        assert main(command) == 2
+        assert "given.yaml" in said()
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from examples.ass import checkpoints, runs, signals
-from tests.reliability.tiny import rows, same_run, state, steps
+from tests.reliability.tiny import end_all, kill_the_second_rank, rows, same_run, state, steps
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -64,16 +63,12 @@ def test_sent_to_one_rank_all_stop_after_the_same_step(config, tmp_path):
     command += ["examples.ass", "train", "--config", str(config), "--out", str(out)]
     command += ["--steps", "100000", "--save_every", "100000"]
     with (tmp_path / "log.txt").open("w") as log:
-        agent = subprocess.Popen(command, stdout=log, stderr=log)
+        agent = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
-            while steps(out) < 10:
-                assert agent.poll() is None, (tmp_path / "log.txt").read_text()
-            children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-            second = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
-            os.kill(int(second[0]), signal.SIGTERM)
+            kill_the_second_rank(agent, signal.SIGTERM, out)
             assert agent.wait(300) == 1
         finally:
-            agent.kill()
+            end_all(agent)
     last = runs.read_history(out)[-1]["step"] + 1
     assert state(out)["step"] == last
     log = (tmp_path / "log.txt").read_text()

@@ -1,5 +1,11 @@
 """A run that takes seconds, and what it has come to."""
 
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
 import torch
 
 from examples.ass import checkpoints, runs
@@ -45,3 +51,21 @@ def equal(a, b):
 def same_run(a, b):
     """Have two runs come to the same, to the bit?"""
     return all(equal(state(a)[part], state(b)[part]) for part in ("step", "best", "pixels", "stateful"))
+
+
+def kill_the_second_rank(agent, signum, out, after=10):
+    """Send a signal to the process of rank 1 that a torchrun has started, after so many steps."""
+    end = time.monotonic() + 300
+    while steps(out) < after:
+        assert agent.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    second = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(int(second[0]), signum)
+
+
+def end_all(agent):
+    """End what is left of a process that was started in a session of its own, and of its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(agent.pid, signal.SIGKILL)
