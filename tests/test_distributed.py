@@ -101,7 +101,7 @@ def gather_and_average(rank, found):
     found["half"] = half.grad
     alone = dist.new_group([0])
     if rank == 1:
-        with pytest.raises(ValueError, match="^expected a group that this rank is in, got one without it$"):
+        with pytest.raises(ValueError, match=r"^expected a group that this rank is in, got one without it$"):
             average_gradients([half], group=alone)
     found["still"] = still.grad is None
     found["strides"] = lies_otherwise.grad.stride() == lies_otherwise.stride()
