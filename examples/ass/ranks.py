@@ -29,11 +29,12 @@ def start(settings: Settings, *, loggers: Any = None) -> Fabric:
         fabric = Fabric(accelerator=settings.accelerator, devices=1, precision=settings.precision, loggers=loggers)
     else:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-        # torchrun keeps one store over its restarts, in which the addresses of processes that are gone still stand.
-        store, rank, _ = next(rendezvous("env://"))
-        store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        cuda = settings.accelerator in ("auto", "cuda") and torch.cuda.is_available()
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)
+        if not dist.is_initialized():
+            # torchrun keeps one store over its restarts, in which the addresses of processes that are gone still stand.
+            store, rank, _ = next(rendezvous("env://"))
+            store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            cuda = settings.accelerator in ("auto", "cuda") and torch.cuda.is_available()
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)
         # The strategy sets up devices and the process group; gradients are averaged by a call in the trainer.
         fabric = Fabric(
             accelerator=settings.accelerator,

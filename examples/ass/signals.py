@@ -3,17 +3,22 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from types import FrameType
+from typing import TypeVar
 
 import torch
 from torch import distributed
 
-__all__ = ["Stopped", "agreed", "at_once", "held"]
+__all__ = ["Stopped", "agreed", "at_once", "held", "while_loaded"]
 
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 # Where there is no such signal, none comes.
 _WRITE = getattr(signal, "SIGUSR1", None)
+
+
+T = TypeVar("T")
 
 
 class Stopped(KeyboardInterrupt):
@@ -55,6 +60,23 @@ def held() -> Iterator[list[int]]:
         finally:
             for handler in muted:
                 signal.signal(signal.SIGCHLD, handler)  # type: ignore[arg-type]
+
+
+def while_loaded(batches: Iterable[T], heard: list[int]) -> Iterator[T]:
+    """Batches until there are no more, or until the signal to stop has ended those that load them too."""
+    iterator = iter(batches)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (OSError, RuntimeError):
+            # The signal that has ended them may not have reached this process yet.
+            time.sleep(0.2)
+            if not set(heard) & set(_STOPS):
+                raise
+            return
+        yield batch
 
 
 def agreed(heard: list[int], device: torch.device) -> tuple[bool, int]:

@@ -213,8 +213,9 @@ def train(
             weights=rare,
         )
         bar.initial = bar.n = progress.step
-        since = (progress.step, time.monotonic())
-        for step, batch in batches(training, sampler, workers=settings.data.workers, timeout=settings.data.timeout):
+        since, done = (progress.step, time.monotonic()), progress.step
+        drawn = batches(training, sampler, workers=settings.data.workers, timeout=settings.data.timeout)
+        for step, batch in signals.while_loaded(drawn, heard):
             if step == adaptation_starts and first:
                 checkpoints.save_weights(out / checkpoints.BEFORE, {"segmenter": segmenter})
             for group, factor in zip(optimiser.param_groups, (1.0, settings.optimiser.classifier_factor)):
@@ -354,6 +355,12 @@ def train(
                     checkpoints.save_checkpoint(out, progress, stateful, pixels, run)
             if stop:
                 raise signals.Stopped(stop, f"{out} has a checkpoint of step {step + 1}, --resume goes on from it")
+            done = step + 1
+        if done < settings.steps:
+            _, stop = signals.agreed(heard, fabric.device)
+            if first:
+                checkpoints.save_checkpoint(out, progress._replace(step=done), stateful, pixels, run)
+            raise signals.Stopped(stop, f"{out} has a checkpoint of step {done}, --resume goes on from it")
 
     scores = {"test": score("test", out / "predictions" if save_predictions else None)}
     # The published splits have one set for both.

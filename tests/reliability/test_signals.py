@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from examples.ass import checkpoints, runs, signals
+from examples.ass import train as train_module
 from tests.reliability.tiny import end_all, kill_the_second_rank, rows, same_run, state, steps
 
 # Libraries under the trainer warn of things that are not ours to mend.
@@ -162,6 +163,23 @@ def test_sent_to_all_processes_of_a_run_it_still_writes(start, tmp_path):
     assert process.wait() == 143, process.log.read_text()
     assert state(out)["step"] == steps(out)
     assert "Traceback" not in process.log.read_text()
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, RuntimeError])
+def test_those_that_load_images_may_be_gone_first(run, tmp_path, monkeypatch, capsys, error):
+    batches = train_module.batches
+
+    def broken(*arguments, **named):
+        for step, batch in batches(*arguments, **named):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise error
+            yield step, batch
+
+    monkeypatch.setattr(train_module, "batches", broken)
+    assert run("--save_every", 100) == 143
+    assert state(tmp_path / "run")["step"] == 3
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped by SIGTERM: ")
 
 
 @pytest.mark.slow
