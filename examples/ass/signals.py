@@ -64,19 +64,13 @@ def held() -> Iterator[list[int]]:
 
 def while_loaded(batches: Iterable[T], heard: list[int]) -> Iterator[T]:
     """Batches until there are no more, or until the signal to stop has ended those that load them too."""
-    iterator = iter(batches)
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except (OSError, RuntimeError):
-            # The signal that has ended them may not have reached this process yet.
-            time.sleep(0.2)
-            if not set(heard) & set(_STOPS):
-                raise
-            return
-        yield batch
+    try:
+        yield from batches
+    except (OSError, RuntimeError):
+        # The signal that has ended them may not have reached this process yet.
+        time.sleep(0.2)
+        if not set(heard) & set(_STOPS):
+            raise
 
 
 def agreed(heard: list[int], device: torch.device) -> tuple[bool, int]:
