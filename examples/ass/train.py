@@ -30,14 +30,13 @@ from examples.ass.evaluate import Scores, evaluate, illustrate, subset_means
 from examples.ass.faults import MachineError
 from examples.ass.images import open_images
 from examples.ass.memory import estimate_memory
-from examples.ass.ranks import first_alone, norm_over_ranks, seed_step, share, start, whole_batch_norm
+from examples.ass.ranks import first_alone, seed_step, share, start, whole_batch_norm
 from examples.ass.self_training import rare_classes, soft_weights, taught, taught_cross_entropy
 from examples.ass.settings import METHODS, Settings
 from examples.ass.views import View, count_pixels, global_view, gradient_penalty, semantic_view, supervised_loss
-from examples.ass.watch import compact, feature_figures, machine_figures, recent_rows, warn
+from examples.ass.watch import compact, feature_figures, machine_figures, recent_rows, term_figures, warn
 from semshift.discriminators import frozen
 from semshift.distributed import average_gradients
-from semshift.health import gradient_norm
 from semshift.prototypes import PrototypeBank
 from semshift.sampling import MixedBatchSampler
 from semshift.schedules import Polynomial
@@ -289,15 +288,9 @@ def train(
                 for name, term in terms.items():
                     reached = ["labelled"] if name == "semantic" else ["unlabelled"]
                     reached += ["unlabelled"] if name == "semantic" and soft is not None else []
-                    # The second level does not see the features of the first.
-                    layer = "auxiliary" if name == "auxiliary" else "features"
-                    norms = (gradient_norm(term, getattr(outputs[domain], layer)) for domain in reached)
-                    row |= {
-                        f"loss/{name}": float(term.detach()),
-                        f"weight/{name}": weights[name](step),
-                        f"gradient/{name}": weights[name](step)
-                        * math.hypot(*(float(norm_over_ranks(norm, ranks)) for norm in norms)),
-                    }
+                    row |= term_figures(
+                        name, term, weights[name](step), [outputs[domain] for domain in reached], ranks=ranks
+                    )
             fabric_optimiser.zero_grad()
             fabric.backward(loss)
             average_gradients(segmenter.parameters())

@@ -21,7 +21,7 @@ from semshift.distributed import all_reduce_sum
 from semshift.health import gradient_norm, prototype_distance
 from semshift.pooling import ClassSums, class_sums
 
-__all__ = ["compact", "feature_figures", "findings", "machine_figures", "recent_rows", "warn", "window"]
+__all__ = ["compact", "feature_figures", "findings", "machine_figures", "recent_rows", "term_figures", "warn", "window"]
 
 Row = Mapping[str, float]
 
@@ -86,6 +86,28 @@ def feature_figures(
             figures["distance/mean"] = statistics.fmean(apart.values())
         figures |= {f"class_distance/{name}": value for name, value in apart.items()}
     return figures
+
+
+def term_figures(
+    name: str, term: Tensor, weight: float, reached: Sequence[Segmentation], *, ranks: int = 1
+) -> dict[str, float]:
+    """What an adversary's term is in a step on all ranks: its value, its weight, and its gradient at the features.
+
+    Args:
+        name: `global`, `auxiliary` or `semantic`.
+        term: before its weight.
+        weight: at this step.
+        reached: outputs of the segmenter, still in the graph, of the domains that the term acts on.
+        ranks: how many there are.
+    """
+    # The second level does not see the features of the first.
+    layer = "auxiliary" if name == "auxiliary" else "features"
+    norms = (float(norm_over_ranks(gradient_norm(term, getattr(output, layer)), ranks)) for output in reached)
+    return {
+        f"loss/{name}": float(term.detach()),
+        f"weight/{name}": weight,
+        f"gradient/{name}": weight * math.hypot(*norms),
+    }
 
 
 def machine_figures(images: int, seconds: float, device: torch.device) -> dict[str, float]:

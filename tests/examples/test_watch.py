@@ -17,7 +17,7 @@ from examples.ass.models import Segmentation
 from examples.ass.scenes import Severity
 from examples.ass.settings import Data, Network, Optimiser, SceneSettings, Settings
 from examples.ass.train import train
-from examples.ass.watch import compact, feature_figures, findings, machine_figures, window
+from examples.ass.watch import compact, feature_figures, findings, machine_figures, term_figures, window
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -259,3 +259,14 @@ def test_a_row_in_one_line():
     row |= {"distance/mean": 0.5, "machine/images_per_second": 80.2, "machine/memory_mib": 500.3}
     assert compact(row) == ("segmentation 1.23, semantic 0.69 acc 0.80/0.70 grad 5%, apart 0.50, 80 img/s, 500 MiB")
     assert compact({"loss/segmentation": 1.234, "loss/self-training": 2.0}) == "segmentation 1.23, self-training 2.00"
+
+
+def test_a_terms_gradient_is_over_all_that_it_reaches():
+    one, other = (Segmentation(torch.zeros(1, 1, 1, 1, requires_grad=True), torch.zeros(())) for _ in range(2))
+    term = 3 * one.features.sum() + 4 * other.features.sum()
+    assert term_figures("semantic", term, 0.5, [one, other]) == {
+        "loss/semantic": 0.0,
+        "weight/semantic": 0.5,
+        "gradient/semantic": 2.5,
+    }
+    assert term_figures("semantic", term, 0.5, [one])["gradient/semantic"] == 1.5
