@@ -25,13 +25,14 @@ from examples.ass.build import (
     weight_schedule,
 )
 from examples.ass.checks import check
-from examples.ass.data import InputError, Samples, Some, TrainingSet, batches, labelled_subset
+from examples.ass.data import InputError, batches, labelled_subset
+from examples.ass.domains import choose_domains
 from examples.ass.evaluate import Scores, evaluate, illustrate, subset_means
 from examples.ass.faults import MachineError
-from examples.ass.images import open_images
+from examples.ass.images import Images, open_images
 from examples.ass.memory import estimate_memory
 from examples.ass.ranks import first_alone, seed_step, share, start, whole_batch_norm
-from examples.ass.self_training import rare_classes, soft_weights, taught, taught_cross_entropy
+from examples.ass.self_training import soft_weights, taught, taught_cross_entropy
 from examples.ass.settings import METHODS, Settings
 from examples.ass.views import View, count_pixels, global_view, gradient_penalty, semantic_view, supervised_loss
 from examples.ass.watch import compact, feature_figures, machine_figures, recent_rows, term_figures, warn
@@ -140,34 +141,7 @@ def train(
     fabric_optimiser = fabric.setup_optimizers(optimiser)
     assert not isinstance(fabric_optimiser, tuple)  # one in, one out
 
-    domains: dict[str, Samples] = {
-        "source": images.source,
-        "labelled": Some(images.target, labelled),
-        "unlabelled": images.target,
-    }
-    # Does the segmenter itself see the unlabelled images as they are?
-    looked_at = bool(adversaries.keys() - {"semantic"}) or (
-        teacher is not None and plus.soft_pooling and "semantic" in adversaries
-    )
-    counts = {
-        "source": own.optimiser.images if "source" in uses else 0,
-        "labelled": own.optimiser.images if "labelled" in uses else 0,
-        "unlabelled": own.optimiser.unlabelled if looked_at or (teacher is not None and plus.weight > 0) else 0,
-    }
-    domains = {domain: samples for domain, samples in domains.items() if counts[domain]}
-    rare = {
-        domain: rare_classes(domains[domain], settings, progress=domain if first else None)
-        for domain in ("source", "labelled")
-        if teacher is not None and plus.rare_classes
-    }
-    sizes = {"source": settings.data.source_size or settings.data.size}
-    training = TrainingSet(
-        domains,
-        {domain: sizes.get(domain, settings.data.size) for domain in domains},
-        settings.data.augmentation,
-        settings.seed,
-        ignore_index=settings.data.ignore_index,
-    )
+    domains = choose_domains(own, images, labelled, adversaries=critics, progress=first)
     starts = [adversary.start for adversary in adversaries.values()] + ([plus.start] if teacher is not None else [])
     adaptation_starts = min(
         [*(round(start * settings.steps) for start in starts), settings.steps - 1] if starts else [0]
@@ -202,18 +176,18 @@ def train(
         first_alone(fabric, lambda: runs.read_history(out, before=progress.step))
         recent = recent_rows(runs.read_history(out), settings)
         sampler = MixedBatchSampler(
-            {domain: len(samples) for domain, samples in domains.items()},
-            {domain: counts[domain] for domain in domains},
+            domains.sizes,
+            domains.per_batch,
             seed=settings.seed,
             rank=rank,
             world_size=ranks,
             first_step=progress.step,
             steps=settings.steps - progress.step,
-            weights=rare,
+            weights=domains.weights,
         )
         bar.initial = bar.n = progress.step
         since, done = (progress.step, time.monotonic()), progress.step
-        drawn = batches(training, sampler, workers=settings.data.workers, timeout=settings.data.timeout)
+        drawn = batches(domains.training, sampler, workers=settings.data.workers, timeout=settings.data.timeout)
         for step, batch in signals.while_loaded(drawn, heard):
             if step == adaptation_starts and first:
                 checkpoints.save_weights(out / checkpoints.BEFORE, {"segmenter": segmenter})
@@ -231,7 +205,7 @@ def train(
                 outputs = {
                     domain: segmenter(part["image"])
                     for domain, part in batch.items()
-                    if domain != "unlabelled" or looked_at
+                    if domain != "unlabelled" or domains.segments_unlabelled
                 }
             segmentation_loss = torch.zeros((), device=fabric.device)
             for domain, part in batch.items():
@@ -323,7 +297,7 @@ def train(
 
             if log and first:
                 now = time.monotonic()
-                images_seen = (step + 1 - since[0]) * ranks * sum(counts.values())
+                images_seen = (step + 1 - since[0]) * ranks * sum(domains.per_batch.values())
                 row |= machine_figures(images_seen, now - since[1], fabric.device)
                 since = (step + 1, now)
                 runs.append_history(out, row)
@@ -361,21 +335,7 @@ def train(
     scores["validation"] = scores["test"] if once else score("validation")
     final.eval()
     if first:
-        earlier = build_segmenter(settings).to(fabric.device, dtype).eval()
-        try:
-            earlier.load_state_dict(checkpoints.load_weights(out / checkpoints.BEFORE))
-            illustrate(
-                out / "report.png",
-                settings,
-                images,
-                title=f"{settings.method}: mIoU {100 * scores['test'].miou:.1f} on {len(images.test)} test images",
-                before=(f"step {adaptation_starts}", earlier),
-                after=(f"step {settings.steps}", final),
-                history=runs.read_history(out),
-            )
-        except InputError as error:
-            # The run is done, and a picture is not worth it.
-            tqdm.write(f"no report: {error}", file=sys.stderr)
+        _report(out, settings, images, scores["test"].miou, final, first_step=adaptation_starts, device=fabric.device)
     metrics = {
         "method": settings.method,
         "labelled": settings.labelled,
@@ -396,3 +356,31 @@ def train(
     if first:
         runs.write_metrics(out, metrics)
     return metrics
+
+
+def _report(
+    out: Path,
+    settings: Settings,
+    images: Images,
+    miou: float,
+    final: torch.nn.Module,
+    *,
+    first_step: int,
+    device: torch.device,
+) -> None:
+    """Draw the report: the segmenter before `first_step`, when no adversary had reached it, beside the final one."""
+    before = build_segmenter(settings).to(device, next(final.parameters()).dtype).eval()
+    try:
+        before.load_state_dict(checkpoints.load_weights(out / checkpoints.BEFORE))
+        illustrate(
+            out / "report.png",
+            settings,
+            images,
+            title=f"{settings.method}: mIoU {100 * miou:.1f} on {len(images.test)} test images",
+            before=(f"step {first_step}", before),
+            after=(f"step {settings.steps}", final),
+            history=runs.read_history(out),
+        )
+    except InputError as error:
+        # The run is done, and a picture is not worth it.
+        tqdm.write(f"no report: {error}", file=sys.stderr)

@@ -1,0 +1,73 @@
+"""The images of a run by domain: which of them its method trains on, and how many a step draws."""
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from examples.ass.data import Samples, Some, TrainingSet
+from examples.ass.images import Images
+from examples.ass.self_training import rare_classes
+from examples.ass.settings import METHODS, Settings
+
+__all__ = ["Domains", "choose_domains"]
+
+
+class Domains(NamedTuple):
+    """What the sampler draws from."""
+
+    training: TrainingSet
+    sizes: dict[str, int]
+    """Images of each domain."""
+    per_batch: dict[str, int]
+    """Images of each domain in a step, on this rank."""
+    weights: dict[str, np.ndarray]
+    """By which a domain's images are drawn, where they are not all alike."""
+    segments_unlabelled: bool
+    """Does the segmenter itself see the unlabelled images as they are?"""
+
+
+def choose_domains(
+    settings: Settings, images: Images, labelled: Sequence[int], *, adversaries: Collection[str], progress: bool
+) -> Domains:
+    """The domains that the method trains on: source, labelled and, where anything looks at them, unlabelled.
+
+    Args:
+        settings: of the run, with this rank's share of a step's images.
+        images: of the run.
+        labelled: which of the target's training images keep their labels.
+        adversaries: names of those that the run has.
+        progress: show a bar while labels are read for their rare classes.
+    """
+    uses, plus, how = METHODS[settings.method], settings.self_training, settings.optimiser
+    taught = "self-training" in uses
+    segments_unlabelled = any(name != "semantic" for name in adversaries) or (
+        taught and plus.soft_pooling and "semantic" in adversaries
+    )
+    per_batch = {
+        "source": how.images if "source" in uses else 0,
+        "labelled": how.images if "labelled" in uses else 0,
+        "unlabelled": how.unlabelled if segments_unlabelled or (taught and plus.weight > 0) else 0,
+    }
+    per_batch = {domain: count for domain, count in per_batch.items() if count}
+    every: dict[str, Samples] = {
+        "source": images.source,
+        "labelled": Some(images.target, labelled),
+        "unlabelled": images.target,
+    }
+    samples = {domain: every[domain] for domain in per_batch}
+    crops = {"source": settings.data.source_size or settings.data.size}
+    training = TrainingSet(
+        samples,
+        {domain: crops.get(domain, settings.data.size) for domain in samples},
+        settings.data.augmentation,
+        settings.seed,
+        ignore_index=settings.data.ignore_index,
+    )
+    weights = {
+        domain: rare_classes(samples[domain], settings, progress=domain if progress else None)
+        for domain in ("source", "labelled")
+        if taught and plus.rare_classes
+    }
+    sizes = {domain: len(of) for domain, of in samples.items()}
+    return Domains(training, sizes, per_batch, weights, segments_unlabelled)
