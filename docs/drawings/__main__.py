@@ -14,7 +14,7 @@ from docs.drawings.schedules import draw_schedules
 from docs.drawings.shifts import draw_shifts
 from docs.drawings.tutorial import draw_adversary, draw_health, draw_predictions, draw_scenes
 from examples.ass.__main__ import STUDIES
-from examples.ass.study import draw_study, read_study, recorded
+from examples.ass.study import draw_curves, draw_study, read_study, recorded
 
 __all__ = ["DRAWINGS", "FIGURES", "main"]
 
@@ -33,8 +33,11 @@ def main(names: Sequence[str]) -> None:
         records = RESULTS / f"{study.stem}.json"
         if records.exists():
             asked = read_study(study)
-            draw_study(records.with_suffix(".png"), asked, recorded(asked, records=records))
+            results = recorded(asked, records=records)
+            draw_study(records.with_suffix(".png"), asked, results)
             print(records.with_suffix(".png"), flush=True)
+            if draw_curves(records.with_name(f"{study.stem}-curves.png"), asked, results):
+                print(records.with_name(f"{study.stem}-curves.png"), flush=True)
 
 
 DRAWINGS: dict[str, Callable[[Path], None]] = {

@@ -22,7 +22,7 @@ from examples.ass.evaluate import Scores, evaluate, illustrate, score_table
 from examples.ass.images import open_images
 from examples.ass.memory import estimate_memory
 from examples.ass.settings import METHODS, Settings
-from examples.ass.study import draw_study, read_study, recorded, run_study, study_table
+from examples.ass.study import draw_curves, draw_study, read_study, recorded, run_study, study_table
 from examples.ass.train import train
 
 __all__ = ["main"]
@@ -246,6 +246,7 @@ def _study(arguments: Sequence[str]) -> None:
     how = f"`python -m examples.ass study {path.stem}`"
     checkpoints.write_whole(records.with_suffix(".md"), lambda to: to.write_text(f"{table}\n{how}\n", encoding="utf-8"))
     draw_study(records.with_suffix(".png"), study, results)
+    draw_curves(records.with_name(f"{path.stem}-curves.png"), study, results)
     print(table)
     print(f"records: {records}")
 

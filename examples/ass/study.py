@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import matplotlib
+from matplotlib.figure import Figure
 
 from examples.ass.checkpoints import write_whole
 from examples.ass.compare import draw_comparison
 from examples.ass.data import InputError
 from examples.ass.run_queue import Run, finished, run_all
 from examples.ass.settings import METHODS
+from examples.ass.style import STYLE, class_colours, save_figure
 from examples.ass.tables import duration, markdown, percent, spread, versions
 
-__all__ = ["Study", "draw_study", "read_study", "recorded", "run_study", "study_table"]
+__all__ = ["Study", "draw_curves", "draw_study", "read_study", "recorded", "run_study", "study_table"]
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,45 @@ def draw_study(path: Path, study: Study, results: Sequence[Mapping[str, Any]]) -
     """Draw the study: a dot a run, and the differences to the baseline."""
     scored = [{**r, "method": r["row"], **_score(r, study.split)} for r in results]
     draw_comparison(path, scored, baseline=study.baseline, alike=("num_classes",), split=study.split)
+
+
+def draw_curves(path: Path, study: Study, results: Sequence[Mapping[str, Any]]) -> bool:
+    """Draw mIoU on the validation images over the steps: a thin line a run, a thick one for the mean of a row's runs.
+
+    Returns:
+        Whether there was a run that has looked at them on its way (`validate_every`); else nothing is drawn.
+    """
+    curves = {name: [r["curve"] for r in results if r["row"] == name and r.get("curve")] for name in study.rows}
+    curves = {name: of for name, of in curves.items() if of}
+    if not curves:
+        return False
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.0, 5.0), layout="constrained")
+        axes = figure.subplots()
+        # Colours and dashes both, for eyes that tell few colours apart.
+        for index, (name, of) in enumerate(curves.items()):
+            colour, dashes = class_colours(index + 1)[index] / 255, ("-", "--", ":", "-.")[index % 4]
+            for curve in of:
+                axes.plot(*_points(curve), color=colour, linestyle=dashes, linewidth=0.8, alpha=0.5)
+            mean = [[step, statistics.fmean(values)] for step, values in _by_step(of).items() if len(values) == len(of)]
+            axes.plot(*_points(mean), color=colour, linestyle=dashes, linewidth=2.2, label=name)
+        axes.set(title=study.title, xlabel="step", ylabel="mIoU on the validation images, percent")
+        axes.grid(axis="y", color="0.9", linewidth=0.8)
+        figure.legend(loc="outside right upper")
+        save_figure(figure, path)
+    return True
+
+
+def _points(curve: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    return [step for step, _ in curve], [100 * miou for _, miou in curve]
+
+
+def _by_step(curves: Sequence[Sequence[tuple[int, float]]]) -> dict[int, list[float]]:
+    held: dict[int, list[float]] = {}
+    for curve in curves:
+        for step, miou in curve:
+            held.setdefault(step, []).append(miou)
+    return held
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:

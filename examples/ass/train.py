@@ -44,6 +44,9 @@ from semshift.schedules import Polynomial
 
 __all__ = ["train"]
 
+VALIDATION = "miou/validation"
+"""What the history calls the mIoU of the looks at the validation images on the way."""
+
 
 def train(
     settings: Settings,
@@ -310,7 +313,7 @@ def train(
             if settings.validate_every and ((step + 1) % settings.validate_every == 0 or last):
                 miou = score("validation").miou
                 if first:
-                    runs.append_history(out, {"step": step, "miou/validation": miou})
+                    runs.append_history(out, {"step": step, VALIDATION: miou})
                 if progress.best is None or miou > progress.best[0]:
                     progress = progress._replace(best=(miou, step + 1))
                     if first:
@@ -347,6 +350,7 @@ def train(
         "subsets": subset_means(scores["test"].iou, settings.data.subsets),
         "validation": scores["validation"]._asdict(),
         "best": progress.best and {"validation": progress.best[0], "step": progress.best[1]},
+        "curve": [[row["step"] + 1, row[VALIDATION]] for row in runs.read_history(out) if VALIDATION in row],
         "resumed_from": list(progress.resumed_from),
         "seconds": round(time.monotonic() - began, 1),
         "device": str(fabric.device),

@@ -79,8 +79,9 @@ def test_two_folders_of_your_own(tmp_path, capsys):
 def test_every_picture_has_its_source():
     assert {path.name for path in FIGURES.iterdir()} == set(DRAWINGS)
     for path in RESULTS.glob("*.png"):
-        assert json.loads(path.with_suffix(".json").read_text())
-        assert (STUDIES / f"{path.stem}.yaml").exists()
+        study = path.stem.removesuffix("-curves")
+        assert json.loads(path.with_name(f"{study}.json").read_text())
+        assert (STUDIES / f"{study}.yaml").exists()
 
 
 @pytest.mark.parametrize("name", ["logo-light.svg", "logo-dark.svg"])

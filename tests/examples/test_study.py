@@ -3,14 +3,16 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import yaml
 
 from examples.ass import run_queue
+from examples.ass import study as study_module
 from examples.ass.__main__ import STUDIES, main
 from examples.ass.__main__ import _parse as parse_train
 from examples.ass.data import InputError
-from examples.ass.study import Study, draw_study, read_study, run_study, study_table
+from examples.ass.study import Study, draw_curves, draw_study, read_study, run_study, study_table
 
 TRAINER = """
 import argparse, json, pathlib, sys
@@ -145,6 +147,33 @@ def test_the_difference_is_over_the_seeds_of_both_with_its_standard_error(folder
 def test_the_figure_is_drawn(folder):
     draw_study(folder / "study.png", STUDY, run(folder))
     assert (folder / "study.png").stat().st_size > 10_000
+
+
+def test_curves_are_those_of_the_runs_and_their_mean(folder, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(study_module, "save_figure", lambda figure, path: drawn.append((figure, path)))
+    results = run(folder)
+    assert not draw_curves(folder / "curves.png", STUDY, results)
+    assert not drawn
+    curves = {0: [[5, 0.2], [7, 0.5]], 1: [[5, 0.4], [7, 0.6]], 2: [[7, 0.7]]}
+    results = [{**r, "curve": curves[r["seed"]]} if r["row"] == "boosted" else r for r in results]
+    assert draw_curves(folder / "curves.png", STUDY, results)
+    ((figure, path),) = drawn
+    assert path == folder / "curves.png"
+    lines = [line.get_xydata().tolist() for line in figure.axes[0].lines]
+    # Where one of the runs has not looked, there is no mean.
+    expected = [[[5, 20], [7, 50]], [[5, 40], [7, 60]], [[7, 70]], [[7, 60]]]
+    assert [np.round(line, 9).tolist() for line in lines] == expected
+    assert [text.get_text() for text in figure.legends[0].texts] == ["boosted"]
+
+
+def test_the_command_draws_curves_where_there_are_some(folder, monkeypatch):
+    (folder / "mine.yaml").write_text(yaml.safe_dump(STUDY.__dict__))
+    (folder / "trainer.py").write_text(
+        TRAINER.replace('"resumed_from": []', '"curve": [[7, miou]], "resumed_from": []')
+    )
+    assert main(["study", str(folder / "mine.yaml"), "--records", str(folder / "r"), "--out", str(folder / "o")]) == 0
+    assert {path.name for path in (folder / "r").iterdir()} == {"mine.json", "mine.md", "mine.png", "mine-curves.png"}
 
 
 def test_the_command_leaves_records_table_and_figure(folder, capsys):

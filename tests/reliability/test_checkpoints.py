@@ -238,6 +238,7 @@ def test_validation_keeps_the_best_and_changes_nothing(run, tmp_path, monkeypatc
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["best"] == {"validation": kept["miou"], "step": kept["step"]}
     assert metrics["validation"]["miou"] == looks[-1]["miou/validation"]
+    assert metrics["curve"] == [[row["step"] + 1, row["miou/validation"]] for row in looks]
 
 
 @pytest.mark.slow
