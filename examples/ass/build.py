@@ -1,24 +1,32 @@
 """The networks of a run, their optimisers and the weights of its losses, from its settings."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from examples.ass.checkpoints import Stateful
 from examples.ass.deeplab import DeepLabV2
 from examples.ass.models import SmallSegmenter
 from examples.ass.pretrained import Pretrained, load_pretrained
 from examples.ass.segformer import SegFormer, load_segformer
 from examples.ass.settings import METHODS, GlobalAdversary, SelfTraining, SemanticAdversary, Settings
 from semshift.discriminators import FCDiscriminator, PrototypeDiscriminator
+from semshift.prototypes import PrototypeBank
 from semshift.schedules import Constant, Polynomial, Schedule, Sigmoid, Then
 
 __all__ = [
+    "Learners",
+    "Schedules",
     "Segmenter",
     "build_adversaries",
     "build_critic",
+    "build_learners",
     "build_optimiser",
+    "build_schedules",
     "build_segmenter",
     "load_init",
     "source_schedule",
@@ -26,6 +34,45 @@ __all__ = [
 ]
 
 Segmenter = SmallSegmenter | DeepLabV2 | SegFormer
+
+
+@dataclass(frozen=True)
+class Learners:
+    """What learns in a run; which of them exist is all that tells the methods apart."""
+
+    segmenter: Segmenter
+    optimiser: torch.optim.Optimizer
+    critics: dict[str, nn.Module]
+    critic_optimisers: dict[str, torch.optim.Optimizer]
+    teacher: AveragedModel | None
+    """The running mean of the segmenter's weights."""
+    banks: dict[str, PrototypeBank]
+    """Running prototypes by domain."""
+    pixels: dict[str, Tensor]
+    """By domain, number of pixels int64 `[K]` of each class that its labels have shown so far."""
+
+    def networks(self) -> dict[str, Stateful]:
+        """What an evaluation needs."""
+        return {"segmenter": self.segmenter} | ({} if self.teacher is None else {"teacher": self.teacher})
+
+    def stateful(self) -> dict[str, Stateful]:
+        """What a checkpoint saves beside `pixels` and the step, of which everything else is a function."""
+        stateful: dict[str, Stateful] = {**self.networks(), "optimiser": self.optimiser}
+        for name, critic in self.critics.items():
+            stateful |= {f"{name} critic": critic, f"{name} critic optimiser": self.critic_optimisers[name]}
+        return stateful | {f"{domain} bank": bank for domain, bank in self.banks.items()}
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """What changes from step to step, each a function of the step."""
+
+    learning_rate: Schedule
+    critic_rates: dict[str, Schedule]
+    source_weight: Schedule
+    """Of the source's cross-entropy."""
+    weights: dict[str, Schedule]
+    """Of each adversary's term, and of self-training."""
 
 
 def build_segmenter(settings: Settings) -> Segmenter:
@@ -103,6 +150,47 @@ def build_critic(name: str, settings: Settings, segmenter: Segmenter) -> nn.Modu
         hidden_channels=s.hidden_channels,
         conditioning=s.conditioning,
         spectral_norm=s.spectral_norm,
+    )
+
+
+def build_learners(settings: Settings, segmenter: Segmenter, dtype: torch.dtype) -> Learners:
+    """The discriminators of the method and what else learns beside the segmenter, on its device."""
+    device = next(segmenter.parameters()).device
+    adversaries, plus, classes = build_adversaries(settings), settings.self_training, len(settings.data.classes)
+    critics = {name: build_critic(name, settings, segmenter).to(device, dtype) for name in adversaries}
+    teacher: AveragedModel | None = None
+    if "self-training" in METHODS[settings.method]:
+        teacher = AveragedModel(segmenter, multi_avg_fn=get_ema_multi_avg_fn(plus.momentum))  # type: ignore[no-untyped-call]
+        teacher.eval()
+    both = ("source", "labelled")
+    return Learners(
+        segmenter,
+        build_optimiser(settings, segmenter),
+        critics,
+        {
+            name: torch.optim.Adam(critic.parameters(), adversaries[name].learning_rate, betas=(0.9, 0.99))
+            for name, critic in critics.items()
+        },
+        teacher,
+        {domain: PrototypeBank(classes, segmenter.feature_channels).to(device, dtype) for domain in both}
+        if teacher is not None and plus.bank and "semantic" in critics
+        else {},
+        {domain: torch.zeros(classes, dtype=torch.int64, device=device) for domain in both},
+    )
+
+
+def build_schedules(settings: Settings) -> Schedules:
+    """The learning rates, and the weights of the losses."""
+    how, adversaries = settings.optimiser, build_adversaries(settings)
+    decay_steps = how.decay_steps or settings.steps
+    weights = {name: weight_schedule(adversary, settings.steps) for name, adversary in adversaries.items()}
+    if "self-training" in METHODS[settings.method]:
+        weights["self-training"] = weight_schedule(settings.self_training, settings.steps)
+    return Schedules(
+        Polynomial(how.learning_rate, decay_steps, power=how.power),
+        {name: Polynomial(each.learning_rate, decay_steps, power=each.power) for name, each in adversaries.items()},
+        source_schedule(settings),
+        weights,
     )
 
 

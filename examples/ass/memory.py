@@ -68,7 +68,7 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[s
         if name != "semantic"
     }
     domains |= {"unlabelled": how.unlabelled} if taught or critic else {}
-    domains |= {"mixed": how.unlabelled} if taught else {}
+    domains |= {"mixed": how.unlabelled} if taught and settings.self_training.weight > 0 else {}
     outputs = []
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         for domain, images in domains.items():

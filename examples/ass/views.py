@@ -6,6 +6,7 @@ up, and a discriminator's answers gathered, before anything is divided. In one p
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -122,9 +123,9 @@ def global_view(
         probabilities = logits.softmax(1)
         return entropy_map(probabilities) if adversary.inputs == "entropy" else probabilities
 
-    against = ("source", "labelled") if adversary.against == "both" else (adversary.against,)
+    maps = [output_map(domain) for domain in ("source", "labelled") if adversary.against in (domain, "both")]
     return View(
-        source=torch.cat([output_map(domain) for domain in against]),
+        source=torch.cat(maps) if len(maps) > 1 else maps[0],
         target=output_map("unlabelled"),
         source_weight=None,
         target_weight=None,
@@ -142,7 +143,7 @@ def semantic_view(
     pixels: dict[str, Tensor],
     settings: Settings,
     *,
-    banks: Mapping[str, PrototypeBank] | None = None,
+    banks: Mapping[str, PrototypeBank] = MappingProxyType({}),
     soft_weights: Tensor | None = None,
 ) -> View:
     """The semantic view: class prototypes of source and labelled target images, pooled by their labels.
@@ -172,7 +173,7 @@ def semantic_view(
         )
         pooled[domain] = sums = _pooled_over_ranks(own_images)
         means[domain], shown[domain] = sums.means, sums.present
-        if banks is not None:
+        if banks:
             # It adds up the ranks itself.
             banks[domain].update(ClassSums(own_images.sums.detach(), own_images.mass))
             means[domain], shown[domain] = banks[domain](sums)

@@ -55,16 +55,28 @@ class Live(TorchDispatchMode):
     [
         {"method": "source-only"},
         {"method": "ass"},
+        {"method": "global", "precision": "bf16-mixed"},
         {"method": "semantic", "optimiser": Optimiser(name="sgd", images=3)},
         {"method": "ass", "global_adversary": GlobalAdversary(base_channels=64)},
         {"method": "ass-plus", "self_training": SelfTraining(start=0.0, ramp=0.0)},
+        {"method": "ass-plus", "self_training": SelfTraining(start=0.0, ramp=0.0, weight=0.0)},
         pytest.param({"method": "joint", "network": DEEPLAB}, marks=pytest.mark.slow),
         pytest.param(
             {"method": "ass", "network": DEEPLAB, "optimiser": Optimiser(name="sgd", images=1, unlabelled=1)},
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["source-only", "ass", "semantic", "wide-critic", "ass-plus", "deeplab", "deeplab-ass"],
+    ids=[
+        "source-only",
+        "ass",
+        "global-bf16",
+        "semantic",
+        "wide-critic",
+        "ass-plus",
+        "not-self-trained",
+        "deeplab",
+        "deeplab-ass",
+    ],
 )
 def test_within_an_eighth_of_what_lives_at_once(changes, tmp_path, monkeypatch):
     estimates = []

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from examples.ass import build as build_module
 from examples.ass import checkpoints, runs
 from examples.ass import train as train_module
 from examples.ass.build import source_schedule
@@ -308,11 +309,11 @@ def test_the_teacher_answers_as_it_would_be_evaluated(tmp_path, monkeypatch):
     """Without dropout, and by running statistics."""
     modes = []
 
-    class Watched(train_module.AveragedModel):
+    class Watched(build_module.AveragedModel):
         def forward(self, *arguments):
             modes.append(any(module.training for module in self.modules()))
             return super().forward(*arguments)
 
-    monkeypatch.setattr(train_module, "AveragedModel", Watched)
+    monkeypatch.setattr(build_module, "AveragedModel", Watched)
     run(tmp_path / "run", steps=2)
     assert modes == [False, False]

@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from examples.ass import checkpoints, runs
+from examples.ass import step as step_module
 from examples.ass import train as train_module
 from examples.ass.__main__ import main
 from examples.ass.build import weight_schedule
@@ -158,14 +159,14 @@ def test_run_folders_are_not_mixed_up(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
-    entropy = train_module.supervised_loss
+    entropy = step_module.supervised_loss
 
     def poisoned(logits, labels, settings):
         poisoned.calls += 1
         return entropy(logits, labels, settings) * (math.nan if poisoned.calls > 8 else 1.0)
 
     poisoned.calls = 0
-    monkeypatch.setattr(train_module, "supervised_loss", poisoned)
+    monkeypatch.setattr(step_module, "supervised_loss", poisoned)
     with pytest.raises(InputError, match="expected a finite loss, got nan at step 4: lower the learning rate"):
         train(TINY, tmp_path / "run")
     assert checkpoint(tmp_path / "run")["step"] == 3

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from examples.ass import step as step_module
 from examples.ass import train as train_module
 from examples.ass.__main__ import main
 from examples.ass.build import build_critic, build_segmenter
@@ -217,7 +218,7 @@ class StopError(Exception):
 def recorded_run(settings, out, *, stop_at=None, resume=False):
     """Train, perhaps up to a step; every key that the training set was asked for."""
     keys = []
-    get, seed_step = TrainingSet.__getitem__, train_module.seed_step
+    get, seed_step = TrainingSet.__getitem__, step_module.seed_step
 
     def recorded(self, key):
         keys.append(key)
@@ -230,7 +231,7 @@ def recorded_run(settings, out, *, stop_at=None, resume=False):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingSet, "__getitem__", recorded)
-        patch.setattr(train_module, "seed_step", stopping)
+        patch.setattr(step_module, "seed_step", stopping)
         try:
             train_module.train(settings, out, resume=resume)
         except StopError:
