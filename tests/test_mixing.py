@@ -291,6 +291,18 @@ def test_a_generator_on_the_cpu_chooses_alike_on_cuda_without_waiting():
             "expected generator or keys, got both",
         ),
         (
+            (torch.tensor([[0]]), 2),
+            {"keys": torch.tensor([[0.5, torch.inf]])},
+            ValueError,
+            "expected keys to be finite, got inf",
+        ),
+        (
+            (torch.tensor([[0]]), 2),
+            {"keys": torch.tensor([[torch.nan, 0.5]])},
+            ValueError,
+            "expected keys to be finite, got nan",
+        ),
+        (
             (torch.tensor([[0]]), 300),
             {},
             ValueError,

@@ -115,7 +115,7 @@ def class_mix(
     Raises:
         TypeError: labels of another dtype, a count that is no int, or keys that are not floating point.
         ValueError: labels without dimensions of pixels, keys of another shape or beside a generator, or on the CPU a
-            label out of range.
+            label out of range or a key that is not finite.
 
     Example:
         >>> labels = torch.tensor([[[0, 0, 255], [1, 1, 1]]])
@@ -158,6 +158,8 @@ def _check_keys(keys: Tensor, shape: list[int], generator: Optional[torch.Genera
         raise ValueError(f"expected keys [B, K] {shape}, got {list(keys.shape)}")
     if generator is not None:
         raise ValueError("expected generator or keys, got both")
+    if _may_look(keys) and not (finite := keys.isfinite()).all():
+        raise ValueError(f"expected keys to be finite, got {keys[~finite][0].item()}")
 
 
 def _may_look(tensor: Tensor) -> bool:
