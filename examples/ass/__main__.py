@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import torch
+from lightning_fabric import Fabric
 from torch import distributed as dist
 
 from examples.ass import checkpoints, faults, runs, signals
 from examples.ass.build import Segmenter, build_adversaries, build_critic, build_segmenter, load_init
-from examples.ass.checks import check
+from examples.ass.checks import check, check_accelerator
 from examples.ass.compare import compare, comparison_table
 from examples.ass.data import InputError
 from examples.ass.data_check import check_data
@@ -161,6 +163,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--data-root", metavar="DIR", help="where the run's image folders lie")
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="(default: test)")
     parser.add_argument("--subset", metavar="NAME", help="of the run's data.subsets this one alone")
+    parser.add_argument("--accelerator", metavar="NAME", help="auto, cpu, cuda or mps (default: the run's)")
     parser.add_argument("--best", action="store_true", help="the step that was best on the validation images")
     parser.add_argument("--save-predictions", metavar="DIR", help="write the predicted index masks here")
     options = parser.parse_args(arguments)
@@ -168,6 +171,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
     if not (out / "settings.yaml").exists():
         raise InputError(f"expected --out to be a run folder, got {out}, which has no settings.yaml")
     settings, _ = _parse("train", ["--config", str(out / "settings.yaml")])
+    settings = dataclasses.replace(settings, accelerator=options.accelerator or settings.accelerator)
+    check_accelerator(settings.accelerator)
     chosen_on_test = settings.data.test is not None and settings.data.test == settings.data.validation
     if options.best and options.split == "test" and chosen_on_test:
         raise InputError(
@@ -310,7 +315,8 @@ def _load(settings: Settings, checkpoint: Path) -> Segmenter:
     weights = checkpoints.load_weights(checkpoint, teacher=taught)
     checkpoints.refuse_unfit(segmenter.state_dict(), weights, checkpoint)
     segmenter.load_state_dict(weights)
-    return segmenter.eval()
+    fabric = Fabric(accelerator=settings.accelerator, devices=1)
+    return segmenter.to(fabric.device, torch.float64 if settings.precision == "64-true" else torch.float32).eval()
 
 
 def _path(path: str | None) -> Path | None:

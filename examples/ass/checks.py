@@ -7,7 +7,7 @@ import torch
 from examples.ass.data import InputError
 from examples.ass.settings import Network, Settings
 
-__all__ = ["check"]
+__all__ = ["check", "check_accelerator"]
 
 
 def check(settings: Settings) -> None:
@@ -83,12 +83,7 @@ def check(settings: Settings) -> None:
         if not 0 <= factor < 1:
             raise InputError(f"expected self_training.{name} in [0, 1), got {factor}")
     _check_network(settings.network)
-    if settings.accelerator not in ("auto", "cpu", "cuda", "mps"):
-        raise InputError(f"expected accelerator to be one of auto, cpu, cuda, mps, got {settings.accelerator}")
-    if settings.accelerator == "cuda" and not torch.cuda.is_available():
-        raise InputError("expected an accelerator that this machine has, got cuda")
-    if settings.accelerator == "mps" and not torch.backends.mps.is_available():
-        raise InputError("expected an accelerator that this machine has, got mps")
+    check_accelerator(settings.accelerator)
     for name, size in (("size", data.size), ("source_size", data.source_size)):
         if size is not None and min(size) < 32:
             raise InputError(f"expected data.{name} of at least 32 each way, got {list(size)}")
@@ -119,6 +114,20 @@ def check(settings: Settings) -> None:
             "expected semantic_adversary.objective bce and r1 0 with semantic_adversary.conditioning class-and-domain, "
             f"got {semantic.objective} and {semantic.r1}"
         )
+
+
+def check_accelerator(name: str) -> None:
+    """Refuse an accelerator that there is not.
+
+    Raises:
+        InputError: it is none of those known, or this machine has none.
+    """
+    if name not in ("auto", "cpu", "cuda", "mps"):
+        raise InputError(f"expected accelerator to be one of auto, cpu, cuda, mps, got {name}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("expected an accelerator that this machine has, got cuda")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise InputError("expected an accelerator that this machine has, got mps")
 
 
 def _check_network(network: Network) -> None:

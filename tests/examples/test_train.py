@@ -11,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
+from examples.ass import __main__ as main_module
 from examples.ass import checkpoints, runs
 from examples.ass import step as step_module
 from examples.ass import train as train_module
@@ -346,6 +347,30 @@ def test_folders_from_the_command_line(folders, capsys):
     assert lines[-1].split() == ["mean", "over", "ends", f"{mean:.1f}"]
     assert main(["evaluate", "--out", str(out), "--data-root", str(folders / "data"), "--subset", "all"]) == 2
     assert capsys.readouterr().err == "error: expected --subset to be one of ['ends'], got all\n"
+
+    # A run of another machine, whose accelerator this one has not.
+    absent = "mps" if torch.cuda.is_available() else "cuda"
+    written = (out / "settings.yaml").read_text()
+    assert "accelerator: cpu" in written
+    (out / "settings.yaml").write_text(written.replace("accelerator: cpu", f"accelerator: {absent}"))
+    again = ["evaluate", "--out", str(out), "--data-root", str(folders / "data")]
+    assert main(again) == 2
+    assert capsys.readouterr().err == f"error: expected an accelerator that this machine has, got {absent}\n"
+    assert main([*again, "--accelerator", "cpu"]) == 0
+    assert f"{100 * metrics['miou']:.1f}" in capsys.readouterr().out
+
+
+def test_double_precision_is_evaluated_as_it_was_trained(tmp_path, monkeypatch):
+    seen = []
+    evaluate = main_module.evaluate
+    monkeypatch.setattr(
+        main_module,
+        "evaluate",
+        lambda net, *a, **o: seen.append(next(net.parameters()).dtype) or evaluate(net, *a, **o),
+    )
+    train(dataclasses.replace(TINY, steps=1, precision="64-true"), tmp_path / "run")
+    assert main(["evaluate", "--out", str(tmp_path / "run")]) == 0
+    assert seen == [torch.float64]
 
 
 def test_any_id_may_be_ignored(folders):
