@@ -1,6 +1,7 @@
 """Build the site into a folder, warnings being errors and a network refused, and look at its links. Run by .ci/run."""
 
 import importlib
+import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -34,12 +35,12 @@ class Page(HTMLParser):
         """Called for every tag."""
         values = {name: value or "" for name, value in attrs}
         self.anchors |= {values[name] for name in ("id", "name") if name in values}
-        if tag == "a" and "href" in values:
-            self.links.append(values["href"])
-        elif tag == "link" and values.get("rel") in ("stylesheet", "icon", "preload"):
-            self.loads.append(values["href"])
+        leads = values.get("rel") in ("author", "canonical", "index", "next", "prev", "search")
+        if tag in ("a", "link") and "href" in values:
+            (self.links if tag == "a" or leads else self.loads).append(values["href"])
         elif "src" in values:
             self.loads.append(values["src"])
+        self.loads += [part.split()[0] for part in values.get("srcset", "").split(",") if part.strip()]
 
 
 def problems(out: Path) -> list[str]:
@@ -58,6 +59,9 @@ def problems(out: Path) -> list[str]:
                 found.append(f"{path}: {target} is not there")
             elif where in pages and parts.fragment and unquote(parts.fragment) not in pages[where].anchors:
                 found.append(f"{path}: {target} has no such place")
+    for path in sorted(out.rglob("*.css")):
+        for target in re.findall(r"""url\(\s*["']?([a-z]+:)?//([^)"']*)""", path.read_text(encoding="utf-8")):
+            found.append(f"{path}: loads {''.join(target)} from elsewhere")
     with (out / "objects.inv").open("rb") as file:
         inventory = InventoryFile.load(file, "", lambda _, name: name)
     entries = {name for kind, names in inventory.items() if kind.startswith("py:") for name in names}
