@@ -59,9 +59,12 @@ def problems(out: Path) -> list[str]:
                 found.append(f"{path}: {target} is not there")
             elif where in pages and parts.fragment and unquote(parts.fragment) not in pages[where].anchors:
                 found.append(f"{path}: {target} has no such place")
-    for path in sorted(out.rglob("*.css")):
-        for target in re.findall(r"""url\(\s*["']?([a-z]+:)?//([^)"']*)""", path.read_text(encoding="utf-8")):
-            found.append(f"{path}: loads {''.join(target)} from elsewhere")
+    for path in sorted([*out.rglob("*.css"), *pages]):
+        # In a page, styles may stand between its tags or in one of them.
+        for target in re.findall(
+            r"""(?:url\(|@import)\s*["']?((?:[a-z]+:)?//[^)"']*)""", path.read_text(encoding="utf-8")
+        ):
+            found.append(f"{path}: loads {target} from elsewhere")
     with (out / "objects.inv").open("rb") as file:
         inventory = InventoryFile.load(file, "", lambda _, name: name)
     entries = {name for kind, names in inventory.items() if kind.startswith("py:") for name in names}

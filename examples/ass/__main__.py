@@ -1,4 +1,4 @@
-"""The command line: `python -m examples.ass train | demo | evaluate | compare`."""
+"""The command line: `python -m examples.ass train | demo | evaluate | compare | study`."""
 
 import argparse
 import dataclasses
@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import torch
 from lightning_fabric import Fabric
 from torch import distributed as dist
 
 from examples.ass import checkpoints, faults, runs, signals
-from examples.ass.build import Segmenter, build_adversaries, build_critic, build_segmenter, load_init
+from examples.ass.build import Segmenter, build_adversaries, build_critic, build_segmenter, dtype_of, load_init
 from examples.ass.checks import check, check_accelerator
 from examples.ass.compare import compare, comparison_table
 from examples.ass.data import InputError
@@ -171,8 +170,9 @@ def _evaluate(arguments: Sequence[str]) -> None:
     if not (out / "settings.yaml").exists():
         raise InputError(f"expected --out to be a run folder, got {out}, which has no settings.yaml")
     settings, _ = _parse("train", ["--config", str(out / "settings.yaml")])
-    settings = dataclasses.replace(settings, accelerator=options.accelerator or settings.accelerator)
-    check_accelerator(settings.accelerator)
+    if options.accelerator is not None:
+        settings = dataclasses.replace(settings, accelerator=options.accelerator)
+    check_accelerator(settings)
     chosen_on_test = settings.data.test is not None and settings.data.test == settings.data.validation
     if options.best and options.split == "test" and chosen_on_test:
         raise InputError(
@@ -315,8 +315,7 @@ def _load(settings: Settings, checkpoint: Path) -> Segmenter:
     weights = checkpoints.load_weights(checkpoint, teacher=taught)
     checkpoints.refuse_unfit(segmenter.state_dict(), weights, checkpoint)
     segmenter.load_state_dict(weights)
-    fabric = Fabric(accelerator=settings.accelerator, devices=1)
-    return segmenter.to(fabric.device, torch.float64 if settings.precision == "64-true" else torch.float32).eval()
+    return segmenter.to(Fabric(accelerator=settings.accelerator, devices=1).device, dtype_of(settings)).eval()
 
 
 def _path(path: str | None) -> Path | None:

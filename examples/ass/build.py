@@ -28,6 +28,7 @@ __all__ = [
     "build_optimiser",
     "build_schedules",
     "build_segmenter",
+    "dtype_of",
     "load_init",
     "source_schedule",
     "weight_schedule",
@@ -36,10 +37,12 @@ __all__ = [
 Segmenter = SmallSegmenter | DeepLabV2 | SegFormer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Learners:
     """What learns in a run; which of them exist is all that tells the methods apart."""
 
+    adversaries: dict[str, GlobalAdversary | SemanticAdversary]
+    """Settings of the critics, by their names."""
     segmenter: Segmenter
     optimiser: torch.optim.Optimizer
     critics: dict[str, nn.Module]
@@ -56,7 +59,7 @@ class Learners:
         return {"segmenter": self.segmenter} | ({} if self.teacher is None else {"teacher": self.teacher})
 
     def stateful(self) -> dict[str, Stateful]:
-        """What a checkpoint saves beside `pixels` and the step, of which everything else is a function."""
+        """What a checkpoint saves beside `pixels` and how far the run is; the settings and the step give the rest."""
         stateful: dict[str, Stateful] = {**self.networks(), "optimiser": self.optimiser}
         for name, critic in self.critics.items():
             stateful |= {f"{name} critic": critic, f"{name} critic optimiser": self.critic_optimisers[name]}
@@ -73,6 +76,11 @@ class Schedules:
     """Of the source's cross-entropy."""
     weights: dict[str, Schedule]
     """Of each adversary's term, and of self-training."""
+
+
+def dtype_of(settings: Settings) -> torch.dtype:
+    """Of weights and images; autocast has its own."""
+    return torch.float64 if settings.precision == "64-true" else torch.float32
 
 
 def build_segmenter(settings: Settings) -> Segmenter:
@@ -153,9 +161,9 @@ def build_critic(name: str, settings: Settings, segmenter: Segmenter) -> nn.Modu
     )
 
 
-def build_learners(settings: Settings, segmenter: Segmenter, dtype: torch.dtype) -> Learners:
-    """The discriminators of the method and what else learns beside the segmenter, on its device."""
-    device = next(segmenter.parameters()).device
+def build_learners(settings: Settings, segmenter: Segmenter) -> Learners:
+    """The segmenter and what learns beside it, on its device."""
+    device, dtype = next(segmenter.parameters()).device, dtype_of(settings)
     adversaries, plus, classes = build_adversaries(settings), settings.self_training, len(settings.data.classes)
     critics = {name: build_critic(name, settings, segmenter).to(device, dtype) for name in adversaries}
     teacher: AveragedModel | None = None
@@ -163,19 +171,19 @@ def build_learners(settings: Settings, segmenter: Segmenter, dtype: torch.dtype)
         teacher = AveragedModel(segmenter, multi_avg_fn=get_ema_multi_avg_fn(plus.momentum))  # type: ignore[no-untyped-call]
         teacher.eval()
     both = ("source", "labelled")
+    banked = both if teacher is not None and plus.bank and "semantic" in critics else ()
     return Learners(
-        segmenter,
-        build_optimiser(settings, segmenter),
-        critics,
-        {
+        adversaries=adversaries,
+        segmenter=segmenter,
+        optimiser=build_optimiser(settings, segmenter),
+        critics=critics,
+        critic_optimisers={
             name: torch.optim.Adam(critic.parameters(), adversaries[name].learning_rate, betas=(0.9, 0.99))
             for name, critic in critics.items()
         },
-        teacher,
-        {domain: PrototypeBank(classes, segmenter.feature_channels).to(device, dtype) for domain in both}
-        if teacher is not None and plus.bank and "semantic" in critics
-        else {},
-        {domain: torch.zeros(classes, dtype=torch.int64, device=device) for domain in both},
+        teacher=teacher,
+        banks={domain: PrototypeBank(classes, segmenter.feature_channels).to(device, dtype) for domain in banked},
+        pixels={domain: torch.zeros(classes, dtype=torch.int64, device=device) for domain in both},
     )
 
 
@@ -187,10 +195,12 @@ def build_schedules(settings: Settings) -> Schedules:
     if "self-training" in METHODS[settings.method]:
         weights["self-training"] = weight_schedule(settings.self_training, settings.steps)
     return Schedules(
-        Polynomial(how.learning_rate, decay_steps, power=how.power),
-        {name: Polynomial(each.learning_rate, decay_steps, power=each.power) for name, each in adversaries.items()},
-        source_schedule(settings),
-        weights,
+        learning_rate=Polynomial(how.learning_rate, decay_steps, power=how.power),
+        critic_rates={
+            name: Polynomial(each.learning_rate, decay_steps, power=each.power) for name, each in adversaries.items()
+        },
+        source_weight=source_schedule(settings),
+        weights=weights,
     )
 
 

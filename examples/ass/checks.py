@@ -83,7 +83,7 @@ def check(settings: Settings) -> None:
         if not 0 <= factor < 1:
             raise InputError(f"expected self_training.{name} in [0, 1), got {factor}")
     _check_network(settings.network)
-    check_accelerator(settings.accelerator)
+    check_accelerator(settings)
     for name, size in (("size", data.size), ("source_size", data.source_size)):
         if size is not None and min(size) < 32:
             raise InputError(f"expected data.{name} of at least 32 each way, got {list(size)}")
@@ -116,18 +116,19 @@ def check(settings: Settings) -> None:
         )
 
 
-def check_accelerator(name: str) -> None:
-    """Refuse an accelerator that there is not.
+def check_accelerator(settings: Settings) -> None:
+    """Refuse an accelerator that there is not, or that cannot do what the settings want.
 
     Raises:
-        InputError: it is none of those known, or this machine has none.
+        InputError: it is none of those known, this machine has none, or it does not know float64.
     """
+    name = settings.accelerator
     if name not in ("auto", "cpu", "cuda", "mps"):
         raise InputError(f"expected accelerator to be one of auto, cpu, cuda, mps, got {name}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("expected an accelerator that this machine has, got cuda")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise InputError("expected an accelerator that this machine has, got mps")
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
+        raise InputError(f"expected an accelerator that this machine has, such as --accelerator cpu, got {name}")
+    if name == "mps" and settings.precision == "64-true":
+        raise InputError("expected precision 32-true or bf16-mixed on mps, got 64-true")
 
 
 def _check_network(network: Network) -> None:

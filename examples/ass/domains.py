@@ -10,7 +10,7 @@ from examples.ass.images import Images
 from examples.ass.self_training import rare_classes
 from examples.ass.settings import METHODS, Settings
 
-__all__ = ["Domains", "choose_domains"]
+__all__ = ["Domains", "choose_domains", "segments_unlabelled"]
 
 
 class Domains(NamedTuple):
@@ -18,13 +18,19 @@ class Domains(NamedTuple):
 
     training: TrainingSet
     sizes: dict[str, int]
-    """Images of each domain."""
+    """Number of images of each domain."""
     per_batch: dict[str, int]
-    """Images of each domain in a step, on this rank."""
+    """Number of images of each domain in a step, on this rank."""
     weights: dict[str, np.ndarray]
-    """By which a domain's images are drawn, where they are not all alike."""
+    """`[N]`, each image's share of the draws, of domains whose images are not drawn alike."""
     segments_unlabelled: bool
     """Does the segmenter itself see the unlabelled images as they are?"""
+
+
+def segments_unlabelled(settings: Settings, adversaries: Collection[str]) -> bool:
+    """Whether the segmenter itself sees the unlabelled images as they are: for their output maps, or to pool them."""
+    pools = "self-training" in METHODS[settings.method] and settings.self_training.soft_pooling
+    return any(name != "semantic" for name in adversaries) or (pools and "semantic" in adversaries)
 
 
 def choose_domains(
@@ -41,13 +47,11 @@ def choose_domains(
     """
     uses, plus, how = METHODS[settings.method], settings.self_training, settings.optimiser
     taught = "self-training" in uses
-    segments_unlabelled = any(name != "semantic" for name in adversaries) or (
-        taught and plus.soft_pooling and "semantic" in adversaries
-    )
+    segmented = segments_unlabelled(settings, adversaries)
     per_batch = {
         "source": how.images if "source" in uses else 0,
         "labelled": how.images if "labelled" in uses else 0,
-        "unlabelled": how.unlabelled if segments_unlabelled or (taught and plus.weight > 0) else 0,
+        "unlabelled": how.unlabelled if segmented or (taught and plus.weight > 0) else 0,
     }
     per_batch = {domain: count for domain, count in per_batch.items() if count}
     every: dict[str, Samples] = {
@@ -70,4 +74,4 @@ def choose_domains(
         if taught and plus.rare_classes
     }
     sizes = {domain: len(of) for domain, of in samples.items()}
-    return Domains(training, sizes, per_batch, weights, segments_unlabelled)
+    return Domains(training, sizes, per_batch, weights, segmented)

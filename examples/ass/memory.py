@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from examples.ass.domains import segments_unlabelled
 from examples.ass.settings import METHODS, Settings
 
 __all__ = ["Memory", "estimate_memory"]
@@ -67,7 +68,7 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[s
         for name in critics
         if name != "semantic"
     }
-    domains |= {"unlabelled": how.unlabelled} if taught or critic else {}
+    domains |= {"unlabelled": how.unlabelled} if segments_unlabelled(settings, critics) else {}
     domains |= {"mixed": how.unlabelled} if taught and settings.self_training.weight > 0 else {}
     outputs = []
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

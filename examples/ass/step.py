@@ -7,7 +7,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from examples.ass.build import Learners, Schedules, build_adversaries
+from examples.ass.build import Learners, Schedules
 from examples.ass.data import InputError
 from examples.ass.ranks import seed_step
 from examples.ass.self_training import soft_weights, taught, taught_cross_entropy
@@ -33,10 +33,13 @@ def learn(
 ) -> dict[str, float]:
     """Learn from a batch: the segmenter first, then the discriminators.
 
+    PyTorch's generator is seeded by the run's seed and the step.
+
     Args:
         step: counted from 0.
-        batch: `image`, `label` and, of unlabelled images, `inside`, by domain; this rank's share.
-        learners: what learns.
+        batch: this rank's share, by domain: `image [B, 3, H, W]`; of source and labelled images `label [B, H, W]`
+            int64; of unlabelled ones `inside [B, H, W]` bool, which pixels are the image's own.
+        learners: what learns, in place, at the rates of the step.
         schedules: their rates, and the weights of the losses.
         settings: of the run.
         fabric: the run's, for its precision and its ranks.
@@ -47,7 +50,7 @@ def learn(
         The step's row of the history.
 
     Raises:
-        InputError: the segmenter's loss is not finite; nothing has learnt from it.
+        InputError: the segmenter's loss is not finite; no network has learnt from it.
     """
     segmenter, teacher, critics = learners.segmenter, learners.teacher, learners.critics
     plus, weights, rank, ranks = settings.self_training, schedules.weights, fabric.global_rank, fabric.world_size
@@ -106,8 +109,7 @@ def learn(
     value = float(loss.detach())
     if not math.isfinite(value):
         raise InputError(
-            f"expected a finite loss, got {value} at step {step}: lower the learning rate or the adversaries' "
-            "weights; the last checkpoint is kept"
+            f"expected a finite loss, got {value} at step {step}: lower the learning rate or the adversaries' weights"
         )
     row = {"step": step, "loss/segmentation": float(segmentation_loss.detach())}
     if log:
@@ -129,15 +131,15 @@ def learn(
         teacher.update_parameters(segmenter)
 
     # Discriminators: source against target, on detached inputs.
-    adversaries = build_adversaries(settings)
     for name, view in views.items():
-        if step % adversaries[name].every == 0:
-            row |= _tell_apart(name, view, learners, r1=adversaries[name].r1, log=log)
+        if step % learners.adversaries[name].every == 0:
+            row |= _tell_apart(name, view, learners, log=log)
     return row
 
 
-def _tell_apart(name: str, view: View, learners: Learners, *, r1: float, log: bool) -> Mapping[str, float]:
+def _tell_apart(name: str, view: View, learners: Learners, *, log: bool) -> Mapping[str, float]:
     critic, optimiser = learners.critics[name], learners.critic_optimisers[name]
+    r1 = learners.adversaries[name].r1
     source = view.source.detach().requires_grad_(r1 > 0)
     source_logits, target_logits = critic(source), critic(view.target.detach())
     weighted = {"source_weight": view.source_weight, "target_weight": view.target_weight}

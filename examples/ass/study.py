@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonargparse
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from examples.ass.checkpoints import write_whole
@@ -203,9 +204,10 @@ def draw_curves(path: Path, study: Study, results: Sequence[Mapping[str, Any]]) 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.0, 5.0), layout="constrained")
         axes = figure.subplots()
-        # Colours and dashes both, for eyes that tell few colours apart.
+        # Colours and dashes both, for eyes that tell few colours apart; without the yellow, which is lost on white.
+        colours = np.delete(class_colours(len(curves) + 1), 1, axis=0) / 255
         for index, (name, of) in enumerate(curves.items()):
-            colour, dashes = class_colours(index + 1)[index] / 255, ("-", "--", ":", "-.")[index % 4]
+            colour, dashes = colours[index], ("-", "--", ":", "-.")[index % 4]
             for curve in of:
                 axes.plot(*_points(curve), color=colour, linestyle=dashes, linewidth=0.8, alpha=0.5)
             mean = [[step, statistics.fmean(values)] for step, values in _by_step(of).items() if len(values) == len(of)]

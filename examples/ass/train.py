@@ -13,13 +13,7 @@ from tqdm import tqdm
 
 import semshift
 from examples.ass import checkpoints, runs, signals
-from examples.ass.build import (
-    build_adversaries,
-    build_learners,
-    build_schedules,
-    build_segmenter,
-    load_init,
-)
+from examples.ass.build import build_learners, build_schedules, build_segmenter, dtype_of, load_init
 from examples.ass.checks import check
 from examples.ass.data import InputError, batches, labelled_subset
 from examples.ass.domains import choose_domains
@@ -76,7 +70,7 @@ def train(
     )
     fabric = start(settings, loggers=TensorBoardLogger(out, name="tensorboard", version=""))
     rank, ranks, first = fabric.global_rank, fabric.world_size, fabric.is_global_zero
-    dtype = torch.float64 if settings.precision == "64-true" else torch.float32
+    dtype = dtype_of(settings)
     own = share(settings, ranks)
     # Before the run folder is made, so that a bad file leaves none; a run that goes on has them in its checkpoint.
     segmenter = build_segmenter(settings)
@@ -88,13 +82,13 @@ def train(
     names = [images.target.names[i] for i in labelled]
     first_alone(fabric, lambda: runs.prepare(out, settings, resume=resume))
 
-    learners = build_learners(settings, segmenter.to(fabric.device, dtype), dtype)
+    learners = build_learners(settings, segmenter.to(fabric.device, dtype))
     networks, stateful, teacher = learners.networks(), learners.stateful(), learners.teacher
     schedules = build_schedules(settings)
     if first:
         tqdm.write(str(estimate_memory(own, segmenter, learners.critics)), file=sys.stderr)
     domains = choose_domains(own, images, labelled, adversaries=learners.critics, progress=first)
-    starts = [adversary.start for adversary in build_adversaries(settings).values()]
+    starts = [adversary.start for adversary in learners.adversaries.values()]
     starts += [plus.start] if teacher is not None else []
     adaptation_starts = min(
         [*(round(start * settings.steps) for start in starts), settings.steps - 1] if starts else [0]

@@ -60,6 +60,11 @@ class Live(TorchDispatchMode):
         {"method": "ass", "global_adversary": GlobalAdversary(base_channels=64)},
         {"method": "ass-plus", "self_training": SelfTraining(start=0.0, ramp=0.0)},
         {"method": "ass-plus", "self_training": SelfTraining(start=0.0, ramp=0.0, weight=0.0)},
+        {
+            "method": "ass-plus",
+            "self_training": SelfTraining(start=0.0, ramp=0.0, weight=0.0, soft_pooling=False),
+            "global_adversary": GlobalAdversary(weight=0),
+        },
         pytest.param({"method": "joint", "network": DEEPLAB}, marks=pytest.mark.slow),
         pytest.param(
             {"method": "ass", "network": DEEPLAB, "optimiser": Optimiser(name="sgd", images=1, unlabelled=1)},
@@ -74,6 +79,7 @@ class Live(TorchDispatchMode):
         "wide-critic",
         "ass-plus",
         "not-self-trained",
+        "teacher-alone",
         "deeplab",
         "deeplab-ass",
     ],

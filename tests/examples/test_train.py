@@ -259,7 +259,7 @@ def test_r1_on_prototypes(tmp_path):
         ({"network": Network(width=10)}, "expected network.width to be a positive multiple of 8, got 10"),
         pytest.param(
             {"accelerator": "cuda"},
-            "expected an accelerator that this machine has, got cuda",
+            "expected an accelerator that this machine has, such as --accelerator cpu, got cuda",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA"),
         ),
         ({"accelerator": "abacus"}, "expected accelerator to be one of auto, cpu, cuda, mps, got abacus"),
@@ -355,7 +355,8 @@ def test_folders_from_the_command_line(folders, capsys):
     (out / "settings.yaml").write_text(written.replace("accelerator: cpu", f"accelerator: {absent}"))
     again = ["evaluate", "--out", str(out), "--data-root", str(folders / "data")]
     assert main(again) == 2
-    assert capsys.readouterr().err == f"error: expected an accelerator that this machine has, got {absent}\n"
+    expected = f"expected an accelerator that this machine has, such as --accelerator cpu, got {absent}"
+    assert capsys.readouterr().err == f"error: {expected}\n"
     assert main([*again, "--accelerator", "cpu"]) == 0
     assert f"{100 * metrics['miou']:.1f}" in capsys.readouterr().out
 
