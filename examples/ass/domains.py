@@ -23,8 +23,6 @@ class Domains(NamedTuple):
     """Number of images of each domain in a step, on this rank."""
     weights: dict[str, np.ndarray]
     """`[N]`, each image's share of the draws, of domains whose images are not drawn alike."""
-    segments_unlabelled: bool
-    """Does the segmenter itself see the unlabelled images as they are?"""
 
 
 def segments_unlabelled(settings: Settings, adversaries: Collection[str]) -> bool:
@@ -47,11 +45,13 @@ def choose_domains(
     """
     uses, plus, how = METHODS[settings.method], settings.self_training, settings.optimiser
     taught = "self-training" in uses
-    segmented = segments_unlabelled(settings, adversaries)
+    unlabelled = segments_unlabelled(settings, adversaries) or (taught and plus.weight > 0)
     per_batch = {
         "source": how.images if "source" in uses else 0,
         "labelled": how.images if "labelled" in uses else 0,
-        "unlabelled": how.unlabelled if segmented or (taught and plus.weight > 0) else 0,
+        "unlabelled": how.unlabelled
+        if segments_unlabelled(settings, adversaries) or (taught and plus.weight > 0)
+        else 0,
     }
     per_batch = {domain: count for domain, count in per_batch.items() if count}
     every: dict[str, Samples] = {
@@ -74,4 +74,4 @@ def choose_domains(
         if taught and plus.rare_classes
     }
     sizes = {domain: len(of) for domain, of in samples.items()}
-    return Domains(training, sizes, per_batch, weights, segmented)
+    return Domains(training, sizes, per_batch, weights)

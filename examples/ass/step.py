@@ -9,6 +9,7 @@ from torch import Tensor
 
 from examples.ass.build import Learners, Schedules
 from examples.ass.data import InputError
+from examples.ass.domains import segments_unlabelled
 from examples.ass.ranks import seed_step
 from examples.ass.self_training import soft_weights, taught, taught_cross_entropy
 from examples.ass.settings import Settings
@@ -28,7 +29,6 @@ def learn(
     settings: Settings,
     fabric: Fabric,
     *,
-    segments_unlabelled: bool,
     log: bool,
 ) -> dict[str, float]:
     """Learn from a batch: the segmenter first, then the discriminators.
@@ -43,7 +43,6 @@ def learn(
         schedules: their rates, and the weights of the losses.
         settings: of the run.
         fabric: the run's, for its precision and its ranks.
-        segments_unlabelled: have the segmenter see the unlabelled images as they are.
         log: return every figure, not only the segmentation loss.
 
     Returns:
@@ -65,7 +64,7 @@ def learn(
         outputs = {
             domain: segmenter(part["image"])
             for domain, part in batch.items()
-            if domain != "unlabelled" or segments_unlabelled
+            if domain != "unlabelled" or segments_unlabelled(settings, critics)
         }
     segmentation_loss = torch.zeros((), device=fabric.device)
     for domain, part in batch.items():

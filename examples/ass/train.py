@@ -141,16 +141,7 @@ def train(
             for part in batch.values():
                 part["image"] = part["image"].to(dtype)
             log = step % settings.log_every == 0 or step == settings.steps - 1
-            row = learn(
-                step,
-                batch,
-                learners,
-                schedules,
-                settings,
-                fabric,
-                segments_unlabelled=domains.segments_unlabelled,
-                log=log,
-            )
+            row = learn(step, batch, learners, schedules, settings, fabric, log=log)
             if log and first:
                 now = time.monotonic()
                 images_seen = (step + 1 - since[0]) * ranks * sum(domains.per_batch.values())

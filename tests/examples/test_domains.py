@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from examples.ass.build import build_adversaries
-from examples.ass.domains import choose_domains
+from examples.ass.domains import choose_domains, segments_unlabelled
 from examples.ass.images import open_images
 from examples.ass.settings import Data, GlobalAdversary, Optimiser, SceneSettings, SelfTraining, Settings
 
@@ -50,6 +50,6 @@ def test_what_a_step_draws(changes, per_batch, segmented):
     images = open_images(settings, None)
     chosen = choose_domains(settings, images, [3, 1], adversaries=build_adversaries(settings), progress=False)
     assert list(chosen.per_batch.items()) == list(per_batch.items())
-    assert chosen.segments_unlabelled is segmented
+    assert segments_unlabelled(settings, build_adversaries(settings)) is segmented
     assert chosen.sizes == {d: {"source": 5, "labelled": 2, "unlabelled": 4}[d] for d in per_batch}
     assert set(chosen.weights) == ({"source", "labelled"} if settings.method == "ass-plus" else set())
