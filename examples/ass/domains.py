@@ -49,9 +49,7 @@ def choose_domains(
     per_batch = {
         "source": how.images if "source" in uses else 0,
         "labelled": how.images if "labelled" in uses else 0,
-        "unlabelled": how.unlabelled
-        if segments_unlabelled(settings, adversaries) or (taught and plus.weight > 0)
-        else 0,
+        "unlabelled": how.unlabelled if unlabelled else 0,
     }
     per_batch = {domain: count for domain, count in per_batch.items() if count}
     every: dict[str, Samples] = {

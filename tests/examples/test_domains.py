@@ -7,7 +7,15 @@ import pytest
 from examples.ass.build import build_adversaries
 from examples.ass.domains import choose_domains, segments_unlabelled
 from examples.ass.images import open_images
-from examples.ass.settings import Data, GlobalAdversary, Optimiser, SceneSettings, SelfTraining, Settings
+from examples.ass.settings import (
+    Data,
+    GlobalAdversary,
+    Optimiser,
+    SceneSettings,
+    SelfTraining,
+    SemanticAdversary,
+    Settings,
+)
 
 SETTINGS = Settings(
     labelled=2,
@@ -39,6 +47,17 @@ NO_GLOBAL = GlobalAdversary(weight=0)
                 "method": "ass-plus",
                 "global_adversary": NO_GLOBAL,
                 "self_training": SelfTraining(soft_pooling=False, weight=0),
+            },
+            {"source": 3, "labelled": 3},
+            False,
+        ),
+        # Nothing to pool for.
+        (
+            {
+                "method": "ass-plus",
+                "global_adversary": NO_GLOBAL,
+                "semantic_adversary": SemanticAdversary(weight=0),
+                "self_training": SelfTraining(weight=0),
             },
             {"source": 3, "labelled": 3},
             False,
