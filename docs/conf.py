@@ -26,7 +26,7 @@ extensions = [
 exclude_patterns = ["drawings"]
 nitpicky = True
 
-# Tables that `python -m examples.ass study` writes begin with a second-level heading.
+# Tables that `python -m examples.workbench study` writes begin with a second-level heading.
 suppress_warnings = ["myst.header"]
 myst_enable_extensions = ["colon_fence", "attrs_inline"]
 myst_heading_anchors = 3

@@ -19,7 +19,7 @@ def test_commands():
     lines = [line for _, code in BLOCKS for line in code.splitlines() if "pip install" in line and "&&" in line]
     assert len(lines) == 2
     assert all("-c constraints.txt" in line for line in lines)
-    assert lines[0].endswith("python -m examples.ass demo")
+    assert lines[0].endswith("python -m examples.workbench demo")
     assert lines[1].endswith("pytest -q")
 
 

@@ -13,8 +13,8 @@ from docs.drawings.pooling import draw_modes, draw_pooling, draw_transpose
 from docs.drawings.schedules import draw_schedules
 from docs.drawings.shifts import draw_shifts
 from docs.drawings.tutorial import draw_adversary, draw_health, draw_predictions, draw_scenes
-from examples.ass.__main__ import STUDIES
-from examples.ass.study import draw_curves, draw_study, read_study, recorded
+from examples.workbench.__main__ import STUDIES
+from examples.workbench.study import draw_curves, draw_study, read_study, recorded
 
 __all__ = ["DRAWINGS", "FIGURES", "main"]
 

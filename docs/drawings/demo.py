@@ -1,4 +1,4 @@
-"""README's picture: what the two networks of `python -m examples.ass demo` see in four target images."""
+"""README's picture: what the two networks of `python -m examples.workbench demo` see in four target images."""
 
 import sys
 import tempfile
@@ -9,13 +9,13 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from examples.ass import checkpoints
-from examples.ass.__main__ import main as trainer
-from examples.ass.build import build_segmenter
-from examples.ass.evaluate import predict
-from examples.ass.images import open_images
-from examples.ass.settings import Settings
-from examples.ass.style import STYLE, class_colours, save_figure
+from examples.workbench import checkpoints
+from examples.workbench.__main__ import main as trainer
+from examples.workbench.build import build_segmenter
+from examples.workbench.evaluate import predict
+from examples.workbench.images import open_images
+from examples.workbench.settings import Settings
+from examples.workbench.style import STYLE, class_colours, save_figure
 
 __all__ = ["draw_demo"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from examples.ass.style import STYLE, save_figure
+from examples.workbench.style import STYLE, save_figure
 from semshift.schedules import Constant, Cosine, Linear, Polynomial, Schedule, Sigmoid, Then
 
 __all__ = ["SHOWN", "draw_schedules"]

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from examples.ass.scenes import CLASSES, Scenes, Severity
-from examples.ass.style import STYLE, class_colours, save_figure
+from examples.workbench.scenes import CLASSES, Scenes, Severity
+from examples.workbench.style import STYLE, class_colours, save_figure
 from semshift.pooling import ClassSums, class_sums
 
 __all__ = ["draw_shifts"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from docs.pages import read_blocks
-from examples.ass.style import STYLE, class_colours, save_figure
+from examples.workbench.style import STYLE, class_colours, save_figure
 from semshift.pooling import class_sums
 
 __all__ = ["draw_adversary", "draw_health", "draw_predictions", "draw_scenes"]

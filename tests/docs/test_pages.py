@@ -10,7 +10,7 @@ from PIL import Image
 
 from docs.drawings.__main__ import DRAWINGS, FIGURES, RESULTS, STUDIES
 from docs.pages import read_blocks
-from examples.ass.__main__ import main as trainer
+from examples.workbench.__main__ import main as trainer
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))

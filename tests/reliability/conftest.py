@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from examples.ass.__main__ import main
+from examples.workbench.__main__ import main
 from tests.reliability.tiny import TINY
 
 

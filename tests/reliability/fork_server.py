@@ -11,7 +11,7 @@ import resource
 import sys
 from pathlib import Path
 
-from examples.ass.__main__ import main
+from examples.workbench.__main__ import main
 
 
 def become_a_run(order):

@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from examples.ass import checkpoints, runs
-from examples.ass.data import InputError
-from examples.ass.faults import MachineError
+from examples.workbench import checkpoints, runs
+from examples.workbench.data import InputError
+from examples.workbench.faults import MachineError
 from tests.reliability.tiny import equal, rows, same_run, state, steps
 
 # Libraries under the trainer warn of things that are not ours to mend.
@@ -243,7 +243,7 @@ def test_validation_keeps_the_best_and_changes_nothing(run, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_the_best_is_evaluated_on_request(run, tmp_path, capsys):
-    from examples.ass.__main__ import main
+    from examples.workbench.__main__ import main
 
     assert run("--validate_every", 3, "--steps", 3) == 0
     capsys.readouterr()

@@ -17,9 +17,9 @@ import torch
 import yaml
 from PIL import Image
 
-from examples.ass import checkpoints, runs
-from examples.ass import train as train_module
-from examples.ass.__main__ import main
+from examples.workbench import checkpoints, runs
+from examples.workbench import train as train_module
+from examples.workbench.__main__ import main
 from tests.reliability.tiny import TINY, end_all, kill_the_second_rank, rows, same_run, state, steps
 
 # Libraries under the trainer warn of things that are not ours to mend.
@@ -247,7 +247,7 @@ def test_two_processes_on_one_run(start, tmp_path):
 def test_a_rank_that_dies(config, tmp_path):
     """torchrun ends the others and starts all of them again, by the same command."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "1", "-m", "examples.ass", "train", "--config", str(config), "--resume"]
+    command += ["--max-restarts", "1", "-m", "examples.workbench", "train", "--config", str(config), "--resume"]
     command += ["--steps", "80", "--save_every", "4"]
     for name in ("whole", "run"):
         out = tmp_path / name

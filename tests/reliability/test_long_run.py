@@ -9,9 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from examples.ass import runs
-from examples.ass.settings import Data, GlobalAdversary, Network, Optimiser, SceneSettings, SemanticAdversary, Settings
-from examples.ass.train import train
+from examples.workbench import runs
+from examples.workbench.settings import (
+    Data,
+    GlobalAdversary,
+    Network,
+    Optimiser,
+    SceneSettings,
+    SemanticAdversary,
+    Settings,
+)
+from examples.workbench.train import train
 
 # Everything that a run of ASS has, and of each thing as little as there may be.
 TINY = Settings(

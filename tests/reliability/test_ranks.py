@@ -12,15 +12,23 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from examples.ass import step as step_module
-from examples.ass import train as train_module
-from examples.ass.__main__ import main
-from examples.ass.build import build_critic, build_segmenter
-from examples.ass.data import InputError, TrainingSet
-from examples.ass.ranks import first_alone, norm_over_ranks, share, start, whole_batch_norm
-from examples.ass.self_training import soft_weights, taught, taught_cross_entropy
-from examples.ass.settings import Data, Network, Optimiser, SceneSettings, SelfTraining, SemanticAdversary, Settings
-from examples.ass.views import count_pixels, global_view, gradient_penalty, semantic_view, supervised_loss
+from examples.workbench import step as step_module
+from examples.workbench import train as train_module
+from examples.workbench.__main__ import main
+from examples.workbench.build import build_critic, build_segmenter
+from examples.workbench.data import InputError, TrainingSet
+from examples.workbench.ranks import first_alone, norm_over_ranks, share, start, whole_batch_norm
+from examples.workbench.self_training import soft_weights, taught, taught_cross_entropy
+from examples.workbench.settings import (
+    Data,
+    Network,
+    Optimiser,
+    SceneSettings,
+    SelfTraining,
+    SemanticAdversary,
+    Settings,
+)
+from examples.workbench.views import count_pixels, global_view, gradient_penalty, semantic_view, supervised_loss
 from semshift.discriminators import frozen
 from semshift.distributed import average_gradients
 from semshift.health import gradient_norm
@@ -190,7 +198,7 @@ def test_torchrun_equals_one_process(method, steps, tmp_path):
     settings = dataclasses.replace(SETTINGS, method=method, steps=steps, save_every=steps)
     alone = train_module.train(settings, tmp_path / "one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
-    command += ["-m", "examples.ass", "train", "--config", str(tmp_path / "one" / "settings.yaml")]
+    command += ["-m", "examples.workbench", "train", "--config", str(tmp_path / "one" / "settings.yaml")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"}
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "two"), "--save-predictions"],

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from examples.ass import checkpoints, runs, signals
-from examples.ass import train as train_module
+from examples.workbench import checkpoints, runs, signals
+from examples.workbench import train as train_module
 from tests.reliability.tiny import end_all, kill_the_second_rank, rows, same_run, state, steps
 
 # Libraries under the trainer warn of things that are not ours to mend.
@@ -61,7 +61,7 @@ def test_sent_to_one_rank_all_stop_after_the_same_step(config, tmp_path):
     """Not to the first, which writes. torchrun has a status of its own."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["examples.ass", "train", "--config", str(config), "--out", str(out)]
+    command += ["examples.workbench", "train", "--config", str(config), "--out", str(out)]
     command += ["--steps", "100000", "--save_every", "100000"]
     with (tmp_path / "log.txt").open("w") as log:
         agent = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -124,7 +124,7 @@ def test_the_second_stops_at_once(at, run, tmp_path, monkeypatch, capsys):
 
 
 def test_before_and_after_the_steps_a_signal_stops_at_once(run, tmp_path, monkeypatch):
-    from examples.ass import train as train_module
+    from examples.workbench import train as train_module
 
     evaluate = train_module.evaluate
 
@@ -186,7 +186,7 @@ def test_those_that_load_images_may_be_gone_first(run, tmp_path, monkeypatch, ca
 def test_the_command_line_ends_with_these_statuses(config, tmp_path):
     """A process from the shell, once."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "examples.ass", "train", "--config", str(config), "--out", str(out)]
+    command = [sys.executable, "-m", "examples.workbench", "train", "--config", str(config), "--out", str(out)]
     with subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True) as process:
         while steps(out) < 2:
             assert process.poll() is None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from examples.ass import checkpoints, runs
+from examples.workbench import checkpoints, runs
 
 TINY = {
     "labelled": 2,

@@ -1,1 +1,0 @@
-"""The reference trainer: ASS assembled from semshift's parts. Run as `python -m examples.ass`."""

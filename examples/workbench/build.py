@@ -1,0 +1,221 @@
+"""The networks of a run, their optimisers and the weights of its losses, from its settings."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from examples.workbench.checkpoints import Stateful
+from examples.workbench.deeplab import DeepLabV2
+from examples.workbench.models import SmallSegmenter
+from examples.workbench.pretrained import Pretrained, load_pretrained
+from examples.workbench.segformer import SegFormer, load_segformer
+from examples.workbench.settings import METHODS, GlobalAdversary, SelfTraining, SemanticAdversary, Settings
+from semshift.discriminators import FCDiscriminator, PrototypeDiscriminator
+from semshift.prototypes import PrototypeBank
+from semshift.schedules import Constant, Polynomial, Schedule, Sigmoid, Then
+
+__all__ = [
+    "Learners",
+    "Schedules",
+    "Segmenter",
+    "build_adversaries",
+    "build_critic",
+    "build_learners",
+    "build_optimiser",
+    "build_schedules",
+    "build_segmenter",
+    "dtype_of",
+    "load_init",
+    "source_schedule",
+    "weight_schedule",
+]
+
+Segmenter = SmallSegmenter | DeepLabV2 | SegFormer
+
+
+@dataclass(frozen=True, eq=False)
+class Learners:
+    """What learns in a run; which of them exist is all that tells the methods apart."""
+
+    adversaries: dict[str, GlobalAdversary | SemanticAdversary]
+    """Settings of the critics, by their names."""
+    segmenter: Segmenter
+    optimiser: torch.optim.Optimizer
+    critics: dict[str, nn.Module]
+    critic_optimisers: dict[str, torch.optim.Optimizer]
+    teacher: AveragedModel | None
+    """The running mean of the segmenter's weights."""
+    banks: dict[str, PrototypeBank]
+    """Running prototypes by domain."""
+    pixels: dict[str, Tensor]
+    """By domain, number of pixels int64 `[K]` of each class that its labels have shown so far."""
+
+    def networks(self) -> dict[str, Stateful]:
+        """What an evaluation needs."""
+        return {"segmenter": self.segmenter} | ({} if self.teacher is None else {"teacher": self.teacher})
+
+    def stateful(self) -> dict[str, Stateful]:
+        """What a checkpoint saves beside `pixels` and how far the run is; the settings and the step give the rest."""
+        stateful: dict[str, Stateful] = {**self.networks(), "optimiser": self.optimiser}
+        for name, critic in self.critics.items():
+            stateful |= {f"{name} critic": critic, f"{name} critic optimiser": self.critic_optimisers[name]}
+        return stateful | {f"{domain} bank": bank for domain, bank in self.banks.items()}
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """What changes from step to step, each a function of the step."""
+
+    learning_rate: Schedule
+    critic_rates: dict[str, Schedule]
+    source_weight: Schedule
+    """Of the source's cross-entropy."""
+    weights: dict[str, Schedule]
+    """Of each adversary's term, and of self-training."""
+
+
+def dtype_of(settings: Settings) -> torch.dtype:
+    """Of weights and images; autocast has its own."""
+    return torch.float64 if settings.precision == "64-true" else torch.float32
+
+
+def build_segmenter(settings: Settings) -> Segmenter:
+    """The segmenter with its first weights, which depend on the seed alone: every method starts from the same.
+
+    Those of `network.init` are not among them: `load_init` loads them over these, once.
+    """
+    torch.manual_seed(settings.seed)
+    network, classes = settings.network, len(settings.data.classes)
+    if network.name == "small":
+        return SmallSegmenter(classes, width=network.width, feature_layer=network.feature_layer)
+    if network.name == "segformer":
+        config = network.init or network.config
+        return SegFormer(classes, config=Path(config) if config else None, feature_layer=network.feature_layer)
+    return DeepLabV2(
+        classes,
+        depth=network.depth,
+        aspp_dilations=network.aspp_dilations,
+        origin=network.origin,
+        freeze_batch_norm=network.frozen_batch_norm,
+        auxiliary=network.auxiliary,
+    )
+
+
+def load_init(settings: Settings, segmenter: Segmenter) -> Pretrained | None:
+    """Load `network.init` into the segmenter; None where there is none.
+
+    Raises:
+        InputError: it is not fit for the network.
+    """
+    network = settings.network
+    if network.init is None or isinstance(segmenter, SmallSegmenter):
+        return None
+    load = load_segformer if isinstance(segmenter, SegFormer) else load_pretrained
+    return load(segmenter, Path(network.init), classifier=network.init_classifier)  # type: ignore[arg-type]
+
+
+def build_optimiser(settings: Settings, segmenter: Segmenter) -> torch.optim.Optimizer:
+    """The segmenter's optimiser; its second group, where there is one, is the classifier."""
+    how = settings.optimiser
+    groups = [{"params": list(segmenter.parameters())}]
+    if how.classifier_factor != 1:
+        classifier = segmenter.classifier_parameters()
+        chosen = set(map(id, classifier))
+        groups = [{"params": [p for p in segmenter.parameters() if id(p) not in chosen]}, {"params": classifier}]
+    if how.name == "adamw":
+        return torch.optim.AdamW(groups, how.learning_rate, weight_decay=how.weight_decay)
+    return torch.optim.SGD(groups, how.learning_rate, momentum=0.9, weight_decay=how.weight_decay)
+
+
+def build_adversaries(settings: Settings) -> dict[str, GlobalAdversary | SemanticAdversary]:
+    """The adversaries of the method that have a weight, by name; `auxiliary` is the global one on the second level."""
+    uses, g = METHODS[settings.method], settings.global_adversary
+    auxiliary = dataclasses.replace(g, weight=g.auxiliary_weight if settings.network.auxiliary else 0.0)
+    candidates: list[tuple[str, str, GlobalAdversary | SemanticAdversary]] = [
+        ("global", "global", g),
+        ("auxiliary", "global", auxiliary),
+        ("semantic", "semantic", settings.semantic_adversary),
+    ]
+    return {name: adversary for name, use, adversary in candidates if use in uses and adversary.weight > 0}
+
+
+def build_critic(name: str, settings: Settings, segmenter: Segmenter) -> nn.Module:
+    """The discriminator called `global`, `auxiliary` or `semantic`, from a seed of its own."""
+    classes = len(settings.data.classes)
+    if name != "semantic":
+        torch.manual_seed(settings.seed + (1 if name == "global" else 3))
+        g = settings.global_adversary
+        return FCDiscriminator(classes, base_channels=g.base_channels, spectral_norm=g.spectral_norm)
+    torch.manual_seed(settings.seed + 2)
+    s = settings.semantic_adversary
+    return PrototypeDiscriminator(
+        segmenter.feature_channels,
+        classes,
+        hidden_channels=s.hidden_channels,
+        conditioning=s.conditioning,
+        spectral_norm=s.spectral_norm,
+    )
+
+
+def build_learners(settings: Settings, segmenter: Segmenter) -> Learners:
+    """The segmenter and what learns beside it, on its device."""
+    device, dtype = next(segmenter.parameters()).device, dtype_of(settings)
+    adversaries, plus, classes = build_adversaries(settings), settings.self_training, len(settings.data.classes)
+    critics = {name: build_critic(name, settings, segmenter).to(device, dtype) for name in adversaries}
+    teacher: AveragedModel | None = None
+    if "self-training" in METHODS[settings.method]:
+        teacher = AveragedModel(segmenter, multi_avg_fn=get_ema_multi_avg_fn(plus.momentum))  # type: ignore[no-untyped-call]
+        teacher.eval()
+    both = ("source", "labelled")
+    banked = both if teacher is not None and plus.bank and "semantic" in critics else ()
+    return Learners(
+        adversaries=adversaries,
+        segmenter=segmenter,
+        optimiser=build_optimiser(settings, segmenter),
+        critics=critics,
+        critic_optimisers={
+            name: torch.optim.Adam(critic.parameters(), adversaries[name].learning_rate, betas=(0.9, 0.99))
+            for name, critic in critics.items()
+        },
+        teacher=teacher,
+        banks={domain: PrototypeBank(classes, segmenter.feature_channels).to(device, dtype) for domain in banked},
+        pixels={domain: torch.zeros(classes, dtype=torch.int64, device=device) for domain in both},
+    )
+
+
+def build_schedules(settings: Settings) -> Schedules:
+    """The learning rates, and the weights of the losses."""
+    how, adversaries = settings.optimiser, build_adversaries(settings)
+    decay_steps = how.decay_steps or settings.steps
+    weights = {name: weight_schedule(adversary, settings.steps) for name, adversary in adversaries.items()}
+    if "self-training" in METHODS[settings.method]:
+        weights["self-training"] = weight_schedule(settings.self_training, settings.steps)
+    return Schedules(
+        learning_rate=Polynomial(how.learning_rate, decay_steps, power=how.power),
+        critic_rates={
+            name: Polynomial(each.learning_rate, decay_steps, power=each.power) for name, each in adversaries.items()
+        },
+        source_weight=source_schedule(settings),
+        weights=weights,
+    )
+
+
+def source_schedule(settings: Settings) -> Schedule:
+    """The weight of the source's cross-entropy: 1, and for `ass-plus` a straight fall at the end where it says so."""
+    fade = settings.self_training.source_fade if "self-training" in METHODS[settings.method] else 0.0
+    steps = round(fade * settings.steps)
+    if not steps:
+        return Constant(1.0)
+    fall = Polynomial(1.0, steps, power=1.0)
+    return Then(Constant(1.0), settings.steps - steps, fall) if steps < settings.steps else fall
+
+
+def weight_schedule(adversary: GlobalAdversary | SemanticAdversary | SelfTraining, steps: int) -> Schedule:
+    """The weight of an adversary: zero while its discriminator learns, then a rise to its plateau."""
+    start, ramp = round(adversary.start * steps), round(adversary.ramp * steps)
+    risen = Sigmoid(adversary.weight, ramp) if ramp else Constant(adversary.weight)
+    return Then(Constant(0.0), start, risen) if start else risen

@@ -1,0 +1,495 @@
+"""The trainer: methods, run folder, resuming, evaluation, bad input. Runs are tiny: a few steps at 32 x 32."""
+
+import dataclasses
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from examples.workbench import __main__ as main_module
+from examples.workbench import checkpoints, runs
+from examples.workbench import step as step_module
+from examples.workbench import train as train_module
+from examples.workbench.__main__ import main
+from examples.workbench.build import weight_schedule
+from examples.workbench.checks import check
+from examples.workbench.data import InputError
+from examples.workbench.models import Segmentation, SmallSegmenter
+from examples.workbench.settings import METHODS, Data, Network, Optimiser, SceneSettings, Settings
+from examples.workbench.train import train
+from examples.workbench.views import count_pixels, global_view, semantic_view
+from semshift.sampling import MixedBatchSampler
+
+# Libraries under the trainer warn of things that are not ours to mend.
+pytestmark = pytest.mark.filterwarnings("default")
+
+SCENES = SceneSettings(source=6, target=6, validation=2, test=3)
+TINY = Settings(
+    steps=6,
+    labelled=2,
+    log_every=2,
+    save_every=3,
+    data=Data(size=(32, 32), scenes=SCENES),
+    network=Network(width=8),
+    optimiser=Optimiser(images=2, unlabelled=2),
+)
+
+
+def tiny(**changes):
+    return dataclasses.replace(TINY, **changes)
+
+
+def checkpoint(out):
+    return torch.load(checkpoints.newest(out), weights_only=True)
+
+
+def history(out):
+    """The rows of a run's log, without what two runs of the same settings differ in."""
+    return [{n: v for n, v in row.items() if not n.startswith("machine/")} for row in runs.read_history(out)]
+
+
+def equal(a, b):
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=[] if method == "ass" else pytest.mark.slow) for method in METHODS]
+)
+def test_every_method_leaves_a_run_folder(method, tmp_path):
+    out = tmp_path / "run"
+    metrics = train(tiny(method=method), out, save_predictions=True)
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    expected = {"method": method, "labelled": 2, "seed": 0, "steps": 6, "num_classes": 8, "resumed_from": []}
+    assert {name: metrics[name] for name in expected} == expected
+    values = [value for value in metrics["iou"].values() if value is not None]
+    assert metrics["miou"] == pytest.approx(sum(values) / len(values))
+    assert yaml.safe_load((out / "settings.yaml").read_text())["method"] == method
+    assert len((out / "labelled.txt").read_text().split()) == (tiny().data.scenes.target if method == "oracle" else 2)
+    assert (out / "report.png").stat().st_size > 10_000
+    assert list((out / "tensorboard").glob("events*"))
+    assert len(list((out / "predictions").glob("*.png"))) == 3
+    adversaries = METHODS[method] & {"global", "semantic"}
+    state = checkpoint(out)
+    assert {name.split()[0] for name in state["stateful"] if "critic" in name} == adversaries
+    assert state["step"] == 6
+    last = runs.read_history(out)[-1]
+    assert {name.split("/")[1] for name in last if name.startswith("weight/")} == adversaries | (
+        METHODS[method] & {"self-training"}
+    )
+    for name in adversaries:
+        assert last[f"weight/{name}"] > 0
+        assert last[f"gradient/{name}"] > 0
+        assert 0 <= last[f"accuracy/{name}_source"] <= 1
+
+
+@pytest.mark.slow
+def test_methods_share_their_start_and_adversaries_matter(tmp_path):
+    weights = {}
+    for method in ("joint", "global", "semantic", "ass"):
+        train(tiny(method=method, steps=3), tmp_path / method)
+        weights[method] = checkpoint(tmp_path / method)["stateful"]["segmenter"]
+        before = torch.load(tmp_path / method / "checkpoints" / "before.pt", weights_only=True)
+        if method == "joint":
+            start = before["stateful"]["segmenter"]
+            assert equal(start, dict(train_module.build_segmenter(TINY).state_dict()))
+    methods = list(weights)
+    assert not any(equal(weights[a], weights[b]) for i, a in enumerate(methods) for b in methods[:i])
+
+
+@pytest.mark.slow
+def test_same_seed_same_bits(tmp_path):
+    for name in ("a", "b"):
+        train(TINY, tmp_path / name)
+    assert equal(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
+    train(tiny(seed=1), tmp_path / "c")
+    assert not equal(checkpoint(tmp_path / "a")["stateful"], checkpoint(tmp_path / "c")["stateful"])
+
+
+def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+    whole = train(TINY, tmp_path / "whole")
+
+    append = runs.append_history
+
+    def interrupted(out, row):
+        append(out, row)
+        if row["step"] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "append_history", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, tmp_path / "cut")
+    monkeypatch.undo()
+    assert checkpoint(tmp_path / "cut")["step"] == 3
+    resumed = train(TINY, tmp_path / "cut", resume=True)
+    assert resumed["resumed_from"] == [3]
+    assert equal(checkpoint(tmp_path / "whole")["stateful"], checkpoint(tmp_path / "cut")["stateful"])
+    assert equal(checkpoint(tmp_path / "whole")["pixels"], checkpoint(tmp_path / "cut")["pixels"])
+    assert history(tmp_path / "whole") == history(tmp_path / "cut")
+    assert (resumed["miou"], resumed["iou"]) == (whole["miou"], whole["iou"])
+
+
+def test_resume_in_a_folder_without_a_checkpoint_starts_at_step_0(tmp_path):
+    (tmp_path / "run").mkdir()
+    assert train(tiny(steps=1), tmp_path / "run", resume=True)["resumed_from"] == []
+    assert [row["step"] for row in runs.read_history(tmp_path / "run")] == [0]
+
+
+def test_run_folders_are_not_mixed_up(tmp_path):
+    out = tmp_path / "run"
+    train(tiny(steps=1), out)
+    with pytest.raises(InputError, match=r"expected --out to be a new folder, or --resume, got .*, which holds a run"):
+        train(tiny(steps=1), out)
+    with pytest.raises(InputError, match=r"got labelled 3 where .*settings\.yaml has 2"):
+        train(tiny(steps=1, labelled=3), out, resume=True)
+    checkpoints.newest(out).write_bytes(b"cut short")
+    with pytest.raises(InputError, match=r"expected a whole checkpoint in .*checkpoints, got 1 damaged"):
+        train(tiny(steps=1), out, resume=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="expected --out to be a folder, got the file"):
+        train(TINY, tmp_path / "file")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    entropy = step_module.supervised_loss
+
+    def poisoned(logits, labels, settings):
+        poisoned.calls += 1
+        return entropy(logits, labels, settings) * (math.nan if poisoned.calls > 8 else 1.0)
+
+    poisoned.calls = 0
+    monkeypatch.setattr(step_module, "supervised_loss", poisoned)
+    with pytest.raises(InputError, match="expected a finite loss, got nan at step 4: lower the learning rate"):
+        train(TINY, tmp_path / "run")
+    assert checkpoint(tmp_path / "run")["step"] == 3
+
+
+def test_a_class_that_the_source_never_showed_takes_no_part():
+    features = torch.randn(1, 4, 8, 8)
+    outputs = {domain: Segmentation(features, features) for domain in ("source", "labelled")}
+    labels = {"source": torch.zeros(1, 8, 8, dtype=torch.long), "labelled": torch.zeros(1, 8, 8, dtype=torch.long)}
+    labels["labelled"][:, 4:] = 5
+    batch = {domain: {"label": label} for domain, label in labels.items()}
+    pixels = {domain: count_pixels(label, 8) for domain, label in labels.items()}
+    view = semantic_view(outputs, batch, pixels, TINY)
+    assert view.target_weight.flatten().nonzero().flatten().tolist() == [0]
+    batch["source"]["label"] = torch.full((1, 8, 8), 5)
+    pixels["source"] += count_pixels(batch["source"]["label"], 8)
+    view = semantic_view(outputs, batch, pixels, TINY)
+    assert view.target_weight.flatten().nonzero().flatten().tolist() == [0, 5]
+    assert view.source_weight.flatten().nonzero().flatten().tolist() == [5]
+
+
+def test_pixels_are_counted_by_class():
+    labels = torch.tensor([[[0, 2, 2, 255], [1, 2, 3, 3]]])
+    assert count_pixels(labels, 4).tolist() == [1, 1, 3, 2]
+    assert count_pixels(labels.clamp(max=4), 4).tolist() == [1, 1, 3, 2]
+    assert count_pixels(torch.full((1, 2, 2), 255), 4).tolist() == [0, 0, 0, 0]
+
+
+def test_a_balanced_map_does_not_tell_the_shares_of_the_classes():
+    """Two domains whose probabilities are their class shares: the critic sees one and the same map."""
+    pixels = {"source": torch.tensor([699, 199, 99]), "labelled": torch.tensor([99, 199, 699])}
+    logits = {name: ((counts + 1) / 1000).log()[None, :, None, None] for name, counts in pixels.items()}
+    size = dataclasses.replace(TINY.data, classes=["a", "b", "c"])
+    outputs = {"source": logits["source"].expand(1, 3, 4, 4), "unlabelled": logits["labelled"].expand(1, 3, 4, 4)}
+    outputs = {name: Segmentation(tensor, tensor) for name, tensor in outputs.items()}
+    for inputs, alike in (("probabilities", False), ("balanced", True)):
+        adversary = dataclasses.replace(TINY.global_adversary, inputs=inputs)
+        settings = dataclasses.replace(TINY, data=size, global_adversary=adversary)
+        view = global_view(outputs, pixels, settings)
+        assert view.source.shape == view.target.shape == (1, 3, 32, 32)
+        assert torch.allclose(view.source, view.target) == alike
+        assert torch.allclose(view.target.sum(1), torch.ones(1, 32, 32))
+
+
+def test_weights_wait_then_rise():
+    schedule = weight_schedule(dataclasses.replace(TINY.semantic_adversary, weight=0.5, start=0.2, ramp=0.3), 100)
+    assert [schedule(step) for step in (0, 19, 20)] == [0, 0, 0]
+    assert 0 < schedule(21) < schedule(40) < 0.5
+    assert schedule(99) == pytest.approx(0.5, rel=1e-3)
+    at_once = weight_schedule(dataclasses.replace(TINY.semantic_adversary, weight=0.5, start=0, ramp=0), 100)
+    assert at_once(0) == 0.5
+
+
+@pytest.mark.parametrize("conditioning", ["none", "per-class", "class-and-domain"])
+@pytest.mark.parametrize("per_image", [True, False])
+def test_semantic_variants_train(conditioning, per_image, tmp_path):
+    adversary = dataclasses.replace(
+        TINY.semantic_adversary, conditioning=conditioning, per_image=per_image, spectral_norm=per_image
+    )
+    train(tiny(method="semantic", steps=2, semantic_adversary=adversary), tmp_path / "run")
+
+
+def test_global_variants_train(tmp_path):
+    adversary = dataclasses.replace(TINY.global_adversary, inputs="entropy", r1=1.0, every=2, objective="hinge")
+    train(tiny(method="global", steps=2, precision="bf16-mixed", global_adversary=adversary), tmp_path / "run")
+
+
+def test_r1_on_prototypes(tmp_path):
+    adversary = dataclasses.replace(TINY.semantic_adversary, r1=1.0)
+    train(tiny(method="semantic", steps=2, semantic_adversary=adversary), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labelled": 0}, "expected labelled of at least 1, got 0"),
+        ({"labelled": 7}, "expected labelled to be at most the 6 target training images, got 7"),
+        ({"steps": -1}, "expected steps of at least 1, got -1"),
+        ({"seed": -1}, "expected seed to be finite and not negative, got -1"),
+        ({"data": Data(size=(16, 32))}, "expected data.size of at least 32 each way, got [16, 32]"),
+        (
+            {"data": Data(ignore_index=3)},
+            "expected data.ignore_index between the number of classes, 8, and 255, got 3",
+        ),
+        (
+            {"data": Data(subsets={"some": ["tram"]})},
+            "expected data.subsets.some to list names of data.classes, got ['tram']",
+        ),
+        ({"network": Network(width=10)}, "expected network.width to be a positive multiple of 8, got 10"),
+        pytest.param(
+            {"accelerator": "cuda"},
+            "expected an accelerator that this machine has, such as --accelerator cpu, got cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA"),
+        ),
+        ({"accelerator": "abacus"}, "expected accelerator to be one of auto, cpu, cuda, mps, got abacus"),
+    ],
+)
+def test_bad_settings(changes, message, tmp_path):
+    with pytest.raises(InputError, match="^" + re.escape(message) + "$"):
+        train(tiny(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_adversaries():
+    for name, value, message in [
+        ("weight", math.nan, "expected semantic_adversary.weight to be finite and not negative, got nan"),
+        ("start", 1.5, "expected semantic_adversary.start to be a share of the steps in [0, 1], got 1.5"),
+        ("learning_rate", 0.0, "expected semantic_adversary.learning_rate to be finite and positive, got 0.0"),
+        ("every", 0, "expected semantic_adversary.every of at least 1, got 0"),
+    ]:
+        adversary = dataclasses.replace(TINY.semantic_adversary, **{name: value})
+        with pytest.raises(InputError, match="^" + re.escape(message) + "$"):
+            check(tiny(semantic_adversary=adversary))
+
+
+def test_network_shapes_and_errors():
+    segmenter = SmallSegmenter(5, width=8)
+    features, logits, _ = segmenter(torch.rand(2, 3, 32, 64))
+    assert features.shape == (2, 32, 4, 8)
+    assert logits.shape == (2, 5, 16, 32)
+    assert SmallSegmenter(5, width=8, feature_layer="decoder")(torch.rand(1, 3, 32, 32)).features.shape == (
+        1,
+        8,
+        16,
+        16,
+    )
+    with pytest.raises(ValueError, match="expected num_classes of at least 2, got 1"):
+        SmallSegmenter(1)
+    with pytest.raises(ValueError, match="expected feature_layer to be 'encoder' or 'decoder', got 'neck'"):
+        SmallSegmenter(2, feature_layer="neck")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A data root with four splits of small images, and a file of settings that names them."""
+    rng = np.random.default_rng(0)
+    for split in ("source", "target", "validation", "test"):
+        for kind in ("images", "labels"):
+            (tmp_path / "data" / split / kind).mkdir(parents=True)
+        for i in range(3):
+            label = np.repeat(rng.integers(0, 3, (40, 1)), 48, axis=1).astype(np.uint8)
+            image = (60 * label[..., None] + rng.integers(0, 40, (40, 48, 3))).astype(np.uint8)
+            label[:3] = 255
+            Image.fromarray(image).save(tmp_path / "data" / split / "images" / f"{i}.png")
+            Image.fromarray(label).save(tmp_path / "data" / split / "labels" / f"{i}.png")
+    names = ("source", "target", "validation", "test")
+    data = {name: {"images": f"{name}/images", "labels": f"{name}/labels"} for name in names}
+    data |= {"classes": ["a", "b", "c"], "size": [32, 32], "subsets": {"ends": ["a", "c"]}}
+    settings = {"labelled": 2, "steps": 2, "data": data, "network": {"width": 8}}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path
+
+
+def test_folders_from_the_command_line(folders, capsys):
+    out, config = folders / "run", str(folders / "settings.yaml")
+    arguments = ["train", "--config", config, "--data-root", str(folders / "data"), "--out", str(out)]
+    assert main([*arguments, "--save-predictions", "--method", "joint"]) == 0
+    assert f"report: {out / 'report.png'}" in capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+
+    # An independent count over the saved masks.
+    shared, either = np.zeros(3), np.zeros(3)
+    for file in (folders / "data" / "test" / "labels").iterdir():
+        label, predicted = np.asarray(Image.open(file)), np.asarray(Image.open(out / "predictions" / file.name))
+        assert label.shape == predicted.shape
+        for k in range(3):
+            a, b = (label == k), (predicted == k) & (label != 255)
+            shared[k] += (a & b).sum()
+            either[k] += (a | b).sum()
+    iou = {name: shared[k] / either[k] if either[k] else None for k, name in enumerate("abc")}
+    assert metrics["iou"] == pytest.approx(iou)
+    assert metrics["miou"] == pytest.approx(np.mean([value for value in iou.values() if value is not None]))
+
+    assert main(["evaluate", "--out", str(out), "--data-root", str(folders / "data"), "--subset", "ends"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    mean = 50 * sum(iou[name] for name in "ac")
+    assert lines[-1].split() == ["mean", "over", "ends", f"{mean:.1f}"]
+    assert main(["evaluate", "--out", str(out), "--data-root", str(folders / "data"), "--subset", "all"]) == 2
+    assert capsys.readouterr().err == "error: expected --subset to be one of ['ends'], got all\n"
+
+    # A run of another machine, whose accelerator this one has not.
+    absent = "mps" if torch.cuda.is_available() else "cuda"
+    written = (out / "settings.yaml").read_text()
+    assert "accelerator: cpu" in written
+    (out / "settings.yaml").write_text(written.replace("accelerator: cpu", f"accelerator: {absent}"))
+    again = ["evaluate", "--out", str(out), "--data-root", str(folders / "data")]
+    assert main(again) == 2
+    expected = f"expected an accelerator that this machine has, such as --accelerator cpu, got {absent}"
+    assert capsys.readouterr().err == f"error: {expected}\n"
+    assert main([*again, "--accelerator", "cpu"]) == 0
+    assert f"{100 * metrics['miou']:.1f}" in capsys.readouterr().out
+
+
+def test_double_precision_is_evaluated_as_it_was_trained(tmp_path, monkeypatch):
+    seen = []
+    evaluate = main_module.evaluate
+    monkeypatch.setattr(
+        main_module,
+        "evaluate",
+        lambda net, *a, **o: seen.append(next(net.parameters()).dtype) or evaluate(net, *a, **o),
+    )
+    train(dataclasses.replace(TINY, steps=1, precision="64-true"), tmp_path / "run")
+    assert main(["evaluate", "--out", str(tmp_path / "run")]) == 0
+    assert seen == [torch.float64]
+
+
+def test_any_id_may_be_ignored(folders):
+    """Of files, and where a crop leaves the image, which it does at a scale below 1."""
+    arguments = ["train", "--config", str(folders / "settings.yaml"), "--data-root", str(folders / "data")]
+    arguments += ["--data.augmentation.scale", "[0.6, 0.6]", "--optimiser.images", "2"]
+    assert main([*arguments, "--out", str(folders / "255")]) == 0
+    for file in (folders / "data").glob("*/labels/*.png"):
+        label = np.array(Image.open(file))
+        label[label == 255] = 7
+        Image.fromarray(label).save(file)
+    assert main([*arguments, "--out", str(folders / "7"), "--data.ignore_index", "7"]) == 0
+    assert equal(checkpoint(folders / "255")["stateful"], checkpoint(folders / "7")["stateful"])
+    scores = [json.loads((folders / run / "metrics.json").read_text()) for run in ("255", "7")]
+    assert scores[0]["iou"] == scores[1]["iou"]
+    assert scores[0]["validation"] == scores[1]["validation"]
+
+
+def test_an_image_cut_short_ends_the_run_and_keeps_the_checkpoint(folders, capsys):
+    # The image that the sampler draws last.
+    *_, last = MixedBatchSampler({"source": 3}, {"source": 1}, seed=0, steps=3)
+    out, image = folders / "run", folders / "data" / "source" / "images" / f"{last[0]}.png"
+    arguments = ["train", "--config", str(folders / "settings.yaml"), "--data-root", str(folders / "data")]
+    arguments += ["--out", str(out), "--method", "source-only", "--steps", "3", "--save_every", "1"]
+    arguments += ["--optimiser.images", "1"]
+    image.write_bytes(image.read_bytes()[:300])
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.split("error: ")[-1].startswith(f"expected {image} to be a whole image, got one that does not read")
+    assert checkpoint(out)["step"] == 2
+
+
+def test_a_checkpoint_of_other_classes_is_told_in_a_line(folders, capsys):
+    """By evaluation and by resuming, neither of which loses anything."""
+    out, root = folders / "run", ["--data-root", str(folders / "data")]
+    train_it = ["train", "--config", str(folders / "settings.yaml"), *root, "--out", str(out), "--method", "joint"]
+    assert main(train_it) == 0
+    last = checkpoints.newest(out)
+    state = torch.load(last, weights_only=True)
+    weight = state["stateful"]["segmenter"]["classifier.weight"]
+    state["stateful"]["segmenter"]["classifier.weight"] = torch.cat([weight, weight])
+    capsys.readouterr()
+    for contents, message in (
+        (
+            state,
+            f"expected classifier.weight in {last} of shape [3, 8, 1, 1], as the settings have it, got [6, 8, 1, 1]",
+        ),
+        (state["stateful"]["segmenter"], f"expected {last} to be a checkpoint of this "),
+    ):
+        checkpoints._save(last, contents)
+        before = last.read_bytes()
+        for command in (["evaluate", "--out", str(out), *root], [*train_it, "--resume"]):
+            assert main(command) == 2
+            assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+        assert last.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "expected a command, one of train, demo, evaluate, compare, study, got fly"),
+        (
+            ["train", "--preset", "none"],
+            "expected --preset to be one of airsim-camvid, gta5-cityscapes, idd-camvid, synthia-cityscapes, got none",
+        ),
+        (["train", "--config", "/none.yaml"], "expected --config to be a file, got /none.yaml"),
+        (
+            ["train", "--preset", "idd-camvid", "--config", "x"],
+            "expected --preset or --config, got both, idd-camvid and x",
+        ),
+        (["train", "--preset", "idd-camvid"], "expected --data-root, below which the settings' folders lie, got none"),
+        (["train", "--method", "magic"], "'oracle']. Got value: magic"),
+        (["train", "--steps", "many"], "Expected a <class 'int'>. Got value: many"),
+        (["train", "--speed", "9"], "unrecognized arguments: --speed 9"),
+        (["evaluate", "--out", "/none"], "expected --out to be a run folder, got /none, which has no settings.yaml"),
+        (
+            ["compare", "--seed", "1"],
+            "expected compare to choose method, seed, out and resume of its runs, got one of them",
+        ),
+        (
+            ["compare", "--method=ass"],
+            "expected compare to choose method, seed, out and resume of its runs, got one of them",
+        ),
+        (["compare", "--check"], "expected --check with train, got it with compare"),
+        (["demo", "--check"], "expected --check with train, got it with demo"),
+        (["demo", "--save-predictions"], "expected --save-predictions with train, got it with demo"),
+        (["demo", "--method", "source-only"], "expected demo to have a method beside source-only, got source-only"),
+    ],
+)
+def test_bad_command_lines(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ")
+    assert captured.err.endswith(f"{message}\n")
+
+
+def test_options_come_over_the_preset(tmp_path, capsys):
+    config = tmp_path / "settings.yaml"
+    config.write_text("steps: 5\nstepz: 3\n")
+    assert main(["train", "--config", str(config)]) == 2
+    assert "Option 'stepz' is not accepted" in capsys.readouterr().err
+    config.write_text(
+        f"steps: 5\nlabelled: 2\ndata: {{size: [32, 32], scenes: {json.dumps(vars(SCENES) | {'severity': {}})}}}\n"
+    )
+    out = tmp_path / "run"
+    assert main(["train", "--steps", "1", "--config", str(config), "--method", "labelled-only", "--out", str(out)]) == 0
+    settings = yaml.safe_load((out / "settings.yaml").read_text())
+    assert (settings["steps"], settings["labelled"], settings["data"]["size"]) == (1, 2, [32, 32])
+
+
+def test_demo(tmp_path, capsys):
+    config = tmp_path / "settings.yaml"
+    data = {"size": [32, 32], "scenes": {"source": 4, "target": 4, "validation": 2, "test": 2}}
+    config.write_text(yaml.safe_dump({"steps": 2, "labelled": 2, "data": data}))
+    assert main(["demo", "--config", str(config), "--out", str(tmp_path / "demo")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rsplit(" ", 1)[0] for line in lines] == ["mIoU source-only:", "mIoU ass:", "report:"]
+    assert (tmp_path / "demo" / "report.png").stat().st_size > 10_000
