@@ -19,9 +19,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from examples.scenes import draw
 from examples.workbench.build import build_critic, build_optimiser, build_segmenter
 from examples.workbench.data import image_tensor
-from examples.workbench.scenes import draw
 from examples.workbench.settings import Data, Network, Settings
 from examples.workbench.views import cross_entropy, semantic_view
 from semshift.discriminators import frozen

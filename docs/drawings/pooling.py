@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from examples.workbench.scenes import CLASSES, draw
+from examples.scenes import CLASSES, draw
 from examples.workbench.style import STYLE, class_colours, save_figure
 from semshift.labels import class_shares, resize_labels
 from semshift.pooling import class_sums

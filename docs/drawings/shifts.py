@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from examples.workbench.scenes import CLASSES, Scenes, Severity
+from examples.scenes import CLASSES, Scenes, Severity
 from examples.workbench.style import STYLE, class_colours, save_figure
 from semshift.pooling import ClassSums, class_sums
 

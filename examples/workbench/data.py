@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,12 +13,12 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from examples.scenes import Sample
 from semshift.sampling import MixedBatchSampler, collate_by_domain
 
 __all__ = [
     "Augmentation",
     "InputError",
-    "Sample",
     "Samples",
     "Some",
     "TrainingSet",
@@ -32,16 +32,6 @@ __all__ = [
 
 class InputError(ValueError):
     """Something that the user gave is wrong: one line, shown without a traceback."""
-
-
-class Sample(NamedTuple):
-    """An image and its labels."""
-
-    image: np.ndarray
-    """`uint8 [H, W, 3]`."""
-    label: np.ndarray
-    """`uint8 [H, W]`."""
-    name: str
 
 
 class Samples(Protocol):

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from examples.workbench.data import InputError, Sample, Samples
+from examples.scenes import Sample
+from examples.workbench.data import InputError, Samples
 from examples.workbench.folders import FolderPair
 from examples.workbench.images import Images, open_images
 from examples.workbench.settings import Settings

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from tqdm import tqdm
 
-from examples.workbench.data import InputError, Sample, Samples, Some, fit, image_tensor
+from examples.scenes import Sample
+from examples.workbench.data import InputError, Samples, Some, fit, image_tensor
 from examples.workbench.images import Images
 from examples.workbench.report import Prototypes, Shown, draw_report
 from examples.workbench.settings import Settings

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from examples.workbench.data import InputError, Sample
+from examples.scenes import Sample
+from examples.workbench.data import InputError
 from examples.workbench.layouts import LAYOUTS, LayoutName, id_table
 from semshift.labels import check_labels, remap_labels
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from examples.scenes import CLASSES, Scenes
 from examples.workbench.data import InputError, Samples
 from examples.workbench.folders import FolderPair
-from examples.workbench.scenes import CLASSES, Scenes
 from examples.workbench.settings import Settings
 
 __all__ = ["Images", "open_images"]
@@ -37,12 +37,15 @@ def open_images(settings: Settings, data_root: Path | None) -> Images:
         def draw(domain: Literal["source", "target"], split: Literal["train", "val", "test"], count: int) -> Scenes:
             return Scenes(domain, split, count, seed=settings.seed, size=data.size, severity=scenes.severity)
 
-        images = Images(
-            draw("source", "train", scenes.source),
-            draw("target", "train", scenes.target),
-            draw("target", "val", scenes.validation),
-            draw("target", "test", scenes.test),
-        )
+        try:
+            images = Images(
+                draw("source", "train", scenes.source),
+                draw("target", "train", scenes.target),
+                draw("target", "val", scenes.validation),
+                draw("target", "test", scenes.test),
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
     else:
         missing = [name for name in Images._fields if name not in given]
         if missing:

@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from examples.scenes import CLASSES, Severity
 from examples.workbench.data import Augmentation
 from examples.workbench.folders import Folder
-from examples.workbench.scenes import CLASSES, Severity
 
 __all__ = [
     "MAY_CHANGE",

@@ -1,43 +1,82 @@
 """Reusable parts for adapting a segmentation model to a new domain with few target labels.
 
-The parts meet in your training loop, not in each other:
-
-- `pooling`: the sum of the features under each class's pixels, and its mass; divided, the class prototypes.
-- `labels`: label maps on the feature grid, and the checks that belong where labels are loaded.
-- `prototypes`: running prototypes of a domain, for the classes that a batch lacks.
-- `discriminators`: source against target, over output maps, class prototypes or pixels.
-- `losses`: what discriminators learn by, and what confuses them.
-- `schedules`: weights as functions of the step.
-- `sampling`: batches mixed from several domains, each a pure function of seed and step.
-- `mixing`: pseudo-labels, and half of an image's classes on top of another image.
-- `health`: is the adversary alive?
-- `distributed`: sums over ranks.
+Every public name is `semshift.NAME`; the modules are where the code lives.
 """
 
-from semshift import (
-    discriminators,
-    distributed,
-    health,
-    labels,
-    losses,
-    mixing,
-    pooling,
-    prototypes,
-    sampling,
-    schedules,
+from semshift.alignment import AlignmentLosses, GlobalAlignment, SemanticAlignment, balanced_weight
+from semshift.discriminators import ClassPixelDiscriminator, FCDiscriminator, PrototypeDiscriminator, frozen
+from semshift.distributed import all_gather, all_reduce_sum, average_gradients
+from semshift.health import (
+    DomainAccuracy,
+    class_domain_accuracy,
+    domain_accuracy,
+    gradient_norm,
+    prototype_distance,
 )
+from semshift.labels import check_labels, class_shares, remap_labels, resize_labels
+from semshift.losses import (
+    Objective,
+    class_confusion_loss,
+    class_discriminator_loss,
+    confusion_loss,
+    discriminator_loss,
+    entropy_map,
+    r1_penalty,
+    reverse_gradient,
+)
+from semshift.mixing import PseudoLabels, class_mix, pseudo_labels
+from semshift.pooling import ClassSums, class_sums, weighted_class_sums
+from semshift.prototypes import FilledPrototypes, PrototypeBank
+from semshift.sampling import MixedBatchSampler, collate_by_domain, rare_class_weights
+from semshift.schedules import Constant, Cosine, Linear, Polynomial, Schedule, Sigmoid, Then
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "discriminators",
-    "distributed",
-    "health",
-    "labels",
-    "losses",
-    "mixing",
-    "pooling",
-    "prototypes",
-    "sampling",
-    "schedules",
+    "AlignmentLosses",
+    "ClassPixelDiscriminator",
+    "ClassSums",
+    "Constant",
+    "Cosine",
+    "DomainAccuracy",
+    "FCDiscriminator",
+    "FilledPrototypes",
+    "GlobalAlignment",
+    "Linear",
+    "MixedBatchSampler",
+    "Objective",
+    "Polynomial",
+    "PrototypeBank",
+    "PrototypeDiscriminator",
+    "PseudoLabels",
+    "Schedule",
+    "SemanticAlignment",
+    "Sigmoid",
+    "Then",
+    "all_gather",
+    "all_reduce_sum",
+    "average_gradients",
+    "balanced_weight",
+    "check_labels",
+    "class_confusion_loss",
+    "class_discriminator_loss",
+    "class_domain_accuracy",
+    "class_mix",
+    "class_shares",
+    "class_sums",
+    "collate_by_domain",
+    "confusion_loss",
+    "discriminator_loss",
+    "domain_accuracy",
+    "entropy_map",
+    "frozen",
+    "gradient_norm",
+    "prototype_distance",
+    "pseudo_labels",
+    "r1_penalty",
+    "rare_class_weights",
+    "remap_labels",
+    "resize_labels",
+    "reverse_gradient",
+    "weighted_class_sums",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from semshift.labels import _slots
+from semshift._label_ops import class_slots
 
 __all__ = ["hard_sums", "soft_sums", "sum_dtype"]
 
@@ -56,7 +56,7 @@ def _add_up_at_once(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
 ) -> tuple[Tensor, Tensor]:
     """The definition in the fewest steps, all of which autograd knows."""
-    keys, num_rows = _keys(_slots(labels, num_classes, ignore_index, check=True), num_classes, per_image)
+    keys, num_rows = _keys(class_slots(labels, num_classes, ignore_index, check=True), num_classes, per_image)
     flat, dtype = keys.flatten(), sum_dtype(features.dtype)
     pixels = features.movedim(1, -1).flatten(0, -2).to(dtype)
     sums = features.new_zeros((num_rows, features.shape[1]), dtype=dtype).index_add_(0, flat.long(), pixels)
@@ -87,7 +87,7 @@ def _add_up(
     if _as_rows(features, num_classes, per_image):
         return _add_up_at_once(features, labels, num_classes, ignore_index, per_image)
     channels, dtype = features.shape[1], sum_dtype(features.dtype)
-    slots = _slots(labels, num_classes, ignore_index, check=True)
+    slots = class_slots(labels, num_classes, ignore_index, check=True)
     keys, num_rows = _keys(slots, num_classes, per_image)
     mass = _count(keys.flatten(), num_rows)
     pixels = features.movedim(1, -1)
@@ -113,7 +113,7 @@ def _spread(
 ) -> Tensor:
     """The adjoint: give each pixel the row of its class, and 0 to those that take no part; `[B, C, *S]`."""
     images, channels = labels.shape[0], rows.shape[-1]
-    slots = _slots(labels, num_classes, ignore_index, check=False)
+    slots = class_slots(labels, num_classes, ignore_index, check=False)
     if channels_last:
         keys, _ = _keys(slots, num_classes, per_image)
         padded = torch.cat([rows, rows.new_zeros((*rows.shape[:-2], 1, channels))], dim=-2)

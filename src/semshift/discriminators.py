@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as _spectral_norm
 
+from semshift._checks import check_bool, check_device, check_floating, check_int, check_option
+
 __all__ = ["ClassPixelDiscriminator", "FCDiscriminator", "PrototypeDiscriminator", "frozen"]
 
 # Where there is no autocast to switch off, naming it is an error: "mps" before torch 2.5. Asked here, since torch 2.4
@@ -23,7 +25,7 @@ _WITHOUT_AUTOCAST = frozenset(device for device in ("meta", "mps") if not torch.
 
 
 class FCDiscriminator(nn.Module):
-    """Tell source from target by a segmenter's output map, with five strided convolutions.
+    """Fully-convolutional discriminator of source against target over output maps: five strided convolutions.
 
     The layers of AdaptSegNet (Tsai et al. 2018, section 5.1): 4 x 4 kernels, stride 2, `base_channels` times 1, 2, 4,
     8, then 1; leaky ReLU of slope 0.2 between them.
@@ -38,16 +40,14 @@ class FCDiscriminator(nn.Module):
         ValueError: a count below 1.
 
     Example:
-        >>> FCDiscriminator(19)(torch.rand(1, 19, 64, 96)).shape
+        >>> semshift.FCDiscriminator(19)(torch.rand(1, 19, 64, 96)).shape
         torch.Size([1, 1, 2, 3])
     """
 
     def __init__(self, in_channels: int, *, base_channels: int = 64, spectral_norm: bool = False) -> None:
         super().__init__()
-        _check_count("in_channels", in_channels)
-        _check_count("base_channels", base_channels)
-        self.in_channels = in_channels
-        self.base_channels = base_channels
+        self.in_channels = in_channels = check_int("in_channels", in_channels, 1)
+        self.base_channels = base_channels = check_int("base_channels", base_channels, 1)
         self.spectral_norm = spectral_norm
         widths = [in_channels, *(base_channels * factor for factor in (1, 2, 4, 8)), 1]
         layers = [nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, widths[1:])]
@@ -66,7 +66,7 @@ class FCDiscriminator(nn.Module):
             TypeError: maps that are no floating-point tensor, or a discriminator in half precision.
             ValueError: another shape or device, or a map that is too small for five halvings.
         """
-        _check_floating("maps", maps)
+        check_floating("maps", maps)
         if maps.dim() != 4 or maps.shape[1] != self.in_channels:
             raise ValueError(f"expected maps [B, {self.in_channels}, H, W], got {list(maps.shape)}")
         if min(maps.shape[2:]) < 32:
@@ -79,7 +79,7 @@ class FCDiscriminator(nn.Module):
 
 
 class PrototypeDiscriminator(nn.Module):
-    """Tell source from target by class prototypes, with a multi-layer perceptron that all classes share.
+    """Discriminator of source against target over class prototypes: a multi-layer perceptron shared by all classes.
 
     This is the semantic-level discriminator of Wang et al. 2020 (arXiv 2004.00794), section 3. Its widths and the way
     in which it knows the class were not published; they are ours.
@@ -99,7 +99,7 @@ class PrototypeDiscriminator(nn.Module):
         ValueError: a count below 1, or an unknown conditioning.
 
     Example:
-        >>> PrototypeDiscriminator(2048, 19)(torch.rand(19, 2048)).shape
+        >>> semshift.PrototypeDiscriminator(2048, 19)(torch.rand(19, 2048)).shape
         torch.Size([19])
     """
 
@@ -113,18 +113,14 @@ class PrototypeDiscriminator(nn.Module):
         spectral_norm: bool = False,
     ) -> None:
         super().__init__()
-        _check_count("in_channels", in_channels)
-        _check_count("num_classes", num_classes)
-        _check_widths(hidden_channels)
+        self.in_channels = in_channels = check_int("in_channels", in_channels, 1)
+        self.num_classes = num_classes = check_int("num_classes", num_classes, 1)
+        self.hidden_channels = _check_widths(hidden_channels)
         outputs = {"none": 1, "per-class": num_classes, "class-and-domain": 2 * num_classes}
-        if conditioning not in list(outputs):
-            raise ValueError(f"expected conditioning to be one of {', '.join(outputs)}, got {conditioning!r}")
-        self.in_channels = in_channels
-        self.num_classes = num_classes
-        self.hidden_channels = tuple(hidden_channels)
+        check_option("conditioning", conditioning, list(outputs))
         self.conditioning = conditioning
         self.spectral_norm = spectral_norm
-        widths = [in_channels, *hidden_channels, outputs[conditioning]]
+        widths = [in_channels, *self.hidden_channels, outputs[conditioning]]
         self.layers = _leaky_stack([nn.Linear(a, b) for a, b in zip(widths, widths[1:])], spectral_norm)
 
     def forward(self, prototypes: Tensor) -> Tensor:
@@ -140,7 +136,7 @@ class PrototypeDiscriminator(nn.Module):
             TypeError: prototypes that are no floating-point tensor, or a discriminator in half precision.
             ValueError: another shape or device.
         """
-        _check_floating("prototypes", prototypes)
+        check_floating("prototypes", prototypes)
         if prototypes.dim() < 2 or prototypes.shape[-2:] != (self.num_classes, self.in_channels):
             raise ValueError(
                 f"expected prototypes [..., {self.num_classes}, {self.in_channels}], got {list(prototypes.shape)}"
@@ -159,7 +155,7 @@ class PrototypeDiscriminator(nn.Module):
 
 
 class ClassPixelDiscriminator(nn.Module):
-    """Tell class and domain of every pixel of a feature map, with 2K outputs.
+    """Discriminator of class and domain at every pixel of a feature map, with 2K outputs.
 
     The fine-grained discriminator of FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2: the first K outputs are
     the source's classes, the other K the target's.
@@ -175,7 +171,7 @@ class ClassPixelDiscriminator(nn.Module):
         ValueError: a count below 1.
 
     Example:
-        >>> ClassPixelDiscriminator(64, 19)(torch.rand(1, 64, 8, 12)).shape
+        >>> semshift.ClassPixelDiscriminator(64, 19)(torch.rand(1, 64, 8, 12)).shape
         torch.Size([1, 38, 8, 12])
     """
 
@@ -188,14 +184,11 @@ class ClassPixelDiscriminator(nn.Module):
         spectral_norm: bool = False,
     ) -> None:
         super().__init__()
-        _check_count("in_channels", in_channels)
-        _check_count("num_classes", num_classes)
-        _check_widths(hidden_channels)
-        self.in_channels = in_channels
-        self.num_classes = num_classes
-        self.hidden_channels = tuple(hidden_channels)
+        self.in_channels = in_channels = check_int("in_channels", in_channels, 1)
+        self.num_classes = num_classes = check_int("num_classes", num_classes, 1)
+        self.hidden_channels = _check_widths(hidden_channels)
         self.spectral_norm = spectral_norm
-        widths = [in_channels, *hidden_channels, 2 * num_classes]
+        widths = [in_channels, *self.hidden_channels, 2 * num_classes]
         layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:])]
         self.layers = _leaky_stack(layers, spectral_norm)
 
@@ -212,7 +205,7 @@ class ClassPixelDiscriminator(nn.Module):
             TypeError: features that are no floating-point tensor, or a discriminator in half precision.
             ValueError: another shape or device.
         """
-        _check_floating("features", features)
+        check_floating("features", features)
         if features.dim() != 4 or features.shape[1] != self.in_channels:
             raise ValueError(f"expected features [B, {self.in_channels}, H, W], got {list(features.shape)}")
         return _in_float32(self.layers, "features", features)
@@ -226,42 +219,44 @@ class ClassPixelDiscriminator(nn.Module):
 
 
 def frozen(module: nn.Module) -> Callable[..., Any]:
-    """Run a module with its parameters held still: gradients reach its inputs and no parameter.
+    """A callable that runs a module with its parameters detached: gradients reach its inputs and no parameter.
 
-    For the segmenter's half of the game. Nothing is switched off and on again, so the same module can be trained in
-    the same step. Buffers keep their values too: what the module would write to them is thrown away. A module wrapped
-    by `DistributedDataParallel` is run without the wrapper.
+    The segmenter's adversarial loss goes through it. Nothing is switched off and on again, so the same module can be
+    trained in the same step. Parameters and buffers are copied at the call: the module's own buffers keep their values,
+    and its optimiser may step before the backward. A module wrapped by `DistributedDataParallel` is run without the
+    wrapper.
 
     Args:
         module: any module.
 
     Returns:
-        A function of the module's arguments to its results.
+        A callable that takes the module's arguments and keywords and returns its results.
 
     Raises:
         TypeError: something else than a module.
 
     Example:
-        >>> critic, features = FCDiscriminator(2), torch.rand(1, 2, 32, 32, requires_grad=True)
-        >>> frozen(critic)(features).sum().backward()
-        >>> features.grad is not None, any(p.grad is not None for p in critic.parameters())
+        >>> discriminator = semshift.FCDiscriminator(2)
+        >>> maps = torch.rand(1, 2, 32, 32, requires_grad=True)
+        >>> semshift.frozen(discriminator)(maps).sum().backward()
+        >>> maps.grad is not None, any(p.grad is not None for p in discriminator.parameters())
         (True, False)
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected module to be a torch.nn.Module, got {type(module).__name__}")
     inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
 
-    def run(*arguments: Any) -> Any:
-        held = {name: parameter.detach() for name, parameter in inner.named_parameters()}
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        # Copies, since an optimiser steps in place and FSDP frees the weights that it gathered.
+        held = {name: parameter.detach().clone() for name, parameter in inner.named_parameters()}
         held |= {name: buffer.detach().clone() for name, buffer in inner.named_buffers()}
-        return torch.func.functional_call(inner, held, arguments)
+        return torch.func.functional_call(inner, held, arguments, keywords)
 
     return run
 
 
 def _leaky_stack(layers: Sequence[nn.Module], spectral_norm: bool) -> nn.Sequential:
-    if not isinstance(spectral_norm, bool):
-        raise TypeError(f"expected spectral_norm to be a bool, got {spectral_norm!r}")
+    check_bool("spectral_norm", spectral_norm)
     stack: list[nn.Module] = []
     for layer in layers:
         stack += [_spectral_norm(layer) if spectral_norm else layer, nn.LeakyReLU(0.2)]
@@ -272,34 +267,16 @@ def _in_float32(layers: nn.Sequential, name: str, inputs: Tensor) -> Tensor:
     # The bias, since reading a spectrally normalised weight would run a power iteration.
     bias: Tensor = layers[0].bias  # type: ignore[assignment]  # because nn.Module types no attribute
     if bias.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"expected a discriminator in float32, which it is to stay in, got {bias.dtype}; call its .float()"
-        )
-    if inputs.device != bias.device:
-        raise ValueError(f"expected {name} and the discriminator on one device, got {inputs.device} and {bias.device}")
+        raise TypeError(f"the discriminator must stay in float32, got {bias.dtype}; call its .float()")
+    check_device(name, inputs, "the discriminator", bias)
     device = inputs.device.type
     with nullcontext() if device in _WITHOUT_AUTOCAST else torch.autocast(device, enabled=False):
         result: Tensor = layers(inputs.to(bias.dtype))
     return result
 
 
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"expected {name} to be floating point, got {tensor.dtype}")
-
-
-def _check_widths(hidden_channels: Sequence[int]) -> None:
+def _check_widths(hidden_channels: Sequence[int]) -> tuple[int, ...]:
     # A generator would be used up by the check and leave no hidden layer.
     if not isinstance(hidden_channels, Sequence) or isinstance(hidden_channels, str):
         raise TypeError(f"expected hidden_channels to be a sequence of ints, got {hidden_channels!r}")
-    for width in hidden_channels:
-        _check_count("hidden_channels", width)
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"expected {name} to be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"expected {name} to be at least 1, got {value}")
+    return tuple(check_int("hidden_channels", width, 1) for width in hidden_channels)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from semshift._checks import check_tensor
+
 __all__ = ["all_gather", "all_reduce_sum", "average_gradients"]
 
 
@@ -30,10 +32,10 @@ def all_reduce_sum(tensor: Tensor, *, group: Optional[Any] = None) -> Tensor:
         TypeError: something else than a tensor, or a bool one, whose sum is no bool.
 
     Example:
-        >>> all_reduce_sum(torch.tensor([1.0, 2.0]))
+        >>> semshift.all_reduce_sum(torch.tensor([1.0, 2.0]))
         tensor([1., 2.])
     """
-    _check_tensor(tensor)
+    check_tensor("tensor", tensor)
     if tensor.dtype == torch.bool:
         raise TypeError("expected tensor to hold numbers, got torch.bool")
     if not _initialised():
@@ -62,10 +64,10 @@ def all_gather(tensor: Tensor, *, group: Optional[Any] = None) -> Tensor:
         TypeError: something else than a tensor.
 
     Example:
-        >>> all_gather(torch.tensor([1.0, 2.0]))
+        >>> semshift.all_gather(torch.tensor([1.0, 2.0]))
         tensor([[1., 2.]])
     """
-    _check_tensor(tensor)
+    check_tensor("tensor", tensor)
     if not _initialised():
         return tensor[None]
     if tensor.dtype == torch.bool:
@@ -94,7 +96,7 @@ def average_gradients(parameters: Iterable[Tensor], *, group: Optional[Any] = No
     Example:
         >>> weight = torch.ones(2, requires_grad=True)
         >>> weight.square().sum().backward()
-        >>> average_gradients([weight])
+        >>> semshift.average_gradients([weight])
         >>> weight.grad
         tensor([2., 2.])
     """
@@ -102,7 +104,7 @@ def average_gradients(parameters: Iterable[Tensor], *, group: Optional[Any] = No
         raise TypeError("expected parameters to be several tensors, got one: [parameter] is a list of it")
     learning = list(parameters)
     for parameter in learning:
-        _check_tensor(parameter, "each of parameters")
+        check_tensor("each of parameters", parameter)
     if not _initialised():
         return
     learning = [parameter for parameter in learning if parameter.requires_grad]
@@ -153,8 +155,3 @@ class _AllGather(torch.autograd.Function):
 
 def _initialised() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def _check_tensor(tensor: object, name: str = "tensor") -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"expected {name} to be a torch.Tensor, got {type(tensor).__name__}")

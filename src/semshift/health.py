@@ -1,4 +1,4 @@
-"""Is the adversary alive? Figures to log beside the losses.
+"""Health of the adversarial game: figures to log beside the losses.
 
 A discriminator whose accuracy stays at 1 on both domains teaches the segmenter nothing; one that stays at one half has
 lost, or there is nothing to tell; a term whose gradient at the features is a thousandth of the segmentation loss's
@@ -10,15 +10,18 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from semshift._checks import check_device, check_floating, check_weight
+from semshift._gradients import gradient_at
+
 __all__ = ["DomainAccuracy", "class_domain_accuracy", "domain_accuracy", "gradient_norm", "prototype_distance"]
 
 
 class DomainAccuracy(NamedTuple):
-    """Share of a domain's elements that the discriminator places in it.
+    """Accuracy of a discriminator on each domain: the share of its elements that the discriminator gets right.
 
     Example:
         >>> logits = torch.tensor([2.0, -1.0])
-        >>> domain_accuracy(logits, logits - 3)
+        >>> semshift.domain_accuracy(logits, logits - 3)
         DomainAccuracy(source=tensor(0.5000), target=tensor(1.))
     """
 
@@ -35,7 +38,7 @@ def domain_accuracy(
     source_weight: Optional[Tensor] = None,
     target_weight: Optional[Tensor] = None,
 ) -> DomainAccuracy:
-    """How often a discriminator is right, domain by domain.
+    """Accuracy of a discriminator, domain by domain.
 
     One number for both would hide the usual collapse, in which everything is taken for one domain. A logit of exactly
     0 is wrong on both sides.
@@ -55,12 +58,12 @@ def domain_accuracy(
         ValueError: a weight of another shape or device.
 
     Example:
-        >>> accuracy = domain_accuracy(torch.tensor([1.0, -1.0]), torch.tensor([-2.0, -1.0]))
+        >>> accuracy = semshift.domain_accuracy(torch.tensor([1.0, -1.0]), torch.tensor([-2.0, -1.0]))
         >>> accuracy.source.item(), accuracy.target.item()
         (0.5, 1.0)
     """
-    _check_floating("source_logits", source_logits)
-    _check_floating("target_logits", target_logits)
+    check_floating("source_logits", source_logits)
+    check_floating("target_logits", target_logits)
     return DomainAccuracy(
         _share("source_", source_logits > 0, source_weight), _share("target_", target_logits < 0, target_weight)
     )
@@ -90,12 +93,12 @@ def class_domain_accuracy(
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0, 0.0, 0.0]])
-        >>> class_domain_accuracy(logits, logits).target.item()
+        >>> semshift.class_domain_accuracy(logits, logits).target.item()
         0.0
     """
     halves = []
     for name, logits in (("source_logits", source_logits), ("target_logits", target_logits)):
-        _check_floating(name, logits)
+        check_floating(name, logits)
         if logits.dim() < 1 or logits.shape[-1] < 2 or logits.shape[-1] % 2:
             raise ValueError(f"expected {name} [..., 2K], got {list(logits.shape)}")
         source_half, target_half = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).chunk(2, dim=-1)
@@ -104,7 +107,7 @@ def class_domain_accuracy(
 
 
 def gradient_norm(loss: Tensor, features: Tensor) -> Tensor:
-    """The Euclidean norm of the gradient that a loss term sends to the features.
+    """Gradient norm: the Euclidean norm of a loss term's gradient at the features.
 
     The graph is kept and no `.grad` is written, so it can be asked for just before the backward; only features that
     `retain_grad` was called on get theirs. Multiply by the term's weight to compare terms.
@@ -120,27 +123,21 @@ def gradient_norm(loss: Tensor, features: Tensor) -> Tensor:
         TypeError: a loss or features that are no floating-point tensor.
         ValueError: a loss that is no scalar or does not depend on features. A loss in which nothing takes part does
             depend on them: its norm is 0.
+        RuntimeError: a network that is checkpointed with `use_reentrant=True` or compiled with donated buffers.
 
     Example:
         >>> features = torch.tensor([3.0, 4.0], requires_grad=True)
-        >>> gradient_norm(features.square().sum(), features)
+        >>> semshift.gradient_norm(features.square().sum(), features)
         tensor(10.)
     """
-    _check_floating("loss", loss)
-    _check_floating("features", features)
-    if loss.dim() != 0:
-        raise ValueError(f"expected loss to be a scalar, got {list(loss.shape)}")
-    linked = loss.requires_grad and features.requires_grad
-    gradient = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)[0] if linked else None
-    if gradient is None:
-        raise ValueError("expected loss to be a function of features, got no gradient between them")
+    gradient = gradient_at(features, loss)
     wide = torch.promote_types(gradient.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
     return norm
 
 
 def prototype_distance(source_means: Tensor, target_means: Tensor, *, weight: Optional[Tensor] = None) -> Tensor:
-    """How far the two domains' prototypes of a class lie apart, in units of the distance between classes.
+    """Distance between the two domains' prototypes of each class, in units of the distance between classes.
 
     The unit is the mean distance between different classes, each at the middle of its two prototypes. Without it,
     features that shrink would look like domains that meet. Where all prototypes have become one point there is no
@@ -161,22 +158,23 @@ def prototype_distance(source_means: Tensor, target_means: Tensor, *, weight: Op
 
     Example:
         >>> source, target = torch.tensor([[0.0], [4.0]]), torch.tensor([[0.0], [2.0]])
-        >>> prototype_distance(source, target)
+        >>> semshift.prototype_distance(source, target)
         tensor([0.0000, 0.6667])
     """
-    _check_floating("source_means", source_means)
-    _check_floating("target_means", target_means)
+    check_floating("source_means", source_means)
+    check_floating("target_means", target_means)
     if source_means.dim() != 2 or source_means.shape != target_means.shape:
         raise ValueError(
             f"expected source_means and target_means [K, C], got {list(source_means.shape)} "
             f"and {list(target_means.shape)}"
         )
-    _check_device("target_means", target_means, "source_means", source_means)
+    check_device("target_means", target_means, "source_means", source_means)
     wide = torch.promote_types(torch.promote_types(source_means.dtype, target_means.dtype), torch.float32)
     source, target = source_means.detach().to(wide), target_means.detach().to(wide)
     here = _taking_part("weight", weight, "source_means", source[:, 0])
     middle = torch.where(here[:, None], (source + target) / 2, 0.0)
-    between = torch.linalg.vector_norm(middle[:, None] - middle, dim=-1)
+    # Of two ways to the same, the one that holds no [K, K, C] and cancels nothing.
+    between = torch.cdist(middle, middle, compute_mode="donot_use_mm_for_euclid_dist")
     pairs = here[:, None] & here & ~torch.eye(len(here), dtype=torch.bool, device=here.device)
     unit = torch.where(pairs, between, 0.0).sum() / pairs.sum()
     apart = torch.linalg.vector_norm(source - target, dim=-1)
@@ -191,23 +189,6 @@ def _share(domain: str, right: Tensor, weight: Optional[Tensor]) -> Tensor:
 def _taking_part(name: str, weight: Optional[Tensor], of: str, like: Tensor) -> Tensor:
     if weight is None:
         return torch.ones_like(like, dtype=torch.bool)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"expected {name} to be a tensor or None, got {type(weight).__name__}")
-    if weight.dtype != torch.bool and not weight.is_floating_point():
-        raise TypeError(f"expected {name} to be bool or floating point, got {weight.dtype}")
-    if weight.shape != like.shape:
-        raise ValueError(f"expected {name} {list(like.shape)}, got {list(weight.shape)}")
-    _check_device(name, weight, of, like)
+    # Their values are the losses' business: here a weight is positive or not.
+    check_weight(name, weight, of, like, like.shape, values=False)
     return weight > 0
-
-
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"expected {name} to be floating point, got {tensor.dtype}")
-
-
-def _check_device(name: str, tensor: Tensor, of: str, other: Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(f"expected {name} and {of} on one device, got {tensor.device} and {other.device}")

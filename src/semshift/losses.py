@@ -1,4 +1,4 @@
-"""Adversarial losses: what discriminators learn by, and what confuses them.
+"""Adversarial losses for the discriminator and for the segmenter.
 
 Every function takes logits, never probabilities, positive for source, and the boundary between the domains is 0 in
 every objective but `wasserstein`, which is blind to an offset that both domains share. Weights say which elements take
@@ -17,6 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from semshift._checks import (
+    check_device,
+    check_floating,
+    check_int,
+    check_number,
+    check_option,
+    check_weight,
+    may_look,
+)
+
 __all__ = [
     "Objective",
     "class_confusion_loss",
@@ -29,14 +39,14 @@ __all__ = [
 ]
 
 Objective: TypeAlias = Literal["bce", "least-squares", "hinge", "wasserstein"]
-"""What the two sides of the game minimise.
+"""The form of the adversarial loss, the same for discriminator and segmenter.
 
 `bce`: Goodfellow et al. 2014, the non-saturating form. `least-squares`: Mao et al. 2017, towards 1 and -1. `hinge`: Lim
 and Ye 2017. `wasserstein`: Arjovsky et al. 2017, which needs a penalty or spectral norm beside it.
 
 Example:
-    >>> objective: Objective = "least-squares"
-    >>> confusion_loss(torch.tensor([1.0]), objective=objective)
+    >>> objective: semshift.Objective = "least-squares"
+    >>> semshift.confusion_loss(torch.tensor([1.0]), objective=objective)
     tensor(0.)
 """
 
@@ -49,7 +59,7 @@ def discriminator_loss(
     source_weight: Optional[Tensor] = None,
     target_weight: Optional[Tensor] = None,
 ) -> Tensor:
-    """What a discriminator minimises to tell source from target: half the sum of the two domains' weighted means.
+    """Adversarial loss for the discriminator: half the sum of the two domains' weighted means.
 
     Args:
         source_logits: any shape, from detached inputs.
@@ -66,15 +76,15 @@ def discriminator_loss(
         ValueError: a weight of another shape or device, one that is negative or not finite, or an unknown objective.
 
     Example:
-        >>> discriminator_loss(torch.tensor([2.0]), torch.tensor([-3.0]), objective="hinge")
+        >>> semshift.discriminator_loss(torch.tensor([2.0]), torch.tensor([-3.0]), objective="hinge")
         tensor(0.)
     """
-    _check_objective(objective)
-    _check_floating("source_logits", source_logits)
-    _check_floating("target_logits", target_logits)
-    _check_weight("source_weight", source_weight, "source_logits", source_logits, source_logits.shape)
-    _check_weight("target_weight", target_weight, "target_logits", target_logits, target_logits.shape)
-    _check_device("target_logits", target_logits, "source_logits", source_logits)
+    check_option("objective", objective, ("bce", "least-squares", "hinge", "wasserstein"))
+    check_floating("source_logits", source_logits)
+    check_floating("target_logits", target_logits)
+    check_weight("source_weight", source_weight, "source_logits", source_logits, source_logits.shape)
+    check_weight("target_weight", target_weight, "target_logits", target_logits, target_logits.shape)
+    check_device("target_logits", target_logits, "source_logits", source_logits)
     source, source_weight = _taking_part(source_logits, source_weight)
     target, target_weight = _taking_part(target_logits, target_weight)
     if objective == "bce":
@@ -90,10 +100,10 @@ def discriminator_loss(
 
 
 def confusion_loss(logits: Tensor, *, objective: Objective = "bce", weight: Optional[Tensor] = None) -> Tensor:
-    """What the segmenter minimises to have its target outputs taken for source: a weighted mean.
+    """Adversarial loss for the segmenter: a weighted mean over target logits, low where they look like source.
 
     Args:
-        logits: any shape, of target inputs, from a discriminator held still (`discriminators.frozen`).
+        logits: any shape, of target inputs, from a `frozen` discriminator.
         objective: see `Objective`; the discriminator's.
         weight: bool or floating point in the shape of `logits`, not negative; None weighs all alike.
 
@@ -105,12 +115,12 @@ def confusion_loss(logits: Tensor, *, objective: Objective = "bce", weight: Opti
         ValueError: a weight of another shape or device, one that is negative or not finite, or an unknown objective.
 
     Example:
-        >>> confusion_loss(torch.tensor([0.0, float("nan")]), weight=torch.tensor([True, False]))
+        >>> semshift.confusion_loss(torch.tensor([0.0, float("nan")]), weight=torch.tensor([True, False]))
         tensor(0.6931)
     """
-    _check_objective(objective)
-    _check_floating("logits", logits)
-    _check_weight("weight", weight, "logits", logits, logits.shape)
+    check_option("objective", objective, ("bce", "least-squares", "hinge", "wasserstein"))
+    check_floating("logits", logits)
+    check_weight("weight", weight, "logits", logits, logits.shape)
     wide, weight = _taking_part(logits, weight)
     if objective == "bce":
         losses = F.softplus(-wide)
@@ -130,7 +140,7 @@ def class_discriminator_loss(
     source_weight: Optional[Tensor] = None,
     target_weight: Optional[Tensor] = None,
 ) -> Tensor:
-    """What a class-and-domain discriminator minimises: cross-entropy of class and domain at once.
+    """Adversarial loss for a class-and-domain discriminator: cross-entropy of class and domain at once.
 
     FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2, here with half the sum of the two domains' means.
 
@@ -153,19 +163,19 @@ def class_discriminator_loss(
         ValueError: shapes or devices that do not belong together, or a weight that is negative or not finite.
 
     Example:
-        >>> class_discriminator_loss(torch.zeros(3, 6), torch.zeros(3, 6))
+        >>> semshift.class_discriminator_loss(torch.zeros(3, 6), torch.zeros(3, 6))
         tensor(1.7918)
     """
     source = _class_domain_losses("source_", source_logits, source_classes, source_weight, of_source=True)
     target = _class_domain_losses("target_", target_logits, target_classes, target_weight, of_source=False)
-    _check_device("target_logits", target_logits, "source_logits", source_logits)
+    check_device("target_logits", target_logits, "source_logits", source_logits)
     return (source + target) / 2
 
 
 def class_confusion_loss(
     logits: Tensor, *, classes: Optional[Tensor] = None, weight: Optional[Tensor] = None
 ) -> Tensor:
-    """What the segmenter minimises to have target outputs taken for the same class of the source.
+    """Adversarial loss for the segmenter from a class-and-domain discriminator: towards the same class in the source.
 
     FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2.
 
@@ -183,14 +193,14 @@ def class_confusion_loss(
         ValueError: shapes or devices that do not belong together, or a weight that is negative or not finite.
 
     Example:
-        >>> class_confusion_loss(torch.zeros(3, 6))
+        >>> semshift.class_confusion_loss(torch.zeros(3, 6))
         tensor(1.7918)
     """
     return _class_domain_losses("", logits, classes, weight, of_source=True)
 
 
 def entropy_map(probabilities: Tensor) -> Tensor:
-    """The entropy that each class contributes to each pixel, `-p log p / log K`: what ADVENT's discriminator sees.
+    """Entropy map, `-p log p / log K` for each class and pixel: the input of ADVENT's discriminator.
 
     Vu et al. 2019 (arXiv 1811.12833), section 3.2. Summed over classes it is 1 where all are equally likely. The
     gradient is finite at 0.
@@ -206,13 +216,13 @@ def entropy_map(probabilities: Tensor) -> Tensor:
         ValueError: another shape; on the CPU, a value outside [0, 1], as of logits passed by mistake.
 
     Example:
-        >>> entropy_map(torch.tensor([[[0.5], [0.5]]])).flatten()
+        >>> semshift.entropy_map(torch.tensor([[[0.5], [0.5]]])).flatten()
         tensor([0.5000, 0.5000])
     """
-    _check_floating("probabilities", probabilities)
+    check_floating("probabilities", probabilities)
     if probabilities.dim() < 2 or probabilities.shape[1] < 2:
         raise ValueError(f"expected probabilities [B, K, *S] with K of at least 2, got {list(probabilities.shape)}")
-    if _may_look(probabilities) and probabilities.numel() > 0:
+    if may_look(probabilities) and probabilities.numel() > 0:
         low, high = (value.item() for value in probabilities.detach().aminmax())
         # Interpolated maps exceed 1 by rounding; nan passes through, for the caller's own check of the loss.
         if low < 0 or high > 1 + 8 * torch.finfo(probabilities.dtype).eps:
@@ -222,7 +232,7 @@ def entropy_map(probabilities: Tensor) -> Tensor:
 
 
 def r1_penalty(logits: Tensor, inputs: Tensor, *, sample_dims: int = 1, weight: Optional[Tensor] = None) -> Tensor:
-    """Half the mean squared gradient of a discriminator at its source inputs, which steadies the game.
+    """R1 gradient penalty: half the mean squared gradient of a discriminator at its source inputs.
 
     R1 of Mescheder et al. 2018 (arXiv 1801.04406), equation 9, without its factor gamma. Add it to the
     discriminator's loss; its own backward goes through the gradient.
@@ -245,18 +255,17 @@ def r1_penalty(logits: Tensor, inputs: Tensor, *, sample_dims: int = 1, weight: 
 
     Example:
         >>> inputs = torch.ones(2, 3, requires_grad=True)
-        >>> r1_penalty(2 * inputs.sum(1), inputs)
+        >>> semshift.r1_penalty(2 * inputs.sum(1), inputs)
         tensor(6.)
     """
-    _check_floating("logits", logits)
-    _check_floating("inputs", inputs)
-    if not isinstance(sample_dims, int) or isinstance(sample_dims, bool):
-        raise TypeError(f"expected sample_dims to be an int, got {sample_dims!r}")
+    check_floating("logits", logits)
+    check_floating("inputs", inputs)
+    sample_dims = check_int("sample_dims", sample_dims)
     if not 1 <= sample_dims <= inputs.dim():
         raise ValueError(
             f"expected sample_dims in 1 to {inputs.dim()} for inputs {list(inputs.shape)}, got {sample_dims}"
         )
-    _check_weight("weight", weight, "inputs", inputs, inputs.shape[:sample_dims])
+    check_weight("weight", weight, "inputs", inputs, inputs.shape[:sample_dims])
     if not (inputs.requires_grad and logits.requires_grad):
         raise ValueError("expected logits computed from inputs that require grad, got no gradient between them")
     (gradient,) = torch.autograd.grad(logits.sum(), inputs, create_graph=True, allow_unused=True)
@@ -269,7 +278,7 @@ def r1_penalty(logits: Tensor, inputs: Tensor, *, sample_dims: int = 1, weight: 
 
 
 def reverse_gradient(features: Tensor, *, scale: float = 1.0) -> Tensor:
-    """The features as they are, with the gradient turned round on its way back.
+    """Gradient reversal: the features unchanged, their gradient multiplied by `-scale`.
 
     Ganin and Lempitsky 2015 (arXiv 1409.7495), section 3: minimising the discriminator's loss behind this trains the
     discriminator and confuses it by the same pass.
@@ -287,14 +296,12 @@ def reverse_gradient(features: Tensor, *, scale: float = 1.0) -> Tensor:
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
-        >>> reverse_gradient(x, scale=0.5).sum().backward()
+        >>> semshift.reverse_gradient(x, scale=0.5).sum().backward()
         >>> x.grad
         tensor([-0.5000, -0.5000])
     """
-    _check_floating("features", features)
-    # A tuple of types, since torch 2.4 does not trace a union.
-    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-        raise TypeError(f"expected scale to be a number, got {scale!r}")
+    check_floating("features", features)
+    check_number("scale", scale)
     if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"expected scale to be finite and not negative, got {scale}")
     result: Tensor = _Reverse.apply(features, scale)  # type: ignore[no-untyped-call]  # because torch's apply is untyped
@@ -321,7 +328,7 @@ class _Reverse(torch.autograd.Function):
 def _class_domain_losses(
     prefix: str, logits: Tensor, classes: Optional[Tensor], weight: Optional[Tensor], *, of_source: bool
 ) -> Tensor:
-    _check_floating(f"{prefix}logits", logits)
+    check_floating(f"{prefix}logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 2 or logits.shape[-1] % 2:
         raise ValueError(f"expected {prefix}logits [..., 2K], got {list(logits.shape)}")
     num_classes = logits.shape[-1] // 2
@@ -331,14 +338,14 @@ def _class_domain_losses(
                 f"expected {prefix}logits [..., K, 2K] of prototypes, or {prefix}classes, got {list(logits.shape)}"
             )
     else:
-        _check_floating(f"{prefix}classes", classes)
+        check_floating(f"{prefix}classes", classes)
         if classes.shape != (*logits.shape[:-1], num_classes):
             raise ValueError(
                 f"expected {prefix}classes {[*logits.shape[:-1], num_classes]} for {prefix}logits "
                 f"{list(logits.shape)}, got {list(classes.shape)}"
             )
-        _check_device(f"{prefix}classes", classes, f"{prefix}logits", logits)
-    _check_weight(f"{prefix}weight", weight, f"{prefix}logits", logits, logits.shape[:-1])
+        check_device(f"{prefix}classes", classes, f"{prefix}logits", logits)
+    check_weight(f"{prefix}weight", weight, f"{prefix}logits", logits, logits.shape[:-1])
     wide, weight = _taking_part(logits, weight, trailing=1)
     log_probabilities = wide.log_softmax(-1)
     half = log_probabilities[..., :num_classes] if of_source else log_probabilities[..., num_classes:]
@@ -366,41 +373,3 @@ def _weighted_mean(losses: Tensor, weight: Optional[Tensor]) -> Tensor:
         weight = torch.ones_like(losses)
     total = weight.sum()
     return (losses * weight).sum() / torch.where(total > 0, total, 1.0)
-
-
-def _check_objective(objective: str) -> None:
-    if objective not in ("bce", "least-squares", "hinge", "wasserstein"):
-        raise ValueError(f"expected objective to be one of bce, least-squares, hinge, wasserstein, got {objective!r}")
-
-
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"expected {name} to be floating point, got {tensor.dtype}")
-
-
-def _check_device(name: str, tensor: Tensor, of: str, other: Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(f"expected {name} and {of} on one device, got {tensor.device} and {other.device}")
-
-
-def _check_weight(name: str, weight: Optional[Tensor], of: str, tensor: Tensor, shape: torch.Size) -> None:
-    if weight is None:
-        return
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"expected {name} to be a tensor or None, got {type(weight).__name__}")
-    if weight.dtype != torch.bool and not weight.is_floating_point():
-        raise TypeError(f"expected {name} to be bool or floating point, got {weight.dtype}")
-    if weight.shape != shape:
-        raise ValueError(f"expected {name} {list(shape)} for {of} {list(tensor.shape)}, got {list(weight.shape)}")
-    _check_device(name, weight, of, tensor)
-    if weight.is_floating_point() and _may_look(weight):
-        wrong = weight[~((weight >= 0) & (weight < math.inf))]
-        if wrong.numel() > 0:
-            raise ValueError(f"expected {name} to be finite and not negative, got {wrong[0].item()}")
-
-
-def _may_look(tensor: Tensor) -> bool:
-    # Values are looked at where that waits for no device and breaks no graph.
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -10,28 +10,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from semshift.labels import _check_arguments, check_labels
+from semshift._checks import check_floating, check_labelling, check_number, may_look
+from semshift.labels import check_labels
 
 __all__ = ["PseudoLabels", "class_mix", "pseudo_labels"]
 
 
 class PseudoLabels(NamedTuple):
-    """What a network takes the classes for, and how far to trust it.
+    """Pseudo-labels, and how far to trust them.
 
     Example:
-        >>> pseudo = pseudo_labels(torch.tensor([[[9.0, 0.0], [0.0, 0.5]]]))
-        >>> pseudo.labels, pseudo.weight
-        (tensor([[0, 1]]), tensor([0.5000]))
+        >>> pseudo = semshift.pseudo_labels(torch.tensor([[[9.0, 0.0], [0.0, 0.5]]]))
+        >>> pseudo.labels.where(pseudo.sure, 255)
+        tensor([[  0, 255]])
     """
 
     labels: Tensor
     """`[B, *S]` int64, in `[0, K)`."""
     weight: Tensor
     """`[B]` float32 in [0, 1], the share of an image's pixels of which the network is sure."""
+    sure: Tensor
+    """`[B, *S]` bool, the pixels of which the network is sure: their largest probability exceeds the threshold."""
 
 
 def pseudo_labels(logits: Tensor, *, threshold: float = 0.968) -> PseudoLabels:
-    """The likeliest class of every pixel, and for every image the share of pixels of which the network is sure.
+    """Pseudo-labels: the likeliest class of every pixel, and which pixels the network is sure of.
 
     As in DACS (Tranheden et al. 2021, arXiv 2007.08702), image by image as in DAFormer (Hoyer et al. 2022,
     arXiv 2111.14887), section 3.1: every pixel has a label, and the weight goes before the loss of the image's pixels.
@@ -39,11 +42,12 @@ def pseudo_labels(logits: Tensor, *, threshold: float = 0.968) -> PseudoLabels:
     weight of 0 at every step.
 
     Args:
-        logits: `[B, K, *S]`, floating point, K at least 1; the softmax is taken in float32 at least.
+        logits: `[B, K, *S]`, floating point, K at least 2; the softmax is taken in float32 at least.
         threshold: a network is sure where its largest probability exceeds this; in [0, 1].
 
     Returns:
-        `PseudoLabels`: labels `[B, *S]` int64 and weight `[B]` float32, 0 for an image without pixels.
+        `PseudoLabels`: labels `[B, *S]` int64, weight `[B]` float32, 0 for an image without pixels, and sure
+        `[B, *S]` bool.
 
     Raises:
         TypeError: logits that are no floating-point tensor, or a threshold that is no number.
@@ -51,30 +55,31 @@ def pseudo_labels(logits: Tensor, *, threshold: float = 0.968) -> PseudoLabels:
             nan; on CUDA the network is not sure of those.
 
     Example:
-        >>> pseudo_labels(torch.tensor([[[9.0, 0.0], [0.0, 0.5]]]))
-        PseudoLabels(labels=tensor([[0, 1]]), weight=tensor([0.5000]))
+        >>> pseudo = semshift.pseudo_labels(torch.tensor([[[9.0, 0.0], [0.0, 0.5]]]))
+        >>> pseudo.labels, pseudo.weight, pseudo.sure
+        (tensor([[0, 1]]), tensor([0.5000]), tensor([[ True, False]]))
     """
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"expected logits to be a tensor, got {type(logits).__name__}")
-    if not logits.is_floating_point():
-        raise TypeError(f"expected logits to be floating point, got {logits.dtype}")
-    if logits.dim() < 2 or logits.shape[1] < 1:
-        raise ValueError(f"expected logits [B, K, *S] with K of at least 1, got {list(logits.shape)}")
-    if not isinstance(threshold, (int, float)) or isinstance(threshold, bool):
-        raise TypeError(f"expected threshold to be a number, got {threshold!r}")
+    check_floating("logits", logits)
+    if logits.dim() < 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"expected logits [B, K, *S] with K of at least 2 (one logit z of a binary model is the two "
+            f"logits 0 and z), got {list(logits.shape)}"
+        )
+    check_number("threshold", threshold)
     if not 0 <= threshold <= 1:
         raise ValueError(f"expected threshold in [0, 1], got {threshold}")
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     largest, labels = wide.max(1)
     probability = (largest - wide.logsumexp(1)).exp()
-    if _may_look(logits):
+    if may_look(logits):
         unknown = int(probability.isnan().sum())
         if unknown:
             pixels = f"{unknown} pixel{'s' if unknown > 1 else ''}"
             raise ValueError(f"expected logits of which there is a softmax, got nan, inf or only -inf at {pixels}")
     # A last axis of one, so that there is something to flatten in `[B, K]` too. Counted first, divided last.
-    sure = (probability > threshold).unsqueeze(-1).flatten(1)
-    return PseudoLabels(labels, sure.sum(1).float() / max(sure.shape[1], 1))
+    sure = probability > threshold
+    flat = sure.unsqueeze(-1).flatten(1)
+    return PseudoLabels(labels, flat.sum(1).float() / max(flat.shape[1], 1), sure)
 
 
 def class_mix(
@@ -85,7 +90,7 @@ def class_mix(
     generator: Optional[torch.Generator] = None,
     keys: Optional[Tensor] = None,
 ) -> Tensor:
-    """Choose half of the classes of each image, rounded up, and return their pixels, which go on top of another image.
+    """ClassMix mask: the pixels of half of the classes of each image, rounded up, which go on top of another image.
 
     ClassMix (Olsson et al. 2021, arXiv 2007.07936), section 3.1; from source to target as in DACS (Tranheden et al.
     2021, arXiv 2007.08702). Images choose one by one, among the classes that they hold; ignored pixels are never
@@ -99,7 +104,7 @@ def class_mix(
     Args:
         labels: of the source, `[B, *S]`, uint8, int8, int16, int32 or int64, in `[0, num_classes)` or `ignore_index`.
             On CUDA any other label is never chosen, since to look would wait for the device: see
-            `labels.check_labels`.
+            `check_labels`.
         num_classes: K, at least 1.
         ignore_index: id of pixels without a class, None if there is none. The default is refused with more than 255
             classes.
@@ -119,18 +124,18 @@ def class_mix(
 
     Example:
         >>> labels = torch.tensor([[[0, 0, 255], [1, 1, 1]]])
-        >>> mask = class_mix(labels, 2, generator=torch.Generator().manual_seed(0))
+        >>> mask = semshift.class_mix(labels, 2, generator=torch.Generator().manual_seed(0))
         >>> int(mask.sum()) in (2, 3), labels[mask].unique().numel()
         (True, 1)
     """
-    _check_arguments(labels, num_classes, ignore_index)
+    num_classes, ignore_index = check_labelling(labels, num_classes, ignore_index)
     if labels.dim() < 2:
         raise ValueError(f"expected labels [B, *S], got {list(labels.shape)}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"expected generator to be a torch.Generator or None, got {type(generator).__name__}")
     if keys is not None:
         _check_keys(keys, [len(labels), num_classes], generator)
-    if _may_look(labels):
+    if may_look(labels):
         check_labels(labels, num_classes, ignore_index=ignore_index)
     ids = labels.flatten(1).long()
     takes_part = (ids >= 0) & (ids < num_classes)
@@ -150,18 +155,10 @@ def class_mix(
 
 
 def _check_keys(keys: Tensor, shape: list[int], generator: Optional[torch.Generator]) -> None:
-    if not isinstance(keys, Tensor):
-        raise TypeError(f"expected keys to be a tensor, got {type(keys).__name__}")
-    if not keys.is_floating_point():
-        raise TypeError(f"expected keys to be floating point, got {keys.dtype}")
+    check_floating("keys", keys)
     if list(keys.shape) != shape:
         raise ValueError(f"expected keys [B, K] {shape}, got {list(keys.shape)}")
     if generator is not None:
         raise ValueError("expected generator or keys, got both")
-    if _may_look(keys) and not (finite := keys.isfinite()).all():
+    if may_look(keys) and not (finite := keys.isfinite()).all():
         raise ValueError(f"expected keys to be finite, got {keys[~finite][0].item()}")
-
-
-def _may_look(tensor: Tensor) -> bool:
-    # Values are looked at where that waits for no device and breaks no graph.
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -12,12 +12,12 @@ from typing import Any, Literal, Optional
 import torch
 from torch import Tensor
 
+from semshift._checks import FLOATS, check_bool, check_device, check_labelling, check_option, check_tensor
+from semshift._label_ops import label_shares
 from semshift._pooling_ops import hard_sums, soft_sums, sum_dtype
-from semshift.labels import _check_arguments, _shares, resize_labels
+from semshift.labels import resize_labels
 
 __all__ = ["ClassSums", "class_sums", "weighted_class_sums"]
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class ClassSums:
         ValueError: two that are added are of unlike shape or dtype.
 
     Example:
-        >>> one = class_sums(torch.ones(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), 2)
+        >>> one = semshift.class_sums(torch.ones(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), 2)
         >>> (one + one).mass
         tensor([8, 0])
     """
@@ -83,7 +83,7 @@ def class_sums(
     num_classes: int,
     *,
     ignore_index: Optional[int] = 255,
-    resample: Optional[Literal["nearest", "majority", "area", "bilinear"]] = None,
+    resample: Optional[Literal["nearest", "majority", "area", "bilinear"]] = "bilinear",
     align_corners: bool = False,
     per_image: bool = False,
 ) -> ClassSums:
@@ -100,10 +100,11 @@ def class_sums(
         num_classes: K, at least 1.
         ignore_index: id of pixels without a class, None if there is none. The default is refused with more than 255
             classes.
-        resample: how labels meet a feature grid of another size, two spatial dimensions only. `"nearest"`: the label
-            at the cell's centre. `"majority"`: the label that covers most of the cell. `"area"`: each class weighs by
-            the share of the cell that it covers. `"bilinear"`: exactly what pooling bilinearly up-sampled features at
-            the labels' size gives, without up-sampling them.
+        resample: how labels meet a feature grid of another size, two spatial dimensions only; at equal sizes all are
+            the same. `"bilinear"`: exactly what pooling bilinearly up-sampled features at the labels' size gives,
+            without up-sampling them. `"nearest"`: the label at the cell's centre. `"majority"`: the label that covers
+            most of the cell. `"area"`: each class weighs by the share of the cell that it covers. None refuses labels
+            of another size.
         align_corners: of `"bilinear"`, as in `torch.nn.functional.interpolate`.
         per_image: one row of prototypes per image instead of one for the batch.
 
@@ -112,35 +113,35 @@ def class_sums(
         dtype of the sums.
 
     Raises:
-        TypeError: features or labels of another dtype.
-        ValueError: shapes that do not belong together, labels of another size without `resample`, an unknown option,
-            or on the CPU a label out of range.
+        TypeError: features or labels of another dtype, or a flag that is no bool.
+        ValueError: shapes that do not belong together, labels of another size with `resample=None`, labels whose
+            aspect ratio is that of a transposed map, an unknown option, or on the CPU a label out of range.
 
     Example:
         >>> features = torch.tensor([[[1.0, 3.0, 5.0, 9.0]]])
         >>> labels = torch.tensor([[0, 0, 1, 255]])
-        >>> class_sums(features, labels, 3).means.squeeze(-1)
+        >>> semshift.class_sums(features, labels, 3).means.squeeze(-1)
         tensor([2., 5., 0.])
     """
     _check_features(features)
-    _check_arguments(labels, num_classes, ignore_index)
+    num_classes, ignore_index = check_labelling(labels, num_classes, ignore_index)
     if labels.dim() != features.dim() - 1 or labels.shape[0] != features.shape[0]:
         raise ValueError(
             f"expected labels [B, {'H, W' if features.dim() == 4 else '*S'}] for features "
             f"{list(features.shape)}, got {list(labels.shape)}"
         )
-    if labels.device != features.device:
-        raise ValueError(f"expected features and labels on one device, got {features.device} and {labels.device}")
-    if resample not in (None, "nearest", "majority", "area", "bilinear"):
-        raise ValueError(f"expected resample to be None, 'nearest', 'majority', 'area' or 'bilinear', got {resample!r}")
+    check_device("features", features, "labels", labels)
+    check_option("resample", resample, ("bilinear", "nearest", "majority", "area", None))
+    check_bool("align_corners", align_corners)
+    check_bool("per_image", per_image)
     if align_corners and resample != "bilinear":
         raise ValueError(f"expected align_corners only with resample 'bilinear', got {resample!r}")
     size = features.shape[2:]
     if labels.shape[1:] != size:
         if resample is None:
             raise ValueError(
-                f"expected labels of the features' size {list(size)} or a resample such as 'bilinear' or 'nearest', "
-                f"got labels {list(labels.shape)} for features {list(features.shape)}"
+                f"expected labels of the features' size {list(size)} with resample None (the default 'bilinear' takes "
+                f"any size), got labels {list(labels.shape)} for features {list(features.shape)}"
             )
         if features.dim() != 4:
             raise ValueError(
@@ -152,9 +153,10 @@ def class_sums(
                 f"expected features and labels with pixels for resample, got {list(features.shape)} "
                 f"and {list(labels.shape)}"
             )
+        _check_aspect(features, labels)
         if resample in ("nearest", "majority"):
             labels = resize_labels(
-                labels, (size[0], size[1]), mode=resample, num_classes=num_classes, ignore_index=ignore_index
+                labels, (size[0], size[1]), num_classes, resample=resample, ignore_index=ignore_index
             )
         else:
             return _resampled(features, labels, num_classes, ignore_index, resample, align_corners, per_image)
@@ -179,18 +181,18 @@ def weighted_class_sums(features: Tensor, weights: Tensor, *, per_image: bool = 
         either argument is).
 
     Raises:
-        TypeError: features or weights of another dtype.
+        TypeError: features or weights of another dtype, or a per_image that is no bool.
         ValueError: shapes or devices that do not belong together.
 
     Example:
         >>> weights = torch.tensor([[[0.25, 0.75]]])
-        >>> weighted_class_sums(torch.tensor([[[4.0, 8.0]]]), weights).means
+        >>> semshift.weighted_class_sums(torch.tensor([[[4.0, 8.0]]]), weights).means
         tensor([[7.]])
     """
     _check_features(features)
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"expected weights to be a tensor, got {type(weights).__name__}")
-    if weights.dtype not in _DTYPES:
+    check_tensor("weights", weights)
+    check_bool("per_image", per_image)
+    if weights.dtype not in FLOATS:
         raise TypeError(f"expected weights of dtype float16, bfloat16, float32 or float64, got {weights.dtype}")
     if (
         weights.dim() != features.dim()
@@ -199,8 +201,7 @@ def weighted_class_sums(features: Tensor, weights: Tensor, *, per_image: bool = 
         raise ValueError(
             f"expected weights [B, K, *S] for features [B, C, *S], got {list(weights.shape)} for {list(features.shape)}"
         )
-    if weights.device != features.device:
-        raise ValueError(f"expected features and weights on one device, got {features.device} and {weights.device}")
+    check_device("features", features, "weights", weights)
     # A last axis of one, so that there is something to flatten in `[B, C]` too.
     weights = weights.unsqueeze(-1).flatten(2)
     sums = soft_sums(features.unsqueeze(-1).flatten(2), weights)
@@ -218,7 +219,7 @@ def _resampled(
     per_image: bool,
 ) -> ClassSums:
     height, width = features.shape[2:]
-    shares = _shares(labels, height, width, num_classes, resample, align_corners, ignore_index)[:, :num_classes]
+    shares = label_shares(labels, height, width, num_classes, resample, align_corners, ignore_index)[:, :num_classes]
     if resample == "area":
         shares = shares / math.prod(labels.shape[1:])
     pooled = weighted_class_sums(features, shares.to(sum_dtype(features.dtype)), per_image=per_image)
@@ -230,9 +231,19 @@ def _resampled(
 
 
 def _check_features(features: Tensor) -> None:
-    if not isinstance(features, Tensor):
-        raise TypeError(f"expected features to be a tensor, got {type(features).__name__}")
-    if features.dtype not in _DTYPES:
+    check_tensor("features", features)
+    if features.dtype not in FLOATS:
         raise TypeError(f"expected features of dtype float16, bfloat16, float32 or float64, got {features.dtype}")
     if features.dim() < 2:
         raise ValueError(f"expected features [B, C, *S], got {list(features.shape)}")
+
+
+def _check_aspect(features: Tensor, labels: Tensor) -> None:
+    """Refuse label maps that were transposed by mistake, which any resampling would stretch to fit."""
+    (height, width), (rows, columns) = features.shape[2:], labels.shape[1:]
+    # A few cells a side are no aspect ratio.
+    if min(height, width) >= 4 and (rows * width > 2 * columns * height or columns * height > 2 * rows * width):
+        raise ValueError(
+            f"expected labels with about the aspect ratio of the features, got labels {list(labels.shape)} for "
+            f"features {list(features.shape)}: are the labels transposed?"
+        )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from semshift._checks import check_device, check_int, check_number
 from semshift.distributed import all_reduce_sum
 from semshift.pooling import ClassSums
 
@@ -22,9 +23,9 @@ class FilledPrototypes(NamedTuple):
     """Prototypes of a batch, and the bank's where the batch has none.
 
     Example:
-        >>> bank = PrototypeBank(2, 1)
-        >>> bank.update(ClassSums(torch.tensor([[6.0], [4.0]]), torch.tensor([3, 4])))
-        >>> bank(ClassSums(torch.tensor([[5.0], [0.0]]), torch.tensor([1, 0])))
+        >>> bank = semshift.PrototypeBank(1, 2)
+        >>> bank.update(semshift.ClassSums(torch.tensor([[6.0], [4.0]]), torch.tensor([3, 4])))
+        >>> bank(semshift.ClassSums(torch.tensor([[5.0], [0.0]]), torch.tensor([1, 0])))
         FilledPrototypes(means=tensor([[5.],
                 [1.]]), present=tensor([True, True]))
     """
@@ -36,7 +37,7 @@ class FilledPrototypes(NamedTuple):
 
 
 class PrototypeBank(nn.Module):
-    """Remember the class prototypes of one domain over many batches; use one bank for each domain.
+    """Running class prototypes of one domain over many batches; use one bank for each domain.
 
     A class k that is present in an update moves by `S_k = m S_k + (1 - m) s_k` and `M_k = m M_k + (1 - m) n_k`, for
     the update's sums s and mass n and the momentum m; one that is absent keeps both, bit for bit. Its prototype is
@@ -47,8 +48,8 @@ class PrototypeBank(nn.Module):
     whatever the model's precision: keep it out of what you cast to half precision, or it says so.
 
     Args:
+        in_channels: C, the length of a prototype, at least 1.
         num_classes: K, at least 1.
-        channels: C, the length of a prototype, at least 1.
         momentum: m, in [0, 1); 0 remembers the last update of a class alone.
 
     Raises:
@@ -56,9 +57,9 @@ class PrototypeBank(nn.Module):
         ValueError: a count below 1, or a momentum outside [0, 1).
 
     Example:
-        >>> bank = PrototypeBank(2, 1, momentum=0.5)
-        >>> bank.update(ClassSums(torch.tensor([[6.0], [0.0]]), torch.tensor([3, 0])))
-        >>> bank.update(ClassSums(torch.tensor([[4.0], [0.0]]), torch.tensor([1, 0])))
+        >>> bank = semshift.PrototypeBank(1, 2, momentum=0.5)
+        >>> bank.update(semshift.ClassSums(torch.tensor([[6.0], [0.0]]), torch.tensor([3, 0])))
+        >>> bank.update(semshift.ClassSums(torch.tensor([[4.0], [0.0]]), torch.tensor([1, 0])))
         >>> bank.means.flatten(), bank.present
         (tensor([2.8000, 0.0000]), tensor([ True, False]))
     """
@@ -66,18 +67,15 @@ class PrototypeBank(nn.Module):
     sums: Tensor
     mass: Tensor
 
-    def __init__(self, num_classes: int, channels: int, *, momentum: float = 0.99) -> None:
+    def __init__(self, in_channels: int, num_classes: int, *, momentum: float = 0.99) -> None:
         super().__init__()
-        _check_count("num_classes", num_classes)
-        _check_count("channels", channels)
-        if not isinstance(momentum, (int, float)) or isinstance(momentum, bool):
-            raise TypeError(f"expected momentum to be a number, got {momentum!r}")
+        self.in_channels = in_channels = check_int("in_channels", in_channels, 1)
+        self.num_classes = num_classes = check_int("num_classes", num_classes, 1)
+        check_number("momentum", momentum)
         if not 0 <= momentum < 1:
             raise ValueError(f"expected momentum in [0, 1), got {momentum}")
-        self.num_classes = num_classes
-        self.channels = channels
         self.momentum = momentum
-        self.register_buffer("sums", torch.zeros(num_classes, channels))
+        self.register_buffer("sums", torch.zeros(num_classes, in_channels))
         self.register_buffer("mass", torch.zeros(num_classes))
 
     @property
@@ -156,11 +154,11 @@ class PrototypeBank(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments."""
-        return f"{self.num_classes}, {self.channels}, momentum={self.momentum}"
+        return f"{self.in_channels}, {self.num_classes}, momentum={self.momentum}"
 
     def _state(self) -> ClassSums:
         if self.sums.dtype not in _DTYPES:
-            raise TypeError(f"expected a bank in float32, which it is to stay in, got {self.sums.dtype}")
+            raise TypeError(f"the bank must stay in float32, got {self.sums.dtype}; call its .float()")
         return ClassSums(self.sums, self.mass)
 
     def _check(self, pooled: ClassSums) -> None:
@@ -170,8 +168,8 @@ class PrototypeBank(nn.Module):
             raise TypeError(f"expected pooled.sums of dtype float32 or float64, got {pooled.sums.dtype}")
         if pooled.sums.dim() not in (2, 3) or pooled.sums.shape[-2:] != self.sums.shape:
             raise ValueError(
-                f"expected pooled.sums [{self.num_classes}, {self.channels}] or "
-                f"[B, {self.num_classes}, {self.channels}], got {list(pooled.sums.shape)}"
+                f"expected pooled.sums [{self.num_classes}, {self.in_channels}] or "
+                f"[B, {self.num_classes}, {self.in_channels}], got {list(pooled.sums.shape)}"
             )
         if pooled.mass.shape != pooled.sums.shape[:-1]:
             raise ValueError(
@@ -179,10 +177,7 @@ class PrototypeBank(nn.Module):
                 f"got {list(pooled.mass.shape)}"
             )
         for name, tensor in (("sums", pooled.sums), ("mass", pooled.mass)):
-            if tensor.device != self.sums.device:
-                raise ValueError(
-                    f"expected pooled.{name} and the bank on one device, got {tensor.device} and {self.sums.device}"
-                )
+            check_device(f"pooled.{name}", tensor, "the bank", self.sums)
 
 
 def _check_values(sums: Tensor, mass: Tensor, weighs: Tensor, finite: Tensor) -> None:
@@ -191,10 +186,3 @@ def _check_values(sums: Tensor, mass: Tensor, weighs: Tensor, finite: Tensor) ->
     for k in ((mass > 0) & ~finite).nonzero()[:1].flatten().tolist():
         wrong = next(value for value in sums[k].tolist() if not math.isfinite(value))
         raise ValueError(f"expected pooled.sums to be finite in {sums.dtype}, got {wrong} for class {k}")
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"expected {name} to be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"expected {name} to be at least 1, got {value}")

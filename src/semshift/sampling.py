@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
+from semshift._checks import check_int, check_number
+
 __all__ = ["MixedBatchSampler", "collate_by_domain", "rare_class_weights"]
 
 _MASK = (1 << 64) - 1
@@ -46,7 +48,8 @@ class MixedBatchSampler:
         ValueError: an empty domain, names that do not agree, a count out of range, or weights that are no weights.
 
     Example:
-        >>> sampler = MixedBatchSampler({"source": 1000, "target": 50}, {"source": 2, "target": 1}, seed=0, steps=2)
+        >>> sizes, per_batch = {"source": 1000, "target": 50}, {"source": 2, "target": 1}
+        >>> sampler = semshift.MixedBatchSampler(sizes, per_batch, seed=0, steps=2)
         >>> [len(batch) for batch in sampler]
         [3, 3]
         >>> all(1000 <= batch[2] < 1050 for batch in sampler)
@@ -75,25 +78,18 @@ class MixedBatchSampler:
         for name in sizes:
             if not isinstance(name, str):
                 raise TypeError(f"expected the names in sizes to be strings, got {name!r}")
-            _check_count(f"sizes[{name!r}]", sizes[name], 1)
-            _check_count(f"per_batch[{name!r}]", per_batch[name], 1)
-        if sum(sizes.values()) > _MOST:
-            raise ValueError(f"expected sizes to sum to at most 2 ** 62, got {sum(sizes.values())}")
-        _check_count("seed", seed, 0)
-        _check_count("world_size", world_size, 1)
-        _check_count("rank", rank, 0)
+        # NumPy's integers become Python's, which do not overflow.
+        self.sizes = {name: check_int(f"sizes[{name!r}]", size, 1) for name, size in sizes.items()}
+        self.per_batch = {name: check_int(f"per_batch[{name!r}]", count, 1) for name, count in per_batch.items()}
+        if sum(self.sizes.values()) > _MOST:
+            raise ValueError(f"expected sizes to sum to at most 2 ** 62, got {sum(self.sizes.values())}")
+        self.seed = check_int("seed", seed, 0)
+        self.world_size = check_int("world_size", world_size, 1)
+        self.rank = check_int("rank", rank, 0)
         if rank >= world_size:
             raise ValueError(f"expected rank below world_size {world_size}, got {rank}")
-        _check_count("first_step", first_step, 0)
-        if steps is not None:
-            _check_count("steps", steps, 0)
-        self.sizes = dict(sizes)
-        self.per_batch = dict(per_batch)
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.first_step = first_step
-        self.steps = steps
+        self.first_step = check_int("first_step", first_step, 0)
+        self.steps = None if steps is None else check_int("steps", steps, 0)
         self.weights = {name: tuple(_weights(name, weight, sizes)) for name, weight in (weights or {}).items()}
         self._cumulative = {name: _cumulative(weight) for name, weight in self.weights.items()}
 
@@ -131,11 +127,11 @@ class MixedBatchSampler:
                 constructor refuses.
 
         Example:
-            >>> sampler = MixedBatchSampler({"source": 1000}, {"source": 4}, seed=0, steps=100)
+            >>> sampler = semshift.MixedBatchSampler({"source": 1000}, {"source": 4}, seed=0, steps=100)
             >>> sampler.resume(60, rank=0, world_size=2, per_batch={"source": 2})
             MixedBatchSampler({'source': 1000}, {'source': 2}, seed=0, rank=0, world_size=2, first_step=60, steps=40)
         """
-        _check_count("first_step", first_step, self.first_step)
+        check_int("first_step", first_step, self.first_step)
         end = None if self.steps is None else self.first_step + self.steps
         if end is not None and first_step > end:
             raise ValueError(f"expected first_step to be at most {end}, the end of the run, got {first_step}")
@@ -217,12 +213,12 @@ def collate_by_domain(samples: Sequence[Any], per_batch: Mapping[str, int]) -> d
         ValueError: another number of samples, or a count below 1.
 
     Example:
-        >>> collate_by_domain([1, 2, 3.5], {"source": 2, "target": 1})
+        >>> semshift.collate_by_domain([1, 2, 3.5], {"source": 2, "target": 1})
         {'source': tensor([1, 2]), 'target': tensor([3.5000], dtype=torch.float64)}
     """
     _check_mapping("per_batch", per_batch)
     for name, images in per_batch.items():
-        _check_count(f"per_batch[{name!r}]", images, 1)
+        check_int(f"per_batch[{name!r}]", images, 1)
     expected = sum(per_batch.values())
     if len(samples) != expected:
         raise ValueError(f"expected {expected} samples for per_batch {dict(per_batch)}, got {len(samples)}")
@@ -254,18 +250,17 @@ def rare_class_weights(
             not positive, or a min_pixels below 1.
 
     Example:
-        >>> rare_class_weights(np.array([[90, 0], [90, 10]]), temperature=0.5).round(2)
+        >>> semshift.rare_class_weights(np.array([[90, 0], [90, 10]]), temperature=0.5).round(2)
         array([0.07, 0.93])
     """
     counts = _floats("class_counts", class_counts)
     if counts.ndim != 2:
         raise ValueError(f"expected class_counts [N, K], got {list(counts.shape)}")
     _check_weights("class_counts", counts)
-    if not isinstance(temperature, int | float) or isinstance(temperature, bool):
-        raise TypeError(f"expected temperature to be a number, got {temperature!r}")
+    check_number("temperature", temperature)
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"expected temperature to be finite and positive, got {temperature}")
-    _check_count("min_pixels", min_pixels, 1)
+    check_int("min_pixels", min_pixels, 1)
     frequency = counts.sum(0) / counts.sum()
     held = counts >= min_pixels
     if not held.any():
@@ -363,10 +358,3 @@ def _check_weights(name: str, values: np.ndarray) -> None:
 def _check_mapping(name: str, value: object) -> None:
     if not isinstance(value, Mapping):
         raise TypeError(f"expected {name} to map names of domains, got {value!r}")
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"expected {name} to be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"expected {name} to be at least {least}, got {value}")

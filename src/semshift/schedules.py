@@ -11,14 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from semshift._checks import check_int, check_number
+
 __all__ = ["Constant", "Cosine", "Linear", "Polynomial", "Schedule", "Sigmoid", "Then"]
 
 Schedule: TypeAlias = Callable[[int], float]
 """Anything that maps a step, 0 or more, to a float.
 
 Example:
-    >>> halved: Schedule = lambda step: 0.01 * 0.5 ** (step // 1000)
-    >>> Then(Constant(0.0), 100, halved)(1100)
+    >>> halved: semshift.Schedule = lambda step: 0.01 * 0.5 ** (step // 1000)
+    >>> semshift.Then(semshift.Constant(0.0), 100, halved)(1100)
     0.005
 """
 
@@ -35,7 +37,7 @@ class Constant:
         TypeError: `value` is not a number.
 
     Example:
-        >>> Constant(0.01)(1000)
+        >>> semshift.Constant(0.01)(1000)
         0.01
     """
 
@@ -46,7 +48,7 @@ class Constant:
 
     def __call__(self, step: int) -> float:
         """The value, whatever the step."""
-        _check_step(step)
+        check_int("step", step, 0)
         return float(self.value)
 
 
@@ -64,7 +66,7 @@ class Linear:
         TypeError: a value is not a number, or `steps` not an int.
 
     Example:
-        >>> Linear(0.0, 1.0, steps=4)(1)
+        >>> semshift.Linear(0.0, 1.0, steps=4)(1)
         0.25
     """
 
@@ -75,7 +77,7 @@ class Linear:
     def __post_init__(self) -> None:
         _check_number("start", self.start)
         _check_number("stop", self.stop)
-        _check_steps(self.steps)
+        check_int("steps", self.steps, 1)
 
     def __call__(self, step: int) -> float:
         """The value at `step`."""
@@ -97,7 +99,7 @@ class Cosine:
         TypeError: a value is not a number, or `steps` not an int.
 
     Example:
-        >>> round(Cosine(1.0, 0.0, steps=4)(2), 6)
+        >>> round(semshift.Cosine(1.0, 0.0, steps=4)(2), 6)
         0.5
     """
 
@@ -108,7 +110,7 @@ class Cosine:
     def __post_init__(self) -> None:
         _check_number("start", self.start)
         _check_number("stop", self.stop)
-        _check_steps(self.steps)
+        check_int("steps", self.steps, 1)
 
     def __call__(self, step: int) -> float:
         """The value at `step`."""
@@ -118,35 +120,35 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Polynomial:
-    """`stop + (start - stop) * (1 - step / steps) ** power`, held from step `steps` on.
+    """Polynomial decay, `stop + (start - stop) * (1 - step / steps) ** power`, held from step `steps` on.
 
     With the default power this is the decay of DeepLab (Chen et al. 2017, section 4.1) and AdaptSegNet.
 
     Args:
         start: value at step 0, finite.
+        stop: value from step `steps` on, finite.
         steps: length of the way, at least 1.
         power: 0 keeps `start` until the last step, 1 is a straight line; finite, not negative.
-        stop: value from step `steps` on, finite.
 
     Raises:
         ValueError: a value is not finite, `steps` is below 1, or `power` is negative.
         TypeError: a value is not a number, or `steps` not an int.
 
     Example:
-        >>> Polynomial(2.5e-4, steps=250_000)(0)
+        >>> semshift.Polynomial(2.5e-4, 0.0, steps=250_000)(0)
         0.00025
     """
 
     start: float
+    stop: float
     steps: int
     power: float = 0.9
-    stop: float = 0.0
 
     def __post_init__(self) -> None:
         _check_number("start", self.start)
-        _check_steps(self.steps)
-        _check_number("power", self.power)
         _check_number("stop", self.stop)
+        check_int("steps", self.steps, 1)
+        _check_number("power", self.power)
         if self.power < 0:
             raise ValueError(f"expected power to be at least 0, got {self.power}")
 
@@ -160,12 +162,13 @@ class Polynomial:
 
 @dataclass(frozen=True)
 class Sigmoid:
-    """The rise of DANN, `stop * (2 / (1 + exp(-gain * step / steps)) - 1)`, held from step `steps` on.
+    """DANN's sigmoid, `start + (stop - start) * (2 / (1 + exp(-gain * step / steps)) - 1)`, held from step `steps` on.
 
-    Ganin et al. 2016 (JMLR 17), section 5.2.2, with gain 10. It ends at 0.9999 of `stop`.
+    Ganin et al. 2016 (JMLR 17), section 5.2.2, with gain 10. It ends at 0.9999 of the way.
 
     Args:
-        stop: the value that it rises to, finite.
+        start: value at step 0, finite.
+        stop: the value that it approaches, finite.
         steps: length of the way, at least 1.
         gain: how soon it rises, finite and positive.
 
@@ -174,24 +177,27 @@ class Sigmoid:
         TypeError: a value is not a number, or `steps` not an int.
 
     Example:
-        >>> Sigmoid(1.0, steps=100)(0)
+        >>> semshift.Sigmoid(0.0, 1.0, steps=100)(0)
         0.0
     """
 
+    start: float
     stop: float
     steps: int
     gain: float = 10.0
 
     def __post_init__(self) -> None:
+        _check_number("start", self.start)
         _check_number("stop", self.stop)
-        _check_steps(self.steps)
+        check_int("steps", self.steps, 1)
         _check_number("gain", self.gain)
         if self.gain <= 0:
             raise ValueError(f"expected gain to be positive, got {self.gain}")
 
     def __call__(self, step: int) -> float:
         """The value at `step`."""
-        return float(self.stop * (2 / (1 + math.exp(-self.gain * _progress(step, self.steps))) - 1))
+        p = 2 / (1 + math.exp(-self.gain * _progress(step, self.steps))) - 1
+        return float((1 - p) * self.start + p * self.stop)
 
 
 @dataclass(frozen=True)
@@ -208,7 +214,7 @@ class Then:
         TypeError: a schedule is not callable, or `steps` not an int.
 
     Example:
-        >>> Then(Constant(0.0), 500, Sigmoid(0.01, steps=1000))(499)
+        >>> semshift.Then(semshift.Constant(0.0), 500, semshift.Sigmoid(0.0, 0.01, steps=1000))(499)
         0.0
     """
 
@@ -221,36 +227,21 @@ class Then:
             if field.name != "steps" and not callable(getattr(self, field.name)):
                 came = getattr(self, field.name)
                 raise TypeError(f"expected {field.name} to be a schedule, a function of the step, got {came!r}")
-        _check_steps(self.steps)
+        check_int("steps", self.steps, 1)
 
     def __call__(self, step: int) -> float:
         """The value at `step`."""
-        _check_step(step)
+        check_int("step", step, 0)
         return self.first(step) if step < self.steps else self.second(step - self.steps)
 
 
 def _progress(step: int, steps: int) -> float:
-    _check_step(step)
+    check_int("step", step, 0)
     return step / steps if step < steps else 1.0
 
 
-def _check_step(step: int) -> None:
-    if not isinstance(step, int) or isinstance(step, bool):
-        raise TypeError(f"expected step to be an int, got {step!r}")
-    if step < 0:
-        raise ValueError(f"expected step to be at least 0, got {step}")
-
-
-def _check_steps(steps: int) -> None:
-    if not isinstance(steps, int) or isinstance(steps, bool):
-        raise TypeError(f"expected steps to be an int, got {steps!r}")
-    if steps < 1:
-        raise ValueError(f"expected steps to be at least 1, got {steps}")
-
-
 def _check_number(name: str, value: float) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"expected {name} to be a number, got {value!r}")
+    check_number(name, value)
     # A comparison, since an int may be too large for a float, at which `math.isfinite` fails.
     if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"expected {name} to be finite, got {value}")

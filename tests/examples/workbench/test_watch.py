@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.scenes import Severity
 from examples.workbench import runs
 from examples.workbench import train as train_module
 from examples.workbench.data import Augmentation
 from examples.workbench.folders import Folder
 from examples.workbench.models import Segmentation
-from examples.workbench.scenes import Severity
 from examples.workbench.settings import Data, Network, Optimiser, SceneSettings, Settings
 from examples.workbench.train import train
 from examples.workbench.watch import compact, feature_figures, findings, machine_figures, term_figures, window

@@ -7,13 +7,11 @@ can see which alignment helps against which shift.
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from examples.workbench.data import InputError, Sample
-
-__all__ = ["CLASSES", "Scenes", "Severity", "draw"]
+__all__ = ["CLASSES", "Sample", "Scenes", "Severity", "draw"]
 
 CLASSES = ("sky", "building", "road", "pavement", "vegetation", "pole", "car", "person")
 SKY, BUILDING, ROAD, PAVEMENT, VEGETATION, POLE, CAR, PERSON = range(len(CLASSES))
@@ -99,9 +97,19 @@ class Severity:
         for part in fields(self):
             value = getattr(self, part.name)
             if not isinstance(value, int | float) or isinstance(value, bool):
-                raise InputError(f"expected severity.{part.name} to be a number, got {value!r}")
+                raise ValueError(f"expected severity.{part.name} to be a number, got {value!r}")
             if not 0 <= value <= 1:
-                raise InputError(f"expected severity.{part.name} in [0, 1], got {value}")
+                raise ValueError(f"expected severity.{part.name} in [0, 1], got {value}")
+
+
+class Sample(NamedTuple):
+    """An image and its labels."""
+
+    image: np.ndarray
+    """`uint8 [H, W, 3]`."""
+    label: np.ndarray
+    """`uint8 [H, W]`."""
+    name: str
 
 
 class Scenes:
@@ -116,7 +124,7 @@ class Scenes:
         severity: of the target's shift.
 
     Raises:
-        InputError: an unknown domain or split, a number out of range, or an argument of another type.
+        ValueError: an unknown domain or split, a number out of range, or an argument of another type.
     """
 
     def __init__(
@@ -182,7 +190,7 @@ def draw(
         The image, `uint8 [H, W, 3]`, and its labels, `uint8 [H, W]`, ids of `CLASSES`.
 
     Raises:
-        InputError: an unknown domain or split, a number out of range, or an argument of another type.
+        ValueError: an unknown domain or split, a number out of range, or an argument of another type.
     """
     _check(domain, split, index, seed, size, severity)
     severity = Severity(0, 0, 0, 0, 0, 0) if domain == "source" else severity or Severity()
@@ -316,24 +324,24 @@ def _between(rng: np.random.Generator, low: float, high: float) -> float:
 
 def _check(domain: str, split: str, index: int, seed: int, size: tuple[int, int], severity: Severity | None) -> None:
     if domain not in DOMAINS:
-        raise InputError(f"expected domain to be one of {', '.join(DOMAINS)}, got {domain}")
+        raise ValueError(f"expected domain to be one of {', '.join(DOMAINS)}, got {domain}")
     if split not in SPLITS:
-        raise InputError(f"expected split to be one of {', '.join(SPLITS)}, got {split}")
+        raise ValueError(f"expected split to be one of {', '.join(SPLITS)}, got {split}")
     _check_int("an index", index, 0)
     _check_int("seed", seed, 0)
     if not isinstance(size, tuple | list) or len(size) != 2 or not all(_is_int(extent) for extent in size):
-        raise InputError(f"expected a size of two ints, height and width, got {size!r}")
+        raise ValueError(f"expected a size of two ints, height and width, got {size!r}")
     if min(size) < 32:
-        raise InputError(f"expected a size of at least 32 each way, got {tuple(size)}")
+        raise ValueError(f"expected a size of at least 32 each way, got {tuple(size)}")
     if not isinstance(severity, Severity | None):
-        raise InputError(f"expected severity to be a Severity or None, got {severity!r}")
+        raise ValueError(f"expected severity to be a Severity or None, got {severity!r}")
 
 
 def _check_int(name: str, value: int, least: int) -> None:
     if not _is_int(value):
-        raise InputError(f"expected {name} to be an int, got {value!r}")
+        raise ValueError(f"expected {name} to be an int, got {value!r}")
     if value < least:
-        raise InputError(f"expected {name} of at least {least}, got {value}")
+        raise ValueError(f"expected {name} of at least {least}, got {value}")
 
 
 def _is_int(value: object) -> bool:

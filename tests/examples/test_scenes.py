@@ -6,8 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from examples.workbench.data import InputError
-from examples.workbench.scenes import CLASSES, Scenes, Severity, draw
+from examples.scenes import CLASSES, Scenes, Severity, draw
 
 NONE = Severity(0, 0, 0, 0, 0, 0)
 SIZE = "expected a size of two ints, height and width, got"
@@ -131,5 +130,5 @@ def test_a_split_is_drawn_once():
     ],
 )
 def test_errors(call, message):
-    with pytest.raises(InputError, match="^" + re.escape(message) + "$"):
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         call()

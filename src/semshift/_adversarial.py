@@ -1,0 +1,101 @@
+"""Both adversarial losses of one discriminator; over ranks those of the whole batch."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from semshift.discriminators import frozen
+from semshift.distributed import all_reduce_sum
+from semshift.health import class_domain_accuracy, domain_accuracy
+from semshift.losses import (
+    Objective,
+    class_confusion_loss,
+    class_discriminator_loss,
+    confusion_loss,
+    discriminator_loss,
+)
+
+__all__ = ["adversarial_losses"]
+
+
+def adversarial_losses(
+    discriminator: nn.Module,
+    source: Tensor,
+    target: Tensor,
+    confused: Tensor,
+    *,
+    objective: Objective,
+    class_and_domain: bool = False,
+    masks: Optional[tuple[Tensor, Tensor, Tensor]] = None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Confusion loss, discriminator loss and accuracies; over ranks those of the whole batch.
+
+    `masks` say which elements of source, target and confused count.
+    """
+    confuse: Callable[..., Tensor] = functools.partial(confusion_loss, objective=objective)
+    tell: Callable[..., Tensor] = functools.partial(discriminator_loss, objective=objective)
+    judge = domain_accuracy
+    if class_and_domain:
+        confuse, tell, judge = class_confusion_loss, class_discriminator_loss, class_domain_accuracy
+    confused_logits = frozen(discriminator)(confused)
+    run = _averaging_gradients(discriminator) if _several_ranks() else discriminator
+    logits = run(source.detach()), run(target.detach())
+    if masks is None and not _several_ranks():
+        return confuse(confused_logits), tell(*logits), _figures(*judge(*logits))
+    if masks is None:
+        every = [torch.ones_like(each, dtype=torch.bool) for each in (*logits, confused_logits)]
+        masks = every[0], every[1], every[2]
+    mask_s, mask_t, mask_c = masks
+    confusion = confuse(confused_logits, weight=mask_c)
+    accuracy = judge(*logits, source_weight=mask_s, target_weight=mask_t)
+    if not _several_ranks():
+        return confusion, tell(*logits, source_weight=mask_s, target_weight=mask_t), _figures(*accuracy)
+    # Sums and counts of every rank are added up, then divided: ranks may hold other numbers of images.
+    parts = [
+        (confusion, mask_c),
+        (tell(*logits, source_weight=mask_s, target_weight=torch.zeros_like(mask_t)), mask_s),
+        (tell(*logits, source_weight=torch.zeros_like(mask_s), target_weight=mask_t), mask_t),
+        (accuracy.source, mask_s),
+        (accuracy.target, mask_t),
+    ]
+    counts = torch.stack([mask.sum() for _, mask in parts]).to(confusion.dtype)
+    means = torch.stack([mean.to(confusion.dtype) for mean, _ in parts])
+    totals, counts = all_reduce_sum(torch.stack([torch.where(counts > 0, means * counts, 0.0), counts]))
+    losses = totals[:3] / torch.where(counts[:3] > 0, counts[:3], 1.0)
+    shares = (totals[3:] / counts[3:]).detach()
+    return losses[0], losses[1] + losses[2], _figures(shares[0], shares[1])
+
+
+def _figures(source: Tensor, target: Tensor) -> dict[str, Tensor]:
+    return {"source_accuracy": source.float(), "target_accuracy": target.float()}
+
+
+def _averaging_gradients(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The module with parameters whose gradients are averaged over ranks in the backward."""
+    names, parameters = zip(*module.named_parameters())
+    averaged: Any = _AverageGradients.apply(*parameters)  # type: ignore[no-untyped-call]  # because torch's apply is untyped
+    replaced = dict(zip(names, averaged))
+    return lambda inputs: torch.func.functional_call(module, replaced, (inputs,))
+
+
+class _AverageGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        # One reduction for all, and not the differentiable one: nothing is differentiated twice here.
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+        return tuple(part.view_as(gradient) for part, gradient in zip(parts, gradients))
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized()

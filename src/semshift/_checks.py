@@ -1,0 +1,139 @@
+"""Argument checks that several modules share. Each error names the argument, the rule and what came."""
+
+import math
+from collections.abc import Sequence
+from typing import Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "FLOATS",
+    "INTEGERS",
+    "check_bool",
+    "check_device",
+    "check_floating",
+    "check_ignore_index",
+    "check_int",
+    "check_label_dtype",
+    "check_labelling",
+    "check_number",
+    "check_option",
+    "check_tensor",
+    "check_weight",
+    "fits",
+    "may_look",
+]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_int(name: str, value: int, least: Optional[int] = None) -> int:
+    """Python's and NumPy's integers, as Python's; bools and tensors are refused."""
+    # Under torch.compile a size may be symbolic, which `int` would turn into a constant. A tuple of types, since
+    # Dynamo of torch 2.4 cannot trace a union.
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer, torch.SymInt)):
+        raise TypeError(f"expected {name} to be an int, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"expected {name} to be at least {least}, got {value}")
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def check_number(name: str, value: float) -> None:
+    """Python's and NumPy's integers and floats; bools and tensors are refused."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"expected {name} to be a number, got {value!r}")
+
+
+def check_bool(name: str, value: bool) -> None:
+    """A bool, since anything has a truth value."""
+    if not isinstance(value, bool):
+        raise TypeError(f"expected {name} to be a bool, got {value!r}")
+
+
+def check_option(name: str, value: object, options: Sequence[Optional[str]]) -> None:
+    """One of a few strings, or None where that is an option."""
+    if value not in options:
+        *others, last = (repr(option) for option in options)
+        raise ValueError(f"expected {name} to be {', '.join(others)} or {last}, got {value!r}")
+
+
+def check_tensor(name: str, tensor: object) -> None:
+    """Any tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """A floating-point tensor."""
+    check_tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"expected {name} to be floating point, got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: Tensor, of: str, other: Tensor) -> None:
+    """Two tensors on one device."""
+    if tensor.device != other.device:
+        raise ValueError(f"expected {name} and {of} on one device, got {tensor.device} and {other.device}")
+
+
+def check_weight(
+    name: str, weight: Optional[Tensor], of: str, tensor: Tensor, shape: Sequence[int], *, values: bool = True
+) -> None:
+    """A mask, or weights that are finite and not negative, of a tensor's elements."""
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"expected {name} to be a tensor or None, got {type(weight).__name__}")
+    if weight.dtype != torch.bool and not weight.is_floating_point():
+        raise TypeError(f"expected {name} to be bool or floating point, got {weight.dtype}")
+    if list(weight.shape) != list(shape):
+        raise ValueError(f"expected {name} {list(shape)} for {of} {list(tensor.shape)}, got {list(weight.shape)}")
+    check_device(name, weight, of, tensor)
+    if values and weight.is_floating_point() and may_look(weight):
+        wrong = weight[~((weight >= 0) & (weight < math.inf))]
+        if wrong.numel() > 0:
+            raise ValueError(f"expected {name} to be finite and not negative, got {wrong[0].item()}")
+
+
+def check_label_dtype(labels: Tensor) -> None:
+    """A tensor of an integer type that PyTorch computes in."""
+    check_tensor("labels", labels)
+    if labels.dtype not in INTEGERS:
+        raise TypeError(f"expected labels of dtype uint8, int8, int16, int32 or int64, got {labels.dtype}")
+
+
+def check_ignore_index(ignore_index: Optional[int], num_classes: int) -> Optional[int]:
+    """An id that is no class by mistake, or None."""
+    if ignore_index is None:
+        return None
+    ignore_index = check_int("ignore_index", ignore_index)
+    # What holds it is an int64 from here on.
+    if not fits(torch.int64, ignore_index):
+        raise ValueError(f"expected ignore_index to fit int64, got {ignore_index}")
+    if ignore_index == 255 and num_classes > 255:
+        raise ValueError(
+            f"expected an explicit ignore_index (None, or an id that is no class) with more than 255 classes, "
+            f"got 255 with num_classes {num_classes}"
+        )
+    return ignore_index
+
+
+def check_labelling(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> tuple[int, Optional[int]]:
+    """Labels, how many classes they have, and which id is none of them; the latter two as Python's ints."""
+    check_label_dtype(labels)
+    num_classes = check_int("num_classes", num_classes, 1)
+    return num_classes, check_ignore_index(ignore_index, num_classes)
+
+
+def fits(dtype: torch.dtype, value: int) -> bool:
+    """Whether an integer type holds a value."""
+    info = torch.iinfo(dtype)
+    return info.min <= value <= info.max
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether reading a tensor's values neither waits for a device nor breaks a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

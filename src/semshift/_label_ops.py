@@ -1,0 +1,192 @@
+"""The ops under labels: the class of each pixel, label maps of another size, the share of each class in each cell."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from semshift._checks import fits
+
+__all__ = ["check_range", "class_slots", "label_shares", "resize"]
+
+# Elements of shares that are held beside the result, unless a single image has more.
+_HELD = 2**20
+
+
+def check_range(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> None:
+    """Refuse labels outside `[0, num_classes)` that are not `ignore_index`; waits for the device."""
+    ignored = _ignored(labels, ignore_index)
+    _check_classes(labels if ignored is None else labels.masked_fill(ignored, 0), num_classes, ignore_index)
+
+
+def _check_classes(ids: Tensor, num_classes: int, ignore_index: Optional[int]) -> None:
+    """The same for labels whose ignored pixels have been given a class."""
+    if ids.numel() == 0:
+        return
+    low, high = torch.aminmax(ids)
+    if int(low) < 0 or int(high) >= num_classes:
+        wide = ids.long()
+        values, counts = torch.unique(wide[(wide < 0) | (wide >= num_classes)], return_counts=True)
+        came = ", ".join(f"{v} ({c} pixel{'s' if c > 1 else ''})" for v, c in zip(values[:5].tolist(), counts.tolist()))
+        more = f" and {len(values) - 5} more values" if len(values) > 5 else ""
+        or_ignored = "" if ignore_index is None else f" or ignore_index {ignore_index}"
+        raise ValueError(f"expected labels in [0, {num_classes}){or_ignored}, got {came}{more}")
+
+
+@torch.library.custom_op("semshift::resize_labels", mutates_args=())
+def resize(
+    labels: Tensor,
+    height: int,
+    width: int,
+    resample: str,
+    num_classes: int,
+    ignore_index: Optional[int],
+    min_share: float,
+) -> Tensor:
+    """The definition of nearest and majority; `[B, h, w]` in the dtype of the labels."""
+    if resample == "nearest":
+        if labels.is_cpu:
+            # The pixels that no cell takes are looked at too: a wrong label is wrong wherever it lies.
+            check_range(labels, num_classes, ignore_index)
+        if height * width == 0:
+            return labels.new_empty((len(labels), height, width))
+        rows, columns = (_centres(n, to, labels.device) for n, to in zip(labels.shape[1:], (height, width)))
+        return labels[:, rows][:, :, columns]
+    votes = label_shares(labels, height, width, num_classes, "area", False, ignore_index)
+    share, winner = votes.max(1).values, votes.argmax(1)
+    if ignore_index is not None and fits(labels.dtype, ignore_index):
+        ignored = ignore_index
+    else:
+        # Only unchecked labels on CUDA come here; they are to stay out of range.
+        info = torch.iinfo(labels.dtype)
+        ignored = info.max if info.max >= num_classes else info.min
+    # Votes count in integers, and a quotient is rounded as the decimal that a user writes.
+    pixels = max(1, labels.shape[1] * labels.shape[2])
+    kept = (winner < num_classes) & (share / pixels >= min_share)
+    return torch.where(kept, winner, ignored).to(labels.dtype)
+
+
+@resize.register_fake
+def _(
+    labels: Tensor,
+    height: int,
+    width: int,
+    resample: str,
+    num_classes: int,
+    ignore_index: Optional[int],
+    min_share: float,
+) -> Tensor:
+    return labels.new_empty((labels.shape[0], height, width))
+
+
+@torch.library.custom_op("semshift::label_shares", mutates_args=())
+def label_shares(
+    labels: Tensor,
+    height: int,
+    width: int,
+    num_classes: int,
+    resample: str,
+    align_corners: bool,
+    ignore_index: Optional[int],
+) -> Tensor:
+    """Weights `[B, K + 1, h, w]` in float64, the last row of ignored pixels; area in units of 1 / (h * w) pixels."""
+    # Where the cells of a pixel's class begin in a line of all classes.
+    begins = class_slots(labels, num_classes, ignore_index, check=True).long() * width
+    device = labels.device
+    rows, in_row, row_weights = _overlaps(labels.shape[1], height, resample, align_corners, device)
+    columns, in_column, column_weights = _overlaps(labels.shape[2], width, resample, align_corners, device)
+    # Along the columns first, where a pixel meets few cells; then whole rows at a time, by a product.
+    lines, cells = labels.shape[1], (num_classes + 1) * width
+    shares = labels.new_empty((len(labels), height, cells), dtype=torch.float64)
+    by_row = shares.new_zeros((height, lines)).index_put_((in_row, rows), row_weights, accumulate=True)
+    # Small images together, large ones one by one.
+    some = max(1, min(len(labels), _HELD // max(1, lines * cells)))
+    line = torch.arange(some * lines, device=device).view(some, lines, 1) * cells
+    for share, begin in zip(torch.split(shares, some), torch.split(begins, some)):
+        across = share.new_zeros((len(begin), lines, cells))
+        keys = begin[:, :, columns] + (line[: len(begin)] + in_column)
+        across.view(-1).index_add_(0, keys.flatten(), column_weights.expand(len(begin) * lines, -1).flatten())
+        torch.matmul(by_row, across, out=share)
+    shares = shares.view(len(labels), height, num_classes + 1, width).movedim(2, 1)
+    return shares.contiguous()
+
+
+@label_shares.register_fake
+def _(
+    labels: Tensor,
+    height: int,
+    width: int,
+    num_classes: int,
+    resample: str,
+    align_corners: bool,
+    ignore_index: Optional[int],
+) -> Tensor:
+    return labels.new_empty((labels.shape[0], num_classes + 1, height, width), dtype=torch.float64)
+
+
+def class_slots(labels: Tensor, num_classes: int, ignore_index: Optional[int], *, check: bool) -> Tensor:
+    """Class of each pixel, or `num_classes` where it has none; looks at the values on the CPU only, and if told to.
+
+    In the dtype of the labels where that holds `num_classes`: eight passes over int64 cost more than those over uint8.
+    """
+    narrow = labels if fits(labels.dtype, num_classes) else labels.long()
+    if check and labels.is_cpu and _all_take_part(narrow, num_classes, ignore_index):
+        return narrow
+    ignored = _ignored(narrow, ignore_index)
+    if not labels.is_cpu:
+        nowhere = (narrow < 0) | (narrow >= num_classes)
+        return narrow.masked_fill(nowhere if ignored is None else nowhere | ignored, num_classes)
+    if not check:
+        return narrow if ignored is None else narrow.masked_fill(ignored, num_classes)
+    # A class stands in for the ignored pixels while the others are looked at.
+    classes = narrow if ignored is None else narrow.masked_fill(ignored, 0)
+    _check_classes(classes, num_classes, ignore_index)
+    return classes if ignored is None else classes.masked_fill_(ignored, num_classes)
+
+
+def _all_take_part(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> bool:
+    if labels.numel() == 0:
+        return True
+    low, high = (int(value) for value in torch.aminmax(labels))
+    return low >= 0 and high < num_classes and (ignore_index is None or not low <= ignore_index <= high)
+
+
+def _ignored(labels: Tensor, ignore_index: Optional[int]) -> Optional[Tensor]:
+    # In uint8 a comparison with -1 would match 255.
+    return None if ignore_index is None or not fits(labels.dtype, ignore_index) else labels == ignore_index
+
+
+def _overlaps(
+    pixels: int, cells: int, resample: str, align_corners: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Along one axis, every pair of a pixel and a cell that meet, and with which weight (float64)."""
+    if pixels == 0 or cells == 0:
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        return none, none, none.double()
+    if resample == "area":
+        # In units in which a pixel is `cells` long and a cell `pixels` long, every border is an integer: the
+        # overlaps are exact. Pairs are the pieces between neighbouring borders of either kind.
+        borders = (
+            torch.cat(
+                [torch.arange(pixels + 1, device=device) * cells, torch.arange(cells + 1, device=device) * pixels]
+            )
+            .sort()
+            .values
+        )
+        length = borders.diff()
+        left = borders[:-1][length > 0]
+        return left // cells, left // pixels, length[length > 0].double()
+    at = torch.arange(pixels, dtype=torch.float64, device=device)
+    if align_corners:
+        at = at * ((cells - 1) / (pixels - 1) if pixels > 1 else 0.0)
+    else:
+        at = ((at + 0.5) * (cells / pixels) - 0.5).clamp(min=0)
+    low = at.floor().long().clamp(max=cells - 1)
+    high = (low + 1).clamp(max=cells - 1)
+    weight = (at - low).clamp(max=1)
+    pixel = torch.arange(pixels, device=device)
+    return torch.cat([pixel, pixel]), torch.cat([low, high]), torch.cat([1 - weight, weight])
+
+
+def _centres(pixels: int, cells: int, device: torch.device) -> Tensor:
+    return (2 * torch.arange(cells, device=device) + 1) * pixels // (2 * max(cells, 1))

@@ -1,0 +1,410 @@
+"""The two views of ASS as modules: semantic-level and global alignment, each with its own discriminator.
+
+Both return two losses that share no gradient, so one backward serves the segmenter and the discriminator.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from semshift._adversarial import adversarial_losses
+from semshift._checks import (
+    check_bool,
+    check_floating,
+    check_ignore_index,
+    check_int,
+    check_number,
+    check_option,
+)
+from semshift._gradients import gradient_at
+from semshift.discriminators import FCDiscriminator, PrototypeDiscriminator
+from semshift.distributed import all_reduce_sum
+from semshift.health import prototype_distance
+from semshift.losses import Objective, entropy_map
+from semshift.pooling import ClassSums, class_sums
+
+__all__ = ["AlignmentLosses", "GlobalAlignment", "SemanticAlignment", "balanced_weight"]
+
+_OBJECTIVES = ("bce", "least-squares", "hinge", "wasserstein")
+# What GradScaler begins with: float16 loses gradients below 6e-8.
+_SCALE = 2.0**16
+
+
+class AlignmentLosses(NamedTuple):
+    """The two losses of an alignment module, and its figures.
+
+    Example:
+        >>> align = semshift.SemanticAlignment(4, 2)
+        >>> features, labels = torch.randn(1, 4, 8, 8, requires_grad=True), torch.randint(0, 2, (1, 8, 8))
+        >>> losses = align(features, labels, features, labels)
+        >>> (0.01 * losses.confusion + losses.discriminator).backward()
+    """
+
+    confusion: Tensor
+    """Adversarial loss for the segmenter: a float32 scalar with a gradient at the target features alone. Weigh it."""
+    discriminator: Tensor
+    """Adversarial loss for the discriminator: a float32 scalar with a gradient at its parameters alone."""
+    figures: dict[str, Tensor]
+    """Detached float32 scalars to log, under the same keys at every step; nan where there is nothing to compare."""
+
+
+class SemanticAlignment(nn.Module):
+    """Semantic-level alignment: class prototypes of source and labelled target features, and their discriminator.
+
+    This is section 3 of Wang et al. 2020 (arXiv 2004.00794). The discriminator learns to tell the domains' prototypes
+    apart, class by class; the segmenter learns to have its target prototypes taken for source. A class takes part
+    where it is present in this batch and the other domain has shown it, in this batch or an earlier one: the buffer
+    `seen` `[2, K]` (source, target) remembers that.
+
+    Train the module's parameters with an optimiser or a parameter group of their own. It stays in float32 whatever the
+    network's precision. With `torch.distributed` initialised every rank must call it: the losses are then those of the
+    whole batch, and after the backward every rank holds the whole gradient of the discriminator, wrapped in
+    `DistributedDataParallel` or not.
+
+    Args:
+        in_channels: C, channels of the features; at least 1.
+        num_classes: K, at least 1.
+        hidden_channels: widths of the discriminator's hidden layers.
+        conditioning: how the discriminator knows the class, see `PrototypeDiscriminator`.
+        objective: the form of the adversarial loss, see `Objective`; class-and-domain knows `"bce"` only.
+        spectral_norm: divide each of the discriminator's matrices by its largest singular value.
+        resample: how labels meet the feature grid, see `class_sums`.
+        align_corners: of `"bilinear"`; as your network up-samples its logits.
+        per_image: one prototype for each image and class, as in the paper; False pools the batch.
+        ignore_index: id of pixels without a class, None if there is none.
+
+    Raises:
+        TypeError: a count that is no int, widths that are no sequence, or a flag that is no bool.
+        ValueError: a count out of range, an unknown option, or class-and-domain with another objective than bce.
+
+    Example:
+        >>> align = semshift.SemanticAlignment(4, 2)
+        >>> features, labels = torch.randn(1, 4, 8, 8, requires_grad=True), torch.randint(0, 2, (1, 64, 64))
+        >>> sorted(align(features, labels, features, labels).figures)
+        ['prototype_distance', 'source_accuracy', 'target_accuracy']
+    """
+
+    seen: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        hidden_channels: Sequence[int] = (256, 256),
+        conditioning: Literal["none", "per-class", "class-and-domain"] = "per-class",
+        objective: Objective = "bce",
+        spectral_norm: bool = False,
+        resample: Literal["bilinear", "nearest", "majority", "area"] = "bilinear",
+        align_corners: bool = False,
+        per_image: bool = True,
+        ignore_index: Optional[int] = 255,
+    ) -> None:
+        super().__init__()
+        check_option("objective", objective, _OBJECTIVES)
+        check_option("resample", resample, ("bilinear", "nearest", "majority", "area"))
+        check_bool("align_corners", align_corners)
+        check_bool("per_image", per_image)
+        if align_corners and resample != "bilinear":
+            raise ValueError(f"expected align_corners only with resample 'bilinear', got {resample!r}")
+        self.discriminator = PrototypeDiscriminator(
+            in_channels,
+            num_classes,
+            hidden_channels=hidden_channels,
+            conditioning=conditioning,
+            spectral_norm=spectral_norm,
+        )
+        if conditioning == "class-and-domain" and objective != "bce":
+            raise ValueError(f"expected objective 'bce' with conditioning 'class-and-domain', got {objective!r}")
+        self.in_channels = self.discriminator.in_channels
+        self.num_classes = self.discriminator.num_classes
+        self.conditioning = conditioning
+        self.objective = objective
+        self.resample = resample
+        self.align_corners = align_corners
+        self.per_image = per_image
+        self.ignore_index = check_ignore_index(ignore_index, self.num_classes)
+        self.register_buffer("seen", torch.zeros(2, self.num_classes, dtype=torch.bool))
+
+    def forward(
+        self, source_features: Tensor, source_labels: Tensor, target_features: Tensor, target_labels: Tensor
+    ) -> AlignmentLosses:
+        """Pool both domains by their labels and compare the prototypes.
+
+        Args:
+            source_features: `[B, C, h, w]`, floating point; detached inside.
+            source_labels: `[B, H, W]` of any integer dtype, in `[0, K)` or `ignore_index`.
+            target_features: `[B', C, h', w']` of labelled target images, with a graph in training.
+            target_labels: `[B', H', W']`.
+
+        Returns:
+            `AlignmentLosses`: two float32 scalars and the figures `source_accuracy`, `target_accuracy` and
+            `prototype_distance`. Both losses are 0, with gradients of 0, where the domains have no class in common.
+
+        Raises:
+            TypeError: another dtype, or a module in half precision.
+            ValueError: other channels, shapes or devices; labels that look transposed; on the CPU, a label out of
+                range; target features without a graph in training mode.
+        """
+        check_floating("source_features", source_features)
+        check_floating("target_features", target_features)
+        _check_graph(
+            self,
+            "target_features",
+            target_features,
+            "for the discriminator's step alone call compare() on class_sums of detached features",
+        )
+        source = self._pool("source", source_features.detach(), source_labels)
+        return self.compare(source, self._pool("target", target_features, target_labels))
+
+    def compare(
+        self, source: ClassSums, target: ClassSums, *, target_confusion: Optional[ClassSums] = None
+    ) -> AlignmentLosses:
+        """Compare prototypes that were pooled elsewhere: banks, soft weights, several batches.
+
+        Detached sums are fine: the confusion loss then has no gradient, and the discriminator still learns.
+
+        Args:
+            source: sums `[K, C]` or, per image, `[B, K, C]`.
+            target: sums `[K, C]` or `[B', K, C]`.
+            target_confusion: other target sums for the confusion loss alone, such as those without a bank's rows.
+
+        Returns:
+            `AlignmentLosses`, as `forward` does.
+
+        Raises:
+            TypeError: something else than `ClassSums`, or a module in half precision.
+            ValueError: another shape or device.
+        """
+        confused = target if target_confusion is None else target_confusion
+        for name, pooled in (("source", source), ("target", target), ("target_confusion", confused)):
+            self._check_sums(name, pooled)
+        source, whole_source = _over_ranks(source)
+        target, whole_target = _over_ranks(target)
+        confused = target if target_confusion is None else _over_ranks(confused)[0]
+        seen = self.seen | torch.stack([whole_source.present, whole_target.present])
+        if self.training and torch.is_grad_enabled():
+            self.seen.copy_(seen)
+        confusion, discriminator, figures = adversarial_losses(
+            self.discriminator,
+            source.means,
+            target.means,
+            confused.means,
+            objective=self.objective,
+            class_and_domain=self.conditioning == "class-and-domain",
+            masks=(source.present & seen[1], target.present & seen[0], confused.present & seen[0]),
+        )
+        both = whole_source.present & whole_target.present
+        distance = prototype_distance(whole_source.means, whole_target.means, weight=both).nanmean()
+        return AlignmentLosses(confusion, discriminator, {**figures, "prototype_distance": distance.float()})
+
+    def extra_repr(self) -> str:
+        """The arguments that the discriminator does not show."""
+        return (
+            f"objective={self.objective!r}, resample={self.resample!r}, align_corners={self.align_corners}, "
+            f"per_image={self.per_image}, ignore_index={self.ignore_index}"
+        )
+
+    def _pool(self, domain: str, features: Tensor, labels: Tensor) -> ClassSums:
+        if features.dim() < 2 or features.shape[1] != self.in_channels:
+            raise ValueError(f"expected {domain}_features [B, {self.in_channels}, h, w], got {list(features.shape)}")
+        try:
+            return class_sums(
+                features,
+                labels,
+                self.num_classes,
+                ignore_index=self.ignore_index,
+                resample=self.resample,
+                align_corners=self.align_corners,
+                per_image=self.per_image,
+            )
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{domain}: {error}") from error
+
+    def _check_sums(self, name: str, pooled: ClassSums) -> None:
+        if not isinstance(pooled, ClassSums):
+            raise TypeError(f"expected {name} to be ClassSums, got {type(pooled).__name__}")
+        rows = (self.num_classes, self.in_channels)
+        if pooled.sums.dim() not in (2, 3) or pooled.sums.shape[-2:] != rows:
+            raise ValueError(
+                f"expected {name} with sums {list(rows)} or [B, {rows[0]}, {rows[1]}], got {list(pooled.sums.shape)}"
+            )
+        if pooled.mass.shape != pooled.sums.shape[:-1]:
+            raise ValueError(f"expected {name} with mass {list(pooled.sums.shape[:-1])}, got {list(pooled.mass.shape)}")
+
+
+class GlobalAlignment(nn.Module):
+    """Global alignment: the segmenter's output maps on source and target, and their discriminator.
+
+    The output-level alignment of AdaptSegNet (Tsai et al. 2018, arXiv 1802.10349), section 4, or of ADVENT (Vu et al.
+    2019, arXiv 1811.12833), section 3.2, with `inputs="entropy"`. It needs no labels. What `SemanticAlignment` says of
+    optimisers, precision and ranks holds here too.
+
+    Args:
+        num_classes: K, channels of the logits; at least 2.
+        inputs: what the discriminator sees: class `"probabilities"` or their `"entropy"` map.
+        base_channels: channels of the discriminator's first layer.
+        objective: the form of the adversarial loss, see `Objective`.
+        spectral_norm: divide each of the discriminator's kernels by its largest singular value.
+
+    Raises:
+        TypeError: a count that is no int, or a spectral_norm that is no bool.
+        ValueError: a count out of range or an unknown option.
+
+    Example:
+        >>> align = semshift.GlobalAlignment(2, base_channels=4)
+        >>> logits = torch.randn(1, 2, 8, 12, requires_grad=True)
+        >>> sorted(align(logits, logits, size=(64, 96)).figures)
+        ['source_accuracy', 'target_accuracy']
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        inputs: Literal["probabilities", "entropy"] = "probabilities",
+        base_channels: int = 64,
+        objective: Objective = "bce",
+        spectral_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_classes = check_int("num_classes", num_classes, 2)
+        check_option("inputs", inputs, ("probabilities", "entropy"))
+        check_option("objective", objective, _OBJECTIVES)
+        self.inputs = inputs
+        self.objective = objective
+        self.discriminator = FCDiscriminator(self.num_classes, base_channels=base_channels, spectral_norm=spectral_norm)
+
+    def forward(
+        self,
+        source_logits: Tensor,
+        target_logits: Tensor,
+        size: Optional[tuple[int, int]] = None,
+        *,
+        align_corners: bool = False,
+    ) -> AlignmentLosses:
+        """Compare the output maps of both domains.
+
+        Args:
+            source_logits: `[B, K, h, w]`, floating point; detached inside.
+            target_logits: `[B', K, h', w']`, with a graph in training; of any size, labelled or not.
+            size: `(H, W)` to which both are up-sampled before the softmax, usually the images' size; None leaves each
+                domain at its own, and the two may differ. The discriminator needs at least 32 x 32.
+            align_corners: of the up-sampling; as your network does it.
+
+        Returns:
+            `AlignmentLosses`: two float32 scalars and the figures `source_accuracy` and `target_accuracy`.
+
+        Raises:
+            TypeError: logits that are no floating-point tensor, or a module in half precision.
+            ValueError: other channels, shapes or devices; maps below 32 x 32; target logits without a graph in
+                training mode.
+        """
+        check_floating("source_logits", source_logits)
+        check_floating("target_logits", target_logits)
+        check_bool("align_corners", align_corners)
+        _check_graph(
+            self,
+            "target_logits",
+            target_logits,
+            "the discriminator's step can use the discriminator loss of the segmenter's step",
+        )
+        source = self._map("source_logits", source_logits.detach(), size, align_corners)
+        target = self._map("target_logits", target_logits, size, align_corners)
+        losses = adversarial_losses(self.discriminator, source, target, target, objective=self.objective)
+        return AlignmentLosses(*losses)
+
+    def extra_repr(self) -> str:
+        """The arguments that the discriminator does not show."""
+        return f"inputs={self.inputs!r}, objective={self.objective!r}"
+
+    def _map(self, name: str, logits: Tensor, size: Optional[tuple[int, int]], align_corners: bool) -> Tensor:
+        if logits.dim() != 4 or logits.shape[1] != self.num_classes:
+            raise ValueError(f"expected {name} [B, {self.num_classes}, h, w], got {list(logits.shape)}")
+        if size is not None:
+            if not isinstance(size, (tuple, list)) or len(size) != 2:
+                raise ValueError(f"expected size (H, W) or None, got {size!r}")
+            size = (check_int("size", size[0], 1), check_int("size", size[1], 1))
+        height, width = size or logits.shape[2:]
+        if min(height, width) < 32:
+            raise ValueError(
+                f"expected output maps of at least 32 x 32, got {height} x {width} of {name}: pass size=, the images' "
+                f"size, to up-sample them"
+            )
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if size is not None and wide.shape[2:] != size:
+            wide = F.interpolate(wide, size=size, mode="bilinear", align_corners=align_corners)
+        probabilities = wide.softmax(1)
+        return entropy_map(probabilities) if self.inputs == "entropy" else probabilities
+
+
+def balanced_weight(loss: Tensor, confusion: Tensor, features: Tensor, ratio: float) -> Tensor:
+    """Adaptive weight: the one at which the confusion's gradient at the features is `ratio` times the task loss's.
+
+    The adaptive weight of VQGAN (Esser et al. 2021, arXiv 2012.09841), section 3.1, as a ratio of Euclidean norms. It
+    takes two more passes from the losses back to the features. Over ranks the norms are those of the whole batch, and
+    every rank must call it.
+
+    Args:
+        loss: the task loss, a scalar computed from `features`.
+        confusion: `AlignmentLosses.confusion`, computed from the same tensor.
+        features: that tensor, not a slice or a copy of it. Concatenate the images before the head where there are
+            several.
+        ratio: of the norms, finite and not negative; 0.1 lets the task lead.
+
+    Returns:
+        A detached float32 scalar, at least 0; 0 where either gradient vanishes.
+
+    Raises:
+        TypeError: losses or features that are no floating-point tensors, or a ratio that is no number.
+        ValueError: a loss that is no scalar or was not computed from `features`, or a ratio out of range.
+        RuntimeError: a network that is checkpointed with `use_reentrant=True` or compiled with donated buffers.
+
+    Example:
+        >>> features = torch.tensor([3.0, 4.0], requires_grad=True)
+        >>> semshift.balanced_weight(features.square().sum(), features.sum().abs(), features, 0.5).round(decimals=3)
+        tensor(3.5360)
+    """
+    check_number("ratio", ratio)
+    if not 0 <= ratio < float("inf"):
+        raise ValueError(f"expected ratio to be finite and not negative, got {ratio}")
+    task = _norm_over_ranks(features, loss, "loss")
+    adversarial = _norm_over_ranks(features, confusion, "confusion")
+    vanishes = (task == 0) | (adversarial == 0)
+    return torch.where(vanishes, 0.0, float(ratio) * task / torch.where(vanishes, 1.0, adversarial))
+
+
+def _norm_over_ranks(features: Tensor, loss: Tensor, name: str) -> Tensor:
+    """The Euclidean norm of a loss's gradient at the features of all ranks, float32."""
+
+    def squares(scale: float) -> Tensor:
+        gradient = gradient_at(features, loss * scale, name).detach()
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
+        return all_reduce_sum(gradient.square().sum())
+
+    total = squares(1.0)
+    if features.dtype == torch.float16:
+        # Scaled, small gradients survive in float16; where that overflows, the plain ones do not vanish.
+        scaled = squares(_SCALE)
+        total = torch.where(scaled.isfinite(), scaled, total)
+    return total.sqrt().float()
+
+
+def _over_ranks(pooled: ClassSums) -> tuple[ClassSums, ClassSums]:
+    """Sums to be compared, over ranks where they are not per image; and the detached sums of everything."""
+    if pooled.sums.dim() == 2:
+        pooled = ClassSums(all_reduce_sum(pooled.sums), all_reduce_sum(pooled.mass))
+        return pooled, ClassSums(pooled.sums.detach(), pooled.mass.detach())
+    whole = ClassSums(all_reduce_sum(pooled.sums.detach().sum(0)), all_reduce_sum(pooled.mass.detach().sum(0)))
+    return pooled, whole
+
+
+def _check_graph(module: nn.Module, name: str, tensor: Tensor, way_out: str) -> None:
+    if module.training and torch.is_grad_enabled() and not tensor.requires_grad:
+        raise ValueError(
+            f"expected {name} with a graph in training mode, got ones without a gradient: they were detached, computed "
+            f"under torch.no_grad, or by a frozen network; {way_out}, and for figures alone call eval() first"
+        )
