@@ -56,6 +56,11 @@ class Settings:
     out: Path = Path("runs/ass")
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
+    def __post_init__(self) -> None:
+        for name, most in (("steps", 10**9), ("labelled", 200), ("batch_size", 10**4)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"expected {name} in 1 to {most}, got {getattr(self, name)}")
+
 
 # Data: street scenes in two looks. The source is labelled, and of the target a few images are.
 
@@ -251,7 +256,7 @@ def draw(path: Path, scenes: Scenes, labels: Tensor, predictions: dict[str, Tens
     for row, index in zip(panels, np.linspace(0, len(scenes) - 1, shown, dtype=int).tolist()):
         for axes, maps in zip(row, columns.values()):
             look: dict[str, Any] = {"cmap": ListedColormap(COLOURS), "vmin": -0.5, "vmax": len(CLASSES) - 0.5}
-            axes.imshow(scenes[index].image if maps is None else maps[index], interpolation="nearest", **look)
+            axes.imshow(scenes[index].image if maps is None else maps[index].numpy(), interpolation="nearest", **look)
             axes.set(xticks=[], yticks=[])
     for axes, title in zip(panels[0], columns):
         axes.set_title(title)
@@ -269,7 +274,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         if field.name == "methods":
             how = {"nargs": "+", "choices": METHODS, "default": METHODS}
         parser.add_argument(f"--{field.name.replace('_', '-')}", **how)
-    settings = Settings(**vars(parser.parse_args(arguments)))
+    try:
+        settings = Settings(**vars(parser.parse_args(arguments)))
+    except ValueError as error:
+        parser.error(str(error))
 
     scenes = Scenes("target", "test", 100, seed=settings.seed)
     labels = torch.stack([torch.from_numpy(scenes[i].label).long() for i in range(len(scenes))])
