@@ -41,10 +41,13 @@ def check_int(name: str, value: int, least: Optional[int] = None) -> int:
     return int(value) if isinstance(value, np.integer) else value
 
 
-def check_number(name: str, value: float) -> None:
-    """Python's and NumPy's integers and floats; bools and tensors are refused."""
+def check_number(name: str, value: float) -> float:
+    """Python's and NumPy's integers and floats, as Python's; bools and tensors are refused."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"expected {name} to be a number, got {value!r}")
+    if isinstance(value, np.integer):
+        return int(value)
+    return float(value) if isinstance(value, np.floating) else value
 
 
 def check_bool(name: str, value: bool) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Literal, Optional, Union
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,13 +83,11 @@ def remap_labels(labels: Tensor, table: Union[Mapping[int, int], Tensor], *, def
         raise TypeError(f"expected table to be a mapping or a tensor, got {type(table).__name__}")
     if not table:
         raise ValueError("expected table to map at least one id, got an empty one")
-    for old, new in table.items():
-        for value in (old, new):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise TypeError(f"expected the ids of table to be ints, got {value!r}")
-            if not fits(torch.int64, int(value)):
-                raise ValueError(f"expected the ids of table to fit int64, got {value}")
-    unfit = sorted(new for new in table.values() if not fits(labels.dtype, int(new)))
+    table = {check_int("each id of table", old): check_int("each id of table", new) for old, new in table.items()}
+    for value in (*table, *table.values()):
+        if not fits(torch.int64, value):
+            raise ValueError(f"expected the ids of table to fit int64, got {value}")
+    unfit = sorted(new for new in table.values() if not fits(labels.dtype, new))
     if unfit:
         raise ValueError(f"expected table to hold new ids that {labels.dtype} can hold, got {unfit[0]}")
     if default is not None:

@@ -301,7 +301,7 @@ def reverse_gradient(features: Tensor, *, scale: float = 1.0) -> Tensor:
         tensor([-0.5000, -0.5000])
     """
     check_floating("features", features)
-    check_number("scale", scale)
+    scale = check_number("scale", scale)
     if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"expected scale to be finite and not negative, got {scale}")
     result: Tensor = _Reverse.apply(features, scale)  # type: ignore[no-untyped-call]  # because torch's apply is untyped

@@ -65,7 +65,7 @@ def pseudo_labels(logits: Tensor, *, threshold: float = 0.968) -> PseudoLabels:
             f"expected logits [B, K, *S] with K of at least 2 (one logit z of a binary model is the two "
             f"logits 0 and z), got {list(logits.shape)}"
         )
-    check_number("threshold", threshold)
+    threshold = check_number("threshold", threshold)
     if not 0 <= threshold <= 1:
         raise ValueError(f"expected threshold in [0, 1], got {threshold}")
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))

@@ -71,10 +71,9 @@ class PrototypeBank(nn.Module):
         super().__init__()
         self.in_channels = in_channels = check_int("in_channels", in_channels, 1)
         self.num_classes = num_classes = check_int("num_classes", num_classes, 1)
-        check_number("momentum", momentum)
+        self.momentum = momentum = check_number("momentum", momentum)
         if not 0 <= momentum < 1:
             raise ValueError(f"expected momentum in [0, 1), got {momentum}")
-        self.momentum = momentum
         self.register_buffer("sums", torch.zeros(num_classes, in_channels))
         self.register_buffer("mass", torch.zeros(num_classes))
 

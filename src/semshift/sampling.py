@@ -131,7 +131,7 @@ class MixedBatchSampler:
             >>> sampler.resume(60, rank=0, world_size=2, per_batch={"source": 2})
             MixedBatchSampler({'source': 1000}, {'source': 2}, seed=0, rank=0, world_size=2, first_step=60, steps=40)
         """
-        check_int("first_step", first_step, self.first_step)
+        first_step = check_int("first_step", first_step, self.first_step)
         end = None if self.steps is None else self.first_step + self.steps
         if end is not None and first_step > end:
             raise ValueError(f"expected first_step to be at most {end}, the end of the run, got {first_step}")
@@ -147,7 +147,7 @@ class MixedBatchSampler:
         )
         # After the constructor, which has refused what is no count.
         for name, images in self.per_batch.items():
-            before, now = images * self.world_size, per_batch[name] * world_size
+            before, now = images * self.world_size, resumed.per_batch[name] * resumed.world_size
             if before != now:
                 raise ValueError(
                     f"expected world_size * per_batch[{name!r}] to stay {before}, so that the stream goes on, got {now}"
@@ -217,11 +217,10 @@ def collate_by_domain(samples: Sequence[Any], per_batch: Mapping[str, int]) -> d
         {'source': tensor([1, 2]), 'target': tensor([3.5000], dtype=torch.float64)}
     """
     _check_mapping("per_batch", per_batch)
-    for name, images in per_batch.items():
-        check_int(f"per_batch[{name!r}]", images, 1)
+    per_batch = {name: check_int(f"per_batch[{name!r}]", images, 1) for name, images in per_batch.items()}
     expected = sum(per_batch.values())
     if len(samples) != expected:
-        raise ValueError(f"expected {expected} samples for per_batch {dict(per_batch)}, got {len(samples)}")
+        raise ValueError(f"expected {expected} samples for per_batch {per_batch}, got {len(samples)}")
     remaining = iter(samples)
     return {name: default_collate([next(remaining) for _ in range(images)]) for name, images in per_batch.items()}
 
@@ -257,7 +256,7 @@ def rare_class_weights(
     if counts.ndim != 2:
         raise ValueError(f"expected class_counts [N, K], got {list(counts.shape)}")
     _check_weights("class_counts", counts)
-    check_number("temperature", temperature)
+    temperature = check_number("temperature", temperature)
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"expected temperature to be finite and positive, got {temperature}")
     check_int("min_pixels", min_pixels, 1)

@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from semshift._checks import check_int, check_number
 
@@ -44,7 +44,7 @@ class Constant:
     value: float
 
     def __post_init__(self) -> None:
-        _check_number("value", self.value)
+        _settle(self)
 
     def __call__(self, step: int) -> float:
         """The value, whatever the step."""
@@ -75,9 +75,7 @@ class Linear:
     steps: int
 
     def __post_init__(self) -> None:
-        _check_number("start", self.start)
-        _check_number("stop", self.stop)
-        check_int("steps", self.steps, 1)
+        _settle(self)
 
     def __call__(self, step: int) -> float:
         """The value at `step`."""
@@ -108,9 +106,7 @@ class Cosine:
     steps: int
 
     def __post_init__(self) -> None:
-        _check_number("start", self.start)
-        _check_number("stop", self.stop)
-        check_int("steps", self.steps, 1)
+        _settle(self)
 
     def __call__(self, step: int) -> float:
         """The value at `step`."""
@@ -145,10 +141,7 @@ class Polynomial:
     power: float = 0.9
 
     def __post_init__(self) -> None:
-        _check_number("start", self.start)
-        _check_number("stop", self.stop)
-        check_int("steps", self.steps, 1)
-        _check_number("power", self.power)
+        _settle(self)
         if self.power < 0:
             raise ValueError(f"expected power to be at least 0, got {self.power}")
 
@@ -187,10 +180,7 @@ class Sigmoid:
     gain: float = 10.0
 
     def __post_init__(self) -> None:
-        _check_number("start", self.start)
-        _check_number("stop", self.stop)
-        check_int("steps", self.steps, 1)
-        _check_number("gain", self.gain)
+        _settle(self)
         if self.gain <= 0:
             raise ValueError(f"expected gain to be positive, got {self.gain}")
 
@@ -227,21 +217,30 @@ class Then:
             if field.name != "steps" and not callable(getattr(self, field.name)):
                 came = getattr(self, field.name)
                 raise TypeError(f"expected {field.name} to be a schedule, a function of the step, got {came!r}")
-        check_int("steps", self.steps, 1)
+        object.__setattr__(self, "steps", check_int("steps", self.steps, 1))
 
     def __call__(self, step: int) -> float:
         """The value at `step`."""
-        check_int("step", step, 0)
+        step = check_int("step", step, 0)
         return self.first(step) if step < self.steps else self.second(step - self.steps)
 
 
 def _progress(step: int, steps: int) -> float:
-    check_int("step", step, 0)
+    step = check_int("step", step, 0)
     return step / steps if step < steps else 1.0
 
 
-def _check_number(name: str, value: float) -> None:
-    check_number(name, value)
+def _settle(schedule: Any) -> None:
+    """Check the numbers of a schedule and keep them as Python's, so that it prints, compares and pickles as theirs."""
+    for field in dataclasses.fields(schedule):
+        value = getattr(schedule, field.name)
+        checked = check_int("steps", value, 1) if field.name == "steps" else _finite(field.name, value)
+        object.__setattr__(schedule, field.name, checked)
+
+
+def _finite(name: str, value: float) -> float:
+    value = check_number(name, value)
     # A comparison, since an int may be too large for a float, at which `math.isfinite` fails.
     if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"expected {name} to be finite, got {value}")
+    return value
