@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from semshift._adversarial import adversarial_losses
 from semshift._checks import (
     check_bool,
+    check_device,
     check_floating,
     check_ignore_index,
     check_int,
@@ -234,6 +235,7 @@ class SemanticAlignment(nn.Module):
             )
         if pooled.mass.shape != pooled.sums.shape[:-1]:
             raise ValueError(f"expected {name} with mass {list(pooled.sums.shape[:-1])}, got {list(pooled.mass.shape)}")
+        check_device(name, pooled.sums, "the module", self.seen)
 
 
 class GlobalAlignment(nn.Module):
@@ -324,6 +326,7 @@ class GlobalAlignment(nn.Module):
     def _map(self, name: str, logits: Tensor, size: Optional[tuple[int, int]], align_corners: bool) -> Tensor:
         if logits.dim() != 4 or logits.shape[1] != self.num_classes:
             raise ValueError(f"expected {name} [B, {self.num_classes}, h, w], got {list(logits.shape)}")
+        check_device(name, logits, "the module", next(self.discriminator.parameters()))
         if size is not None:
             if not isinstance(size, (tuple, list)) or len(size) != 2:
                 raise ValueError(f"expected size (H, W) or None, got {size!r}")
