@@ -23,8 +23,9 @@ def gradient_at(features: Tensor, loss: Tensor, name: str = "loss") -> Tensor:
     if gradient is None:
         raise ValueError(
             f"expected features to be the tensor that {name} was computed from, got no gradient between them: a slice "
-            f"or a copy is another tensor, and a network compiled whole returns features that its logits do not depend "
-            f"on (compile backbone and head apart)"
+            f"or a copy is another tensor, and a network compiled whole, or checkpointed whole by reentrant "
+            f"checkpointing, returns features that its logits do not depend on (compile backbone and head apart; pass "
+            f"use_reentrant=False)"
         )
     return gradient
 
