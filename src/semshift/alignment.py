@@ -349,7 +349,7 @@ def balanced_weight(loss: Tensor, confusion: Tensor, features: Tensor, ratio: fl
 
     The adaptive weight of VQGAN (Esser et al. 2021, arXiv 2012.09841), section 3.1, as a ratio of Euclidean norms. It
     takes two more passes from the losses back to the features. Over ranks the norms are those of the whole batch, and
-    every rank must call it.
+    every rank must call it. With float16 autocast call it inside the context: small gradients are then scaled.
 
     Args:
         loss: the task loss, a scalar computed from `features`.
@@ -389,11 +389,19 @@ def _norm_over_ranks(features: Tensor, loss: Tensor, name: str) -> Tensor:
         return all_reduce_sum(gradient.square().sum())
 
     total = squares(1.0)
-    if features.dtype == torch.float16:
+    if _through_float16(features):
         # Scaled, small gradients survive in float16; where that overflows, the plain ones do not vanish.
         scaled = squares(_SCALE)
         total = torch.where(scaled.isfinite(), scaled, total)
     return total.sqrt().float()
+
+
+def _through_float16(features: Tensor) -> bool:
+    device = features.device.type
+    if features.dtype == torch.float16 or not torch.amp.is_autocast_available(device):
+        return features.dtype == torch.float16
+    # Features that a layer norm left in float32, whose head runs in float16.
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
 
 def _over_ranks(pooled: ClassSums) -> tuple[ClassSums, ClassSums]:
