@@ -1,11 +1,11 @@
 """How the site is built: `sphinx-build -W -n docs OUT`, without a network."""
 
-import importlib
 import re
 import sys
 from pathlib import Path
 
 from docutils import nodes
+from sphinx.pycode import ModuleAnalyzer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
@@ -19,6 +19,7 @@ version = release = semshift.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -31,6 +32,7 @@ suppress_warnings = ["myst.header"]
 myst_enable_extensions = ["colon_fence", "attrs_inline"]
 myst_heading_anchors = 3
 
+autosummary_generate = False
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "special-members": "__add__, __call__, __iter__, __len__"}
 autodoc_typehints_format = "short"
@@ -64,17 +66,17 @@ NAMES = {
     "None": f"{_PYTHON}constants.html#None",
     **{name: f"{_PYTHON}functions.html#{name}" for name in ("bool", "float", "int", "object")},
     **{name: f"{_PYTHON}stdtypes.html#{name}" for name in ("dict", "list", "str", "tuple")},
-    **{name: f"{_PYTHON}exceptions.html#{name}" for name in ("TypeError", "ValueError")},
+    **{name: f"{_PYTHON}exceptions.html#{name}" for name in ("RuntimeError", "TypeError", "ValueError")},
 }
 # As docstrings and signatures write them.
 _SHORT = {"DistributedDataParallel": f"{_TORCH}generated/torch.nn.parallel.DistributedDataParallel.html"}
 _SHORT |= {name.rsplit(".", 1)[-1]: url for name, url in NAMES.items()}
-_PUBLIC = {
-    f"{module}.{name}": f"semshift.{module}.{name}"
-    for module in semshift.__all__
-    for name in importlib.import_module(f"semshift.{module}").__all__
+# An alias has no docstring of its own: it stands below the line that defines it.
+_ALIASES = {
+    f"semshift.{name}": lines
+    for module in ("semshift.losses", "semshift.schedules")
+    for (_, name), lines in ModuleAnalyzer.for_module(module).find_attr_docs().items()
 }
-_PUBLIC |= {full: full for full in _PUBLIC.values()}
 
 
 def _link(app, env, node, contnode):
@@ -91,19 +93,22 @@ def _link(app, env, node, contnode):
 
 def _read_docstring(app, what, name, obj, options, lines):
     """Docstrings write code in single backticks; a public name among them becomes a link to it."""
-    module = ".".join(name.split(".")[:2])
+    if what == "data":
+        lines[:] = _ALIASES[name]
 
     def role(match):
         text = match[1]
-        public = _PUBLIC.get(text) or _PUBLIC.get(f"{module.removeprefix('semshift.')}.{text}")
-        if public is not None and public != name:
-            return f":py:obj:`{text} <{public}>`"
+        if text in semshift.__all__ and f"semshift.{text}" != name:
+            return f":py:obj:`{text} <semshift.{text}>`"
         if text in NAMES and "." in text:
             return f":py:obj:`{text}`"
         return f"``{text}``"
 
     lines[:] = [re.sub(r"(?<!`)(?<!:)`([^`]+)`(?!`)", role, line) for line in lines]
-    # Napoleon would take what stands before a colon for the type, which the signature has already.
+    # Napoleon would take what stands before a colon for the type, which the signature has already. Of an attribute it
+    # looks at the first line alone: an empty comment.
+    if what in ("attribute", "property"):
+        lines[:0] = ["..", ""]
     if "Returns:" in lines:
         start = lines.index("Returns:")
         end = next((i for i in range(start + 1, len(lines)) if lines[i][:1].strip()), len(lines))

@@ -2,11 +2,12 @@
 
 import ast
 import doctest
-import importlib
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import semshift
 
@@ -86,40 +87,66 @@ def entries(text, title):
     return set(re.findall(r"^ {4}(\w+): ", section(text, title), flags=re.MULTILINE))
 
 
-NAMES = [
-    (module, name) for module in semshift.__all__ for name in importlib.import_module(f"semshift.{module}").__all__
-]
+def public(module):
+    """The module's `__all__`."""
+    (names,) = (
+        ast.literal_eval(node.value)
+        for node in TREES[module].body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+    )
+    return names
+
+
+MODULES = sorted(module for module in TREES if not module.startswith("_"))
+NAMES = [(module, name) for module in MODULES for name in public(module)]
 DOCUMENTED = []
 """(what it is called, module, node, its class or None, docstring) of everything public that has arguments or raises."""
 for module, name in NAMES:
     node = top(module)[name][1]
     if isinstance(node, FUNCTIONS):
-        DOCUMENTED.append((f"{module}.{name}", module, node, None, docstring(module, name)))
+        DOCUMENTED.append((name, module, node, None, docstring(module, name)))
     elif isinstance(node, ast.ClassDef):
         DOCUMENTED += [
-            (f"{module}.{name}.{method}", module, part, node, ast.get_docstring(part) or "")
+            (f"{name}.{method}", module, part, node, ast.get_docstring(part) or "")
             for method, part in methods(node).items()
             if not method.startswith("_")
         ]
 CLASSES = [(module, name) for module, name in NAMES if isinstance(top(module)[name][1], ast.ClassDef)]
 
 
-@pytest.mark.parametrize("module", semshift.__all__)
-def test_every_module_has_a_page(module):
+def test_every_public_name_is_of_one_module():
+    assert sorted(name for _, name in NAMES) == sorted(semshift.__all__)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_a_page_with_its_names(module):
     page = (ROOT / "docs" / "api" / f"{module}.md").read_text()
-    assert f".. automodule:: semshift.{module}\n" in page
+    assert f".. automodule:: semshift.{module}\n   :no-members:\n" in page
+    table = re.search(r"^\.\. autosummary::\n   :nosignatures:\n\n((?:   \w+\n)+)", page, flags=re.MULTILINE)[1].split()
+    documented = re.findall(r"^\.\. auto(?:class|data|function):: (\w+)$", page, flags=re.MULTILINE)
+    assert table == documented
+    assert sorted(documented) == sorted(public(module))
+    # Both the table and the entries are `semshift.NAME`: the automodule in between would set its own module.
+    assert page.split("automodule")[0].count(".. py:currentmodule:: semshift\n") == 1
+    assert page.split("automodule")[1].count(".. py:currentmodule:: semshift\n") == 1
     # Where it is used.
     assert re.search(r"\{seealso\}\n(?:.*\n)*?.*\]\(\.\./[\w-]+\.md\)", page)
-    assert f"]({module}.md)" in (ROOT / "docs" / "api" / "index.md").read_text()
+    index = (ROOT / "docs" / "api" / "index.md").read_text()
+    assert f"]({module}.md)" in index
+    assert all(f"`{name}`" in index for name in public(module))
 
 
-@pytest.mark.parametrize(("module", "name"), NAMES, ids=[".".join(name) for name in NAMES])
+@pytest.mark.parametrize(("module", "name"), NAMES, ids=[name for _, name in NAMES])
 def test_every_name_has_an_example_that_runs(module, name):
     text = docstring(module, name)
     assert "Example:\n" in text
-    names = dict(vars(importlib.import_module(f"semshift.{module}")))
-    test = doctest.DocTestParser().get_doctest(text, names, f"{module}.{name}", None, 0)
+    names = {"np": np, "semshift": semshift, "torch": torch}
+    test = doctest.DocTestParser().get_doctest(text, names, f"semshift.{name}", None, 0)
     assert test.examples
+    # Written as its user would write it: `semshift.NAME`, and no module.
+    used = {used for example in test.examples for used in re.findall(r"\bsemshift\.(\w+)", example.source)}
+    assert used
+    assert used <= set(semshift.__all__)
     assert doctest.DocTestRunner(verbose=False).run(test).failed == 0
 
 
@@ -134,7 +161,7 @@ def test_functions_name_errors_arguments_and_results(called, module, node, owner
         assert section(text, "Returns")
 
 
-@pytest.mark.parametrize(("module", "name"), CLASSES, ids=[".".join(name) for name in CLASSES])
+@pytest.mark.parametrize(("module", "name"), CLASSES, ids=[name for _, name in CLASSES])
 def test_classes_name_errors_and_arguments(module, name):
     node, text = top(module)[name][1], docstring(module, name)
     parts = methods(node)
