@@ -204,18 +204,18 @@ def train(method: str, settings: Settings) -> Segmenter:
         (x_s, y_s), (x_l, y_l), (x_u, _) = ([part.to(device) for part in batch[name]] for name in batch)
 
         # Supervised: cross-entropy on the source and on the few labelled target images.
-        f_s, p_s = segmenter(x_s)
-        loss = F.cross_entropy(p_s, y_s, ignore_index=255)
+        features_s, logits_s = segmenter(x_s)
+        loss = F.cross_entropy(logits_s, y_s, ignore_index=255)
         if method != "source-only":
-            f_l, p_l = segmenter(x_l)
-            loss = loss + F.cross_entropy(p_l, y_l, ignore_index=255)
+            features_l, logits_l = segmenter(x_l)
+            loss = loss + F.cross_entropy(logits_l, y_l, ignore_index=255)
 
         if method == "ass":
             # Global view: output maps of source and unlabelled target images.
-            _, p_u = segmenter(x_u)
-            global_losses = global_view(p_s, p_u)
+            _, logits_u = segmenter(x_u)
+            global_losses = global_view(logits_s, logits_u)
             # Semantic view: class prototypes v_k of source and labelled target images.
-            semantic_losses = semantic_view(f_s, y_s, f_l, y_l)
+            semantic_losses = semantic_view(features_s, y_s, features_l, y_l)
             # The segmenter learns to fool both discriminators, and they learn to tell the domains apart. The two sides
             # share no gradient, so one backward serves both.
             loss = loss + lambda_global(step) * global_losses.confusion + global_losses.discriminator
