@@ -1,7 +1,7 @@
 """Both adversarial losses of one discriminator; over ranks those of the whole batch."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
@@ -54,20 +54,28 @@ def adversarial_losses(
     accuracy = judge(*logits, source_weight=mask_s, target_weight=mask_t)
     if not _several_ranks():
         return confusion, tell(*logits, source_weight=mask_s, target_weight=mask_t), _figures(*accuracy)
-    # Sums and counts of every rank are added up, then divided: ranks may hold other numbers of images.
-    parts = [
-        (confusion, mask_c),
-        (tell(*logits, source_weight=mask_s, target_weight=torch.zeros_like(mask_t)), mask_s),
-        (tell(*logits, source_weight=torch.zeros_like(mask_s), target_weight=mask_t), mask_t),
-        (accuracy.source, mask_s),
-        (accuracy.target, mask_t),
+    # Added up apart, so that each loss has a graph and a backward of its own, as in one process.
+    confused_sum, confused_count = _add_over_ranks([confusion], [mask_c])
+    halves = [
+        tell(*logits, source_weight=mask_s, target_weight=torch.zeros_like(mask_t)),
+        tell(*logits, source_weight=torch.zeros_like(mask_s), target_weight=mask_t),
     ]
-    counts = torch.stack([mask.sum() for _, mask in parts]).to(confusion.dtype)
-    means = torch.stack([mean.to(confusion.dtype) for mean, _ in parts])
-    totals, counts = all_reduce_sum(torch.stack([torch.where(counts > 0, means * counts, 0.0), counts]))
-    losses = totals[:3] / torch.where(counts[:3] > 0, counts[:3], 1.0)
-    shares = (totals[3:] / counts[3:]).detach()
-    return losses[0], losses[1] + losses[2], _figures(shares[0], shares[1])
+    sums, counts = _add_over_ranks([*halves, *accuracy], [mask_s, mask_t, mask_s, mask_t])
+    shares = (sums[2:] / counts[2:]).detach()
+    return _mean(confused_sum, confused_count), _mean(sums[:2], counts[:2]), _figures(shares[0], shares[1])
+
+
+def _add_over_ranks(means: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    """Sums and counts `[2, n]` of the elements of all ranks, which may hold other numbers of images."""
+    values = torch.stack([mean.to(means[0].dtype) for mean in means])
+    counts = torch.stack([mask.sum() for mask in masks]).to(values.dtype)
+    return all_reduce_sum(torch.stack([torch.where(counts > 0, values * counts, 0.0), counts]))
+
+
+def _mean(sums: Tensor, counts: Tensor) -> Tensor:
+    """The sum of means over what counts, 0 where nothing does."""
+    # Not indexed: FSDP warns of a module that returns a view.
+    return (sums / torch.where(counts > 0, counts, 1.0)).sum()
 
 
 def _figures(source: Tensor, target: Tensor) -> dict[str, Tensor]:
