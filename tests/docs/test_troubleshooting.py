@@ -6,12 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from semshift.discriminators import FCDiscriminator, PrototypeDiscriminator, frozen
-from semshift.health import domain_accuracy, gradient_norm, prototype_distance
-from semshift.labels import check_labels, remap_labels
-from semshift.losses import confusion_loss, discriminator_loss, entropy_map
-from semshift.pooling import class_sums
+import semshift
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "troubleshooting.md").read_text()
 RAISES, SILENT = (
@@ -19,64 +16,86 @@ RAISES, SILENT = (
     for part in PAGE.split("## It does not raise")
 )
 F, Y = torch.randn(2, 256, 8, 16), torch.randint(0, 19, (2, 64, 128))
+MEANS = torch.zeros(19, 256)
 
 
 def masked(*ids):
     return torch.tensor([ids])
 
 
-def twice():
-    features = torch.randn(2, 4, 3, 3, requires_grad=True)
-    critic = PrototypeDiscriminator(4, 2)
-    means = class_sums(features * 2, torch.zeros(2, 3, 3, dtype=torch.int64), 2).means
-    confusion_loss(frozen(critic)(means)).backward()
-    discriminator_loss(critic(means), critic(means)).backward()
+def align(channels=256):
+    return semshift.SemanticAlignment(channels, 19)
 
 
-def without_graph():
-    with torch.no_grad():
-        features = nn.Conv2d(3, 256, 1)(torch.randn(2, 3, 8, 16))
-    means = class_sums(features, Y, 19, resample="bilinear").means
-    gradient_norm(confusion_loss(PrototypeDiscriminator(256, 19)(means)), features)
+def undetached():
+    discriminator = semshift.PrototypeDiscriminator(256, 19)
+    means = semshift.class_sums(F.clone().requires_grad_() * 2, Y, 19).means
+    semshift.confusion_loss(semshift.frozen(discriminator)(means)).backward()
+    semshift.discriminator_loss(discriminator(means), discriminator(means)).backward()
 
 
 def pooled_apart():
-    images = class_sums(F, Y, 19, resample="nearest", per_image=True)
-    batch = class_sums(F, Y, 19, resample="nearest")
-    confusion_loss(PrototypeDiscriminator(256, 19)(images.means), weight=batch.present)
+    images = semshift.class_sums(F, Y, 19, per_image=True)
+    batch = semshift.class_sums(F, Y, 19)
+    semshift.confusion_loss(semshift.PrototypeDiscriminator(256, 19)(images.means), weight=batch.present)
 
 
-MEANS = torch.zeros(19, 256)
+class Network(nn.Module):
+    """A backbone and a head, which return features and logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Conv2d(3, 256, 1), nn.Conv2d(256, 19, 1)
+
+    def forward(self, images):
+        features = self.backbone(images)
+        return features, self.head(features)
+
+
+class Checkpointed(Network):
+    def forward(self, images):
+        features = self.backbone(images)
+        return features, checkpoint(self.head, features, use_reentrant=True)
+
+
+def balance(network, at=lambda features: features):
+    features, logits = network(torch.randn(2, 3, 8, 16))
+    losses = align()(features[:1], Y[:1], features[1:], Y[1:])
+    semshift.balanced_weight(logits.square().mean(), losses.confusion, at(features), 0.1)
+
+
 CALLS = {
-    "pooled features with labels of another size": lambda: class_sums(F, Y, 19),
-    "kept a channel axis": lambda: class_sums(F, Y[:, None], 19, resample="bilinear"),
-    "let the labels become floats": lambda: class_sums(F, Y.float(), 19, resample="bilinear"),
-    "passed all stages": lambda: class_sums((F,), Y, 19, resample="bilinear"),
-    "passed a transformer's tokens": lambda: class_sums(F.flatten(2).mT, Y, 19, resample="bilinear"),
-    "left labels in the data set's own ids": lambda: check_labels(masked(7, 26, 33), 19),
-    "wrote a table that lacks an id": lambda: remap_labels(masked(7, 34), {7: 0}),
-    "marked ignored pixels by -100": lambda: check_labels(masked(7, -100), 19),
-    "have more than 255 classes": lambda: class_sums(F, Y, 300, resample="bilinear"),
-    "built the critic for another width": lambda: PrototypeDiscriminator(512, 19)(MEANS),
-    "built the critic for other classes": lambda: PrototypeDiscriminator(256, 16)(MEANS),
-    "cast everything to bfloat16": lambda: PrototypeDiscriminator(256, 19).bfloat16()(MEANS),
+    "transposed the labels": lambda: semshift.class_sums(F, Y.mT, 19),
+    "kept a channel axis": lambda: semshift.class_sums(F, Y[:, None], 19),
+    "let the labels become floats": lambda: semshift.class_sums(F, Y.float(), 19),
+    "passed all stages": lambda: align()((F,), Y, F, Y),
+    "passed a transformer's tokens": lambda: semshift.class_sums(F.flatten(2).mT, Y, 19),
+    "left labels in the data set's own ids": lambda: semshift.check_labels(masked(7, 26, 33), 19),
+    "wrote a table that lacks an id": lambda: semshift.remap_labels(masked(7, 34), {7: 0}),
+    "marked ignored pixels by -100": lambda: semshift.check_labels(masked(7, -100), 19),
+    "have more than 255 classes": lambda: semshift.class_sums(F, Y, 300),
+    "built the alignment module for another width": lambda: align(512)(F, Y, F.clone().requires_grad_(), Y),
+    "built the discriminator for another width": lambda: semshift.PrototypeDiscriminator(512, 19)(MEANS),
+    "built the discriminator for other classes": lambda: semshift.PrototypeDiscriminator(256, 16)(MEANS),
+    "cast everything to bfloat16": lambda: align().bfloat16()(F, Y, F.clone().requires_grad_(), Y),
+    "computed target features without a graph": lambda: align()(F, Y, F, Y),
+    "gave small maps to `GlobalAlignment`": lambda: semshift.GlobalAlignment(256)(F, F.clone().requires_grad_()),
+    "gave a small map to `FCDiscriminator`": lambda: semshift.FCDiscriminator(19)(torch.zeros(1, 19, 8, 16)),
+    "gave logits to `entropy_map`": lambda: semshift.entropy_map(torch.tensor([[[3.0], [-1.5]]])),
     "pooled `per_image=True`": pooled_apart,
-    "gave logits to `entropy_map`": lambda: entropy_map(torch.tensor([[[3.0], [-1.5]]])),
-    "gave a small map": lambda: FCDiscriminator(19)(torch.zeros(1, 19, 8, 16)),
-    "computed target features without a graph": without_graph,
-    "forgot `.detach()`": twice,
+    "asked `balanced_weight` or `gradient_norm`": lambda: balance(Network(), lambda features: features[:1]),
+    "asked `balanced_weight` for the gradient in a network that is compiled": lambda: balance(
+        torch.compile(Network(), backend="aot_eager")
+    ),
+    "asked `balanced_weight` for the gradient in a network with activation": lambda: balance(Checkpointed()),
+    "wrote the losses by hand and forgot": undetached,
 }
 
 
-def losses(features, labels, critic, weight=1.0):
-    """Both players' losses of features [2, C, h, w] of source and target, with what health says of them."""
-    source, target = (class_sums(f[None], y[None], 4, resample="bilinear") for f, y in zip(features, labels))
-    both = source.present & target.present
-    confusion = weight * confusion_loss(frozen(critic)(target.means), weight=both)
-    logits = [critic(pooled.means.detach()) for pooled in (source, target)]
-    loss = discriminator_loss(*logits, source_weight=both, target_weight=both)
-    accuracy = domain_accuracy(*logits, source_weight=both, target_weight=both)
-    return confusion, loss, accuracy, prototype_distance(source.means, target.means, weight=both)
+def losses(align, features, labels):
+    """An alignment module's losses of features [2, C, h, w] of source and target, and what its figures say."""
+    confusion, discriminator, figures = align(features[:1], labels[:1], features[1:], labels[1:])
+    return confusion, discriminator, {name: value.item() for name, value in figures.items()}
 
 
 def batch():
@@ -87,46 +106,33 @@ def model(*more):
     return nn.Sequential(nn.Conv2d(3, 16, 4, 4), *more, nn.ReLU())
 
 
-def probabilities():
-    critic = nn.Sequential(PrototypeDiscriminator(16, 4), nn.Sigmoid())
-    optimiser = torch.optim.Adam(critic.parameters(), 0.01)
-    images, labels = batch()
-    for _ in range(100):
-        _, loss, accuracy, _ = losses(model()(images).detach(), labels, critic)
-        assert accuracy == (1.0, 0.0)
-        # Half of softplus(-1) + softplus(0): a probability of 1 for source and 0 for target.
-        assert loss.item() > 0.5
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+def small():
+    return semshift.SemanticAlignment(16, 4)
 
 
-def nothing_labelled():
+def nothing_in_common():
     images, labels = batch()
     labels[1] = 255
-    network, critic = model(), PrototypeDiscriminator(16, 4)
-    confusion, loss, accuracy, distance = losses(network(images), labels, critic)
+    network, align = model(), small()
+    confusion, loss, figures = losses(align, network(images), labels)
     (confusion + loss).backward()
     assert confusion.item() == loss.item() == 0
-    assert all(not p.grad.any() for p in (*network.parameters(), *critic.parameters()))
-    assert accuracy.source.isnan()
-    assert accuracy.target.isnan()
-    assert distance.isnan().all()
+    assert all(p.grad is not None and not p.grad.any() for p in (*network.parameters(), *align.parameters()))
+    assert all(value != value for value in figures.values())
 
 
 def narrow(dtype, *, autocast):
     """Equal to float32 to the rounding of the features: 1 / 2 ** 8 or 2 ** 11 relative, through a few layers."""
     images, labels = batch()
-    network, critic = model(), PrototypeDiscriminator(16, 4)
-    expected = losses(network(images), labels, critic)[:2]
+    network, align = model(), small()
+    expected = losses(align, network(images), labels)[:2]
     if autocast:
         with torch.autocast("cpu", dtype=dtype):
             features = network(images)
-            found = losses(features, labels, critic)[:2]
+            found = losses(align, features, labels)[:2]
     else:
-        network, images = network.to(dtype), images.to(dtype)
-        features = network(images)
-        found = losses(features, labels, critic)[:2]
+        features = network.to(dtype)(images.to(dtype))
+        found = losses(align, features, labels)[:2]
     assert features.dtype == dtype
     for one, other in zip(found, expected):
         assert one.dtype == torch.float32
@@ -135,38 +141,71 @@ def narrow(dtype, *, autocast):
     assert all(p.grad.isfinite().all() and p.grad.any() for p in network.parameters())
 
 
-def in_eval():
+def under_autocast():
+    narrow(torch.bfloat16, autocast=True)
+    narrow(torch.float16, autocast=True)
+
+
+def model_in_eval():
     images, labels = batch()
     network = model(nn.BatchNorm2d(16)).eval()
     before = network[1].running_mean.clone()
-    losses(network(images), labels, PrototypeDiscriminator(16, 4))[0].backward()
+    losses(small(), network(images), labels)[0].backward()
     assert network[0].weight.grad.any()
     assert torch.equal(network[1].running_mean, before)
 
 
-def one_player(*, critic_learns):
-    """A hundred steps of the critic alone, or of the network alone; the critic's mean accuracy at the end."""
+def module_in_eval():
+    """Whether the target's loss has a class that the source has shown in an earlier batch only."""
+    images, labels = batch()
+    labels[0], labels[1] = 0, 1
+    before = labels.flip(0)
+    for training, takes_part in ((True, True), (False, False)):
+        align, network = small().train(training), model()
+        losses(align, network(images), before)
+        assert (losses(align, network(images), labels)[0].item() > 0) == takes_part
+        assert bool(align.seen.any()) == training
+
+
+def one_player(*, discriminator_learns):
+    """A hundred steps of the discriminator alone, or of the network alone; the discriminator's accuracy at the end."""
     images, labels = batch()
     images[1] += 1
-    network, critic = model(), PrototypeDiscriminator(16, 4)
-    player = critic if critic_learns else network
+    network, align = model(), small()
+    player = align if discriminator_learns else network
     optimiser = torch.optim.Adam(player.parameters(), 0.003)
     rights = []
     for _ in range(100):
-        confusion, loss, accuracy, _ = losses(network(images), labels, critic)
+        confusion, loss, figures = losses(align, network(images), labels)
         optimiser.zero_grad()
-        (loss if critic_learns else confusion).backward()
+        (loss if discriminator_learns else confusion).backward()
         optimiser.step()
-        rights.append((accuracy.source.item() + accuracy.target.item()) / 2)
+        rights.append((figures["source_accuracy"] + figures["target_accuracy"]) / 2)
     return sum(rights[-20:]) / 20
 
 
-def critic_left_out():
-    assert one_player(critic_learns=False) <= 0.75
+def discriminator_left_out():
+    assert one_player(discriminator_learns=False) <= 0.75
 
 
 def confusion_left_out():
-    assert one_player(critic_learns=True) >= 0.95
+    assert one_player(discriminator_learns=True) >= 0.95
+
+
+def probabilities():
+    discriminator = nn.Sequential(semshift.PrototypeDiscriminator(16, 4), nn.Sigmoid())
+    optimiser = torch.optim.Adam(discriminator.parameters(), 0.01)
+    images, labels = batch()
+    for _ in range(100):
+        source, target = semshift.class_sums(model()(images).detach(), labels, 4, per_image=True).means
+        outputs = discriminator(source), discriminator(target)
+        assert semshift.domain_accuracy(*outputs) == (1.0, 0.0)
+        loss = semshift.discriminator_loss(*outputs)
+        # Half of softplus(-1) + softplus(0): a probability of 1 for source and 0 for target.
+        assert loss.item() > 0.5
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
 
 
 def bad_ids_on_cuda():
@@ -174,26 +213,22 @@ def bad_ids_on_cuda():
     wrong = labels.clone()
     wrong[0, 0, 0] = 99
     ignored = torch.where(wrong == 99, 255, wrong)
-    found, expected = (class_sums(features, y, 4, resample="bilinear") for y in (wrong, ignored))
+    found, expected = (semshift.class_sums(features, y, 4) for y in (wrong, ignored))
     assert torch.equal(found.mass, expected.mass)
     assert torch.equal(found.sums, expected.sums)
-    with pytest.raises(ValueError, match=re.escape("expected labels in [0, 4) or ignore_index 255, got 99 (1 pixel)")):
-        check_labels(wrong, 4)
-
-
-def under_autocast():
-    narrow(torch.bfloat16, autocast=True)
-    narrow(torch.float16, autocast=True)
+    with pytest.raises(ValueError, match=r"labels .* 255, got 99 \(1 pixel\)"):
+        semshift.check_labels(wrong, 4)
 
 
 BEHAVIOUR = {
-    "gave the losses probabilities": probabilities,
-    "trained a batch in which one domain": nothing_labelled,
+    "trained a batch in which no class takes part": nothing_in_common,
     "trained in half precision under autocast": under_autocast,
     "trained a model that is bfloat16 throughout": lambda: narrow(torch.bfloat16, autocast=False),
-    "left the model in `eval`": in_eval,
-    "left the critic out": critic_left_out,
+    "left the model in `eval`": model_in_eval,
+    "left the alignment module in `eval`": module_in_eval,
+    "left the discriminator out": discriminator_left_out,
     "left the confusion out": confusion_left_out,
+    "gave the losses probabilities": probabilities,
     "left bad label ids": bad_ids_on_cuda,
 }
 
