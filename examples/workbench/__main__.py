@@ -14,7 +14,14 @@ from lightning_fabric import Fabric
 from torch import distributed as dist
 
 from examples.workbench import checkpoints, faults, runs, signals
-from examples.workbench.build import Segmenter, build_adversaries, build_critic, build_segmenter, dtype_of, load_init
+from examples.workbench.build import (
+    Segmenter,
+    build_discriminator,
+    build_segmenter,
+    discriminator_settings,
+    dtype_of,
+    load_init,
+)
 from examples.workbench.checks import check, check_accelerator
 from examples.workbench.compare import compare, comparison_table
 from examples.workbench.data import InputError
@@ -114,8 +121,8 @@ def _check_data(settings: Settings, data_root: Path | None) -> None:
     segmenter = build_segmenter(settings)
     if network.init is not None:
         print(load_init(settings, segmenter))
-    critics = {name: build_critic(name, settings, segmenter) for name in build_adversaries(settings)}
-    print(estimate_memory(settings, segmenter, critics))
+    discriminators = {name: build_discriminator(name, settings, segmenter) for name in discriminator_settings(settings)}
+    print(estimate_memory(settings, segmenter, discriminators))
     report = check_data(settings, data_root)
     print(report.text)
     for note in report.notes:

@@ -8,22 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import semshift
 from examples.workbench.checkpoints import Stateful
 from examples.workbench.deeplab import DeepLabV2
 from examples.workbench.models import SmallSegmenter
 from examples.workbench.pretrained import Pretrained, load_pretrained
 from examples.workbench.segformer import SegFormer, load_segformer
 from examples.workbench.settings import METHODS, GlobalAdversary, SelfTraining, SemanticAdversary, Settings
-from semshift.discriminators import FCDiscriminator, PrototypeDiscriminator
-from semshift.prototypes import PrototypeBank
-from semshift.schedules import Constant, Polynomial, Schedule, Sigmoid, Then
 
 __all__ = [
     "Learners",
     "Schedules",
     "Segmenter",
-    "build_adversaries",
-    "build_critic",
+    "discriminator_settings",
+    "build_discriminator",
     "build_learners",
     "build_optimiser",
     "build_schedules",
@@ -41,15 +39,15 @@ Segmenter = SmallSegmenter | DeepLabV2 | SegFormer
 class Learners:
     """What learns in a run; which of them exist is all that tells the methods apart."""
 
-    adversaries: dict[str, GlobalAdversary | SemanticAdversary]
-    """Settings of the critics, by their names."""
+    discriminator_settings: dict[str, GlobalAdversary | SemanticAdversary]
+    """Settings of the discriminators, by their names."""
     segmenter: Segmenter
     optimiser: torch.optim.Optimizer
-    critics: dict[str, nn.Module]
-    critic_optimisers: dict[str, torch.optim.Optimizer]
+    discriminators: dict[str, nn.Module]
+    discriminator_optimisers: dict[str, torch.optim.Optimizer]
     teacher: AveragedModel | None
     """The running mean of the segmenter's weights."""
-    banks: dict[str, PrototypeBank]
+    banks: dict[str, semshift.PrototypeBank]
     """Running prototypes by domain."""
     pixels: dict[str, Tensor]
     """By domain, number of pixels int64 `[K]` of each class that its labels have shown so far."""
@@ -61,8 +59,9 @@ class Learners:
     def stateful(self) -> dict[str, Stateful]:
         """What a checkpoint saves beside `pixels` and how far the run is; the settings and the step give the rest."""
         stateful: dict[str, Stateful] = {**self.networks(), "optimiser": self.optimiser}
-        for name, critic in self.critics.items():
-            stateful |= {f"{name} critic": critic, f"{name} critic optimiser": self.critic_optimisers[name]}
+        for name, discriminator in self.discriminators.items():
+            stateful[f"{name} critic"] = discriminator
+            stateful[f"{name} critic optimiser"] = self.discriminator_optimisers[name]
         return stateful | {f"{domain} bank": bank for domain, bank in self.banks.items()}
 
 
@@ -70,12 +69,12 @@ class Learners:
 class Schedules:
     """What changes from step to step, each a function of the step."""
 
-    learning_rate: Schedule
-    critic_rates: dict[str, Schedule]
-    source_weight: Schedule
+    learning_rate: semshift.Schedule
+    discriminator_rates: dict[str, semshift.Schedule]
+    source_weight: semshift.Schedule
     """Of the source's cross-entropy."""
-    weights: dict[str, Schedule]
-    """Of each adversary's term, and of self-training."""
+    weights: dict[str, semshift.Schedule]
+    """Of each confusion loss, and of self-training."""
 
 
 def dtype_of(settings: Settings) -> torch.dtype:
@@ -131,8 +130,8 @@ def build_optimiser(settings: Settings, segmenter: Segmenter) -> torch.optim.Opt
     return torch.optim.SGD(groups, how.learning_rate, momentum=0.9, weight_decay=how.weight_decay)
 
 
-def build_adversaries(settings: Settings) -> dict[str, GlobalAdversary | SemanticAdversary]:
-    """The adversaries of the method that have a weight, by name; `auxiliary` is the global one on the second level."""
+def discriminator_settings(settings: Settings) -> dict[str, GlobalAdversary | SemanticAdversary]:
+    """Settings of the method's discriminators that have a weight, by name; `auxiliary` is the second level's."""
     uses, g = METHODS[settings.method], settings.global_adversary
     auxiliary = dataclasses.replace(g, weight=g.auxiliary_weight if settings.network.auxiliary else 0.0)
     candidates: list[tuple[str, str, GlobalAdversary | SemanticAdversary]] = [
@@ -140,19 +139,19 @@ def build_adversaries(settings: Settings) -> dict[str, GlobalAdversary | Semanti
         ("auxiliary", "global", auxiliary),
         ("semantic", "semantic", settings.semantic_adversary),
     ]
-    return {name: adversary for name, use, adversary in candidates if use in uses and adversary.weight > 0}
+    return {name: how for name, use, how in candidates if use in uses and how.weight > 0}
 
 
-def build_critic(name: str, settings: Settings, segmenter: Segmenter) -> nn.Module:
+def build_discriminator(name: str, settings: Settings, segmenter: Segmenter) -> nn.Module:
     """The discriminator called `global`, `auxiliary` or `semantic`, from a seed of its own."""
     classes = len(settings.data.classes)
     if name != "semantic":
         torch.manual_seed(settings.seed + (1 if name == "global" else 3))
         g = settings.global_adversary
-        return FCDiscriminator(classes, base_channels=g.base_channels, spectral_norm=g.spectral_norm)
+        return semshift.FCDiscriminator(classes, base_channels=g.base_channels, spectral_norm=g.spectral_norm)
     torch.manual_seed(settings.seed + 2)
     s = settings.semantic_adversary
-    return PrototypeDiscriminator(
+    return semshift.PrototypeDiscriminator(
         segmenter.feature_channels,
         classes,
         hidden_channels=s.hidden_channels,
@@ -164,58 +163,61 @@ def build_critic(name: str, settings: Settings, segmenter: Segmenter) -> nn.Modu
 def build_learners(settings: Settings, segmenter: Segmenter) -> Learners:
     """The segmenter and what learns beside it, on its device."""
     device, dtype = next(segmenter.parameters()).device, dtype_of(settings)
-    adversaries, plus, classes = build_adversaries(settings), settings.self_training, len(settings.data.classes)
-    critics = {name: build_critic(name, settings, segmenter).to(device, dtype) for name in adversaries}
+    how, plus, classes = discriminator_settings(settings), settings.self_training, len(settings.data.classes)
+    discriminators = {name: build_discriminator(name, settings, segmenter).to(device, dtype) for name in how}
     teacher: AveragedModel | None = None
     if "self-training" in METHODS[settings.method]:
         teacher = AveragedModel(segmenter, multi_avg_fn=get_ema_multi_avg_fn(plus.momentum))  # type: ignore[no-untyped-call]
         teacher.eval()
     both = ("source", "labelled")
-    banked = both if teacher is not None and plus.bank and "semantic" in critics else ()
+    banked = both if teacher is not None and plus.bank and "semantic" in discriminators else ()
     return Learners(
-        adversaries=adversaries,
+        discriminator_settings=how,
         segmenter=segmenter,
         optimiser=build_optimiser(settings, segmenter),
-        critics=critics,
-        critic_optimisers={
-            name: torch.optim.Adam(critic.parameters(), adversaries[name].learning_rate, betas=(0.9, 0.99))
-            for name, critic in critics.items()
+        discriminators=discriminators,
+        discriminator_optimisers={
+            name: torch.optim.Adam(discriminator.parameters(), how[name].learning_rate, betas=(0.9, 0.99))
+            for name, discriminator in discriminators.items()
         },
         teacher=teacher,
-        banks={domain: PrototypeBank(classes, segmenter.feature_channels).to(device, dtype) for domain in banked},
+        banks={
+            domain: semshift.PrototypeBank(segmenter.feature_channels, classes).to(device, dtype) for domain in banked
+        },
         pixels={domain: torch.zeros(classes, dtype=torch.int64, device=device) for domain in both},
     )
 
 
 def build_schedules(settings: Settings) -> Schedules:
     """The learning rates, and the weights of the losses."""
-    how, adversaries = settings.optimiser, build_adversaries(settings)
+    how, discriminators = settings.optimiser, discriminator_settings(settings)
     decay_steps = how.decay_steps or settings.steps
-    weights = {name: weight_schedule(adversary, settings.steps) for name, adversary in adversaries.items()}
+    weights = {name: weight_schedule(each, settings.steps) for name, each in discriminators.items()}
     if "self-training" in METHODS[settings.method]:
         weights["self-training"] = weight_schedule(settings.self_training, settings.steps)
     return Schedules(
-        learning_rate=Polynomial(how.learning_rate, decay_steps, power=how.power),
-        critic_rates={
-            name: Polynomial(each.learning_rate, decay_steps, power=each.power) for name, each in adversaries.items()
+        learning_rate=semshift.Polynomial(how.learning_rate, 0.0, decay_steps, power=how.power),
+        discriminator_rates={
+            name: semshift.Polynomial(each.learning_rate, 0.0, decay_steps, power=each.power)
+            for name, each in discriminators.items()
         },
         source_weight=source_schedule(settings),
         weights=weights,
     )
 
 
-def source_schedule(settings: Settings) -> Schedule:
+def source_schedule(settings: Settings) -> semshift.Schedule:
     """The weight of the source's cross-entropy: 1, and for `ass-plus` a straight fall at the end where it says so."""
     fade = settings.self_training.source_fade if "self-training" in METHODS[settings.method] else 0.0
     steps = round(fade * settings.steps)
     if not steps:
-        return Constant(1.0)
-    fall = Polynomial(1.0, steps, power=1.0)
-    return Then(Constant(1.0), settings.steps - steps, fall) if steps < settings.steps else fall
+        return semshift.Constant(1.0)
+    fall = semshift.Polynomial(1.0, 0.0, steps, power=1.0)
+    return semshift.Then(semshift.Constant(1.0), settings.steps - steps, fall) if steps < settings.steps else fall
 
 
-def weight_schedule(adversary: GlobalAdversary | SemanticAdversary | SelfTraining, steps: int) -> Schedule:
-    """The weight of an adversary: zero while its discriminator learns, then a rise to its plateau."""
-    start, ramp = round(adversary.start * steps), round(adversary.ramp * steps)
-    risen = Sigmoid(adversary.weight, ramp) if ramp else Constant(adversary.weight)
-    return Then(Constant(0.0), start, risen) if start else risen
+def weight_schedule(how: GlobalAdversary | SemanticAdversary | SelfTraining, steps: int) -> semshift.Schedule:
+    """The weight of a confusion loss or of self-training: zero at first, then a rise to its plateau."""
+    start, ramp = round(how.start * steps), round(how.ramp * steps)
+    risen = semshift.Sigmoid(0.0, how.weight, ramp) if ramp else semshift.Constant(how.weight)
+    return semshift.Then(semshift.Constant(0.0), start, risen) if start else risen

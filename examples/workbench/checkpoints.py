@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 BEFORE = Path("checkpoints/before.pt")
-"""The segmenter before any adversary reaches it, for the report."""
+"""The segmenter before any confusion loss reaches it, for the report."""
 BEST = Path("checkpoints/best.pt")
 """The networks of the step that was best on the validation images, where `validate_every` looks at them."""
 KEPT = 3
@@ -111,7 +111,7 @@ def save_checkpoint(
             if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
                 raise InputError(
                     f"expected finite weights, got others in {key} of the {name} after step {progress.step - 1}: lower "
-                    f"the learning rate or the adversaries' weights; {out} keeps its last checkpoint"
+                    f"the learning rate or the weights of the adversarial losses; {out} keeps its last checkpoint"
                 )
     state = {**progress._asdict(), "run": dict(run), "pixels": dict(pixels), "stateful": states}
     _save(out / f"checkpoints/step-{progress.step:08d}.pt", state)

@@ -13,8 +13,8 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import semshift
 from examples.scenes import Sample
-from semshift.sampling import MixedBatchSampler, collate_by_domain
 
 __all__ = [
     "Augmentation",
@@ -194,7 +194,7 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
 
 
 def batches(
-    training: TrainingSet, sampler: MixedBatchSampler, *, workers: int = 0, timeout: int = 0
+    training: TrainingSet, sampler: semshift.MixedBatchSampler, *, workers: int = 0, timeout: int = 0
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
     """Steps and their batches, a domain's name to its images and labels; the same for any number of workers.
 
@@ -208,7 +208,7 @@ def batches(
     if list(sampler.sizes.items()) != lengths:
         raise ValueError(f"expected a sampler over {dict(lengths)} in order, got one over {sampler.sizes}")
     keys = _Keys(sampler)
-    collate = functools.partial(collate_by_domain, per_batch=sampler.per_batch)
+    collate = functools.partial(semshift.collate_by_domain, per_batch=sampler.per_batch)
     loader: DataLoader[Any] = DataLoader(
         training,
         batch_sampler=keys,
@@ -237,7 +237,7 @@ def _say_nothing_of_the_end(worker: int) -> None:
 class _Keys:
     """Indices with the step, and their place among the draws of all ranks: two ranks do what one would."""
 
-    def __init__(self, sampler: MixedBatchSampler) -> None:
+    def __init__(self, sampler: semshift.MixedBatchSampler) -> None:
         self.sampler = sampler
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:

@@ -25,14 +25,14 @@ class Domains(NamedTuple):
     """`[N]`, each image's share of the draws, of domains whose images are not drawn alike."""
 
 
-def segments_unlabelled(settings: Settings, adversaries: Collection[str]) -> bool:
+def segments_unlabelled(settings: Settings, discriminators: Collection[str]) -> bool:
     """Whether the segmenter itself sees the unlabelled images as they are: for their output maps, or to pool them."""
     pools = "self-training" in METHODS[settings.method] and settings.self_training.soft_pooling
-    return any(name != "semantic" for name in adversaries) or (pools and "semantic" in adversaries)
+    return any(name != "semantic" for name in discriminators) or (pools and "semantic" in discriminators)
 
 
 def choose_domains(
-    settings: Settings, images: Images, labelled: Sequence[int], *, adversaries: Collection[str], progress: bool
+    settings: Settings, images: Images, labelled: Sequence[int], *, discriminators: Collection[str], progress: bool
 ) -> Domains:
     """The domains that the method trains on: source, labelled and, where anything looks at them, unlabelled.
 
@@ -40,12 +40,12 @@ def choose_domains(
         settings: of the run, with this rank's share of a step's images.
         images: of the run.
         labelled: which of the target's training images keep their labels.
-        adversaries: names of those that the run has.
+        discriminators: names of those that the run has.
         progress: show a bar while labels are read for their rare classes.
     """
     uses, plus, how = METHODS[settings.method], settings.self_training, settings.optimiser
     taught = "self-training" in uses
-    unlabelled = segments_unlabelled(settings, adversaries) or (taught and plus.weight > 0)
+    unlabelled = segments_unlabelled(settings, discriminators) or (taught and plus.weight > 0)
     per_batch = {
         "source": how.images if "source" in uses else 0,
         "labelled": how.images if "labelled" in uses else 0,

@@ -14,13 +14,12 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from tqdm import tqdm
 
+import semshift
 from examples.scenes import Sample
 from examples.workbench.data import InputError, Samples, Some, fit, image_tensor
 from examples.workbench.images import Images
 from examples.workbench.report import Prototypes, Shown, draw_report
 from examples.workbench.settings import Settings
-from semshift.distributed import all_reduce_sum
-from semshift.pooling import class_sums
 
 __all__ = [
     "Scores",
@@ -103,7 +102,7 @@ def evaluate(
         matrix += multiclass_confusion_matrix(*pair, len(classes), ignore_index=ignore_index).to(device)
         if predictions is not None:
             save_masks(predictions, {sample.name: predicted})
-    counts = all_reduce_sum(matrix).cpu().double()
+    counts = semshift.all_reduce_sum(matrix).cpu().double()
     intersection = counts.diagonal()
     union = counts.sum(0) + counts.sum(1) - intersection
     iou = {name: float(intersection[k] / union[k]) if union[k] > 0 else None for k, name in enumerate(classes)}
@@ -129,12 +128,11 @@ def prototypes(
         pooled = functools.reduce(
             operator.add,
             (
-                class_sums(
+                semshift.class_sums(
                     (features := segmenter(_network_input(segmenter, sample, size)).features),
                     torch.from_numpy(sample.label)[None].to(features.device),
                     num_classes,
                     ignore_index=ignore_index,
-                    resample="bilinear",
                 )
                 for sample in _each(samples)
             ),

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+import semshift
 from examples.scenes import Sample
 from examples.workbench.data import InputError
 from examples.workbench.layouts import LAYOUTS, LayoutName, id_table
-from semshift.labels import check_labels, remap_labels
 
 __all__ = ["Folder", "FolderPair"]
 
@@ -131,8 +131,8 @@ class FolderPair:
     def _checked(self, ids: np.ndarray) -> np.ndarray:
         labels = torch.from_numpy(ids)
         if self._table is not None:
-            labels = remap_labels(labels, self._table)
-        check_labels(labels, self.num_classes, ignore_index=self.ignore_index)
+            labels = semshift.remap_labels(labels, self._table)
+        semshift.check_labels(labels, self.num_classes, ignore_index=self.ignore_index)
         return labels.numpy()
 
 

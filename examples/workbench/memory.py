@@ -32,7 +32,7 @@ class Memory(NamedTuple):
         return f"memory of a step, estimated: {sum(self) / 2**30:.2f} GiB ({parts})"
 
 
-def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[str, nn.Module]) -> Memory:
+def estimate_memory(settings: Settings, segmenter: nn.Module, discriminators: Mapping[str, nn.Module]) -> Memory:
     """Estimate the memory of a step from the tensors that a forward without data, on the meta device, keeps.
 
     An estimate: the images of every domain, and once more the unlabelled ones that a teacher has labelled, go through
@@ -45,7 +45,7 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[s
     Args:
         settings: of the run.
         segmenter: the run's, on any device; it is neither copied nor changed.
-        critics: the run's, by name.
+        discriminators: the run's, by name.
     """
     half = settings.precision == "bf16-mixed"
     dtype = {"64-true": torch.float64, "32-true": torch.float32, "bf16-mixed": torch.bfloat16}[settings.precision]
@@ -63,12 +63,12 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[s
         return tensor
 
     stand_in = _on_meta(segmenter, dtype)
-    critic = {
-        name: _on_meta(critics[name], torch.promote_types(dtype, torch.float32))
-        for name in critics
+    of_discriminators = {
+        name: _on_meta(discriminators[name], torch.promote_types(dtype, torch.float32))
+        for name in discriminators
         if name != "semantic"
     }
-    domains |= {"unlabelled": how.unlabelled} if segments_unlabelled(settings, critics) else {}
+    domains |= {"unlabelled": how.unlabelled} if segments_unlabelled(settings, discriminators) else {}
     domains |= {"mixed": how.unlabelled} if taught and settings.self_training.weight > 0 else {}
     outputs = []
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -88,21 +88,25 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, critics: Mapping[s
                 if domain != "unlabelled":
                     labels = torch.empty(images, *size, device="meta", dtype=torch.int64)
                     outputs.append(F.cross_entropy(logits, labels, ignore_index=data.ignore_index))
-                if name in critic and settings.global_adversary.against in (domain, "both") and domain in uses:
+                if (
+                    name in of_discriminators
+                    and settings.global_adversary.against in (domain, "both")
+                    and domain in uses
+                ):
                     outputs.append(logits.softmax(1))
-                if name in critic and domain == "unlabelled":
-                    outputs.append(functional_call(critics[name], critic[name], (logits.softmax(1),)))
-    for tensor in (*stand_in.values(), *(tensor for of in critic.values() for tensor in of.values())):
+                if name in of_discriminators and domain == "unlabelled":
+                    outputs.append(functional_call(discriminators[name], of_discriminators[name], (logits.softmax(1),)))
+    for tensor in (*stand_in.values(), *(tensor for of in of_discriminators.values() for tensor in of.values())):
         kept.pop(tensor.untyped_storage()._cdata, None)
 
     learning = _bytes(parameter for parameter in segmenter.parameters() if parameter.requires_grad)
-    critic_learning = _bytes(parameter for critic in critics.values() for parameter in critic.parameters())
+    discriminators_learning = _bytes(parameter for each in discriminators.values() for parameter in each.parameters())
     # The teacher has the segmenter's tensors once more.
-    everything = [segmenter, *critics.values(), *([segmenter] if taught else [])]
+    everything = [segmenter, *discriminators.values(), *([segmenter] if taught else [])]
     return Memory(
         weights=_bytes(tensor for module in everything for tensor in (*module.parameters(), *module.buffers())),
-        gradients=learning + critic_learning,
-        optimisers=learning * (2 if how.name == "adamw" else 1) + 2 * critic_learning,
+        gradients=learning + discriminators_learning,
+        optimisers=learning * (2 if how.name == "adamw" else 1) + 2 * discriminators_learning,
         activations=sum(storage.nbytes() for storage in kept.values())
         + (_bytes(segmenter.parameters()) // 2 if half else 0),
     )

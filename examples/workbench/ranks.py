@@ -14,10 +14,10 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+import semshift
 from examples.workbench.data import InputError
 from examples.workbench.faults import MachineError
 from examples.workbench.settings import Settings
-from semshift.distributed import all_reduce_sum
 
 __all__ = ["first_alone", "norm_over_ranks", "seed_step", "share", "start", "whole_batch_norm"]
 
@@ -112,4 +112,4 @@ def norm_over_ranks(norm: Tensor, ranks: int) -> Tensor:
 
     Every rank's loss is that of the whole batch, so each rank's gradient holds it once for each rank.
     """
-    return norm if ranks == 1 else torch.sqrt(all_reduce_sum((norm / ranks).square()))
+    return norm if ranks == 1 else torch.sqrt(semshift.all_reduce_sum((norm / ranks).square()))

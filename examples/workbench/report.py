@@ -21,13 +21,13 @@ __all__ = ["Prototypes", "Shown", "draw_report"]
 _SEGMENTATION, _GLOBAL, _AUXILIARY, _SEMANTIC = "#222222", "#0072B2", "#56B4E9", "#D55E00"
 _ADVERSARIAL = {
     "loss/global": ("global, segmenter's", _GLOBAL, "-"),
-    "loss/global_critic": ("global, critic's", _GLOBAL, ":"),
+    "loss/global_critic": ("global, discriminator's", _GLOBAL, ":"),
     "loss/auxiliary": ("auxiliary, segmenter's", _AUXILIARY, "-"),
-    "loss/auxiliary_critic": ("auxiliary, critic's", _AUXILIARY, ":"),
+    "loss/auxiliary_critic": ("auxiliary, discriminator's", _AUXILIARY, ":"),
     "loss/semantic": ("semantic, segmenter's", _SEMANTIC, "-"),
-    "loss/semantic_critic": ("semantic, critic's", _SEMANTIC, ":"),
+    "loss/semantic_critic": ("semantic, discriminator's", _SEMANTIC, ":"),
 }
-_CRITICS = {"global": _GLOBAL, "auxiliary": _AUXILIARY, "semantic": _SEMANTIC}
+_DISCRIMINATORS = {"global": _GLOBAL, "auxiliary": _AUXILIARY, "semantic": _SEMANTIC}
 
 
 class Shown(NamedTuple):
@@ -273,12 +273,14 @@ def _draw_curves(page: _Page, history: Sequence[Mapping[str, float | None]]) -> 
         losses.legend(fontsize=9.5, loc="upper right", ncols=2, columnspacing=1.2)
         _steps(losses, last)
 
-    present = [name for name in _CRITICS if any(_series(history, f"accuracy/{name}_{d}")[0].size for d in _DOMAINS)]
+    present = [
+        name for name in _DISCRIMINATORS if any(_series(history, f"accuracy/{name}_{d}")[0].size for d in _DOMAINS)
+    ]
     left = page.left + width + 0.7
     if not present:
         axes = page.axes(left, top, 2 * width + 0.7, height)
         axes.set_title("Accuracy of the discriminators")
-        _say(axes, "no adversary in this method")
+        _say(axes, "no discriminator in this method")
         axes.set(xticks=[], yticks=[])
         return
     wide = width if len(present) == 2 else 2 * width + 0.7
@@ -286,7 +288,7 @@ def _draw_curves(page: _Page, history: Sequence[Mapping[str, float | None]]) -> 
         axes = page.axes(left, top, wide, 0.68 * height)
         axes.set_title(f"Accuracy of the {name} discriminator")
         for domain, style in _DOMAINS.items():
-            _draw_curve(axes, history, f"accuracy/{name}_{domain}", f"on {domain}", _CRITICS[name], style)
+            _draw_curve(axes, history, f"accuracy/{name}_{domain}", f"on {domain}", _DISCRIMINATORS[name], style)
         axes.axhline(0.5, color="0.5", linewidth=1, label="chance")
         # Room above 1 for the legend: a discriminator that always wins is a line at 1.
         axes.set_ylim(-0.03, 1.25)
@@ -295,7 +297,7 @@ def _draw_curves(page: _Page, history: Sequence[Mapping[str, float | None]]) -> 
         _steps(axes, last, labelled=False)
         weight = page.axes(left, top + 0.79 * height, wide, 0.21 * height)
         weight.set_title("Its weight in the segmenter's loss", fontsize=10, weight="normal")
-        if not _draw_curve(weight, history, f"weight/{name}", name, _CRITICS[name], "-"):
+        if not _draw_curve(weight, history, f"weight/{name}", name, _DISCRIMINATORS[name], "-"):
             _say(weight, "not in the log")
         highest = _series(history, f"weight/{name}")[1].max(initial=0) or 1.0
         weight.set_ylim(-0.08 * highest, 1.15 * highest)

@@ -8,13 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import semshift
 from examples.workbench.data import Samples
 from examples.workbench.settings import Settings
 from examples.workbench.views import upsampled
-from semshift.distributed import all_gather
-from semshift.labels import resize_labels
-from semshift.mixing import class_mix, pseudo_labels
-from semshift.sampling import rare_class_weights
 
 __all__ = ["Taught", "rare_classes", "soft_weights", "taught", "taught_cross_entropy"]
 
@@ -55,7 +52,7 @@ def taught(
     how, unlabelled = settings.self_training, batch["unlabelled"]
     size = unlabelled["image"].shape[-2:]
     logits = upsampled(teacher_logits, size)
-    labels, _ = pseudo_labels(logits, threshold=how.threshold)
+    labels = semshift.pseudo_labels(logits, threshold=how.threshold).labels
     inside = unlabelled["inside"]
     # Of the image's own pixels: what the teacher makes of the margin around a crop says nothing of the image.
     sure = (logits.softmax(1).amax(1) > how.threshold) & inside
@@ -66,7 +63,8 @@ def taught(
         return Taught(unlabelled["image"], labels, weight)
     domains = ["source", "labelled"] if how.mixed_from == "both" else [how.mixed_from]
     donors = {
-        domain: [all_gather(batch[domain][part]).flatten(0, 1) for part in ("image", "label")] for domain in domains
+        domain: [semshift.all_gather(batch[domain][part]).flatten(0, 1) for part in ("image", "label")]
+        for domain in domains
     }
     first, chosen = rank * len(labels), []
     for i in range(first, first + len(labels)):
@@ -78,7 +76,7 @@ def taught(
     generator = torch.Generator().manual_seed(int(seed[0]))
     k = len(settings.data.classes)
     keys = torch.rand(first + len(label), k, generator=generator)[first:]
-    mask = class_mix(label, k, ignore_index=settings.data.ignore_index, keys=keys)
+    mask = semshift.class_mix(label, k, ignore_index=settings.data.ignore_index, keys=keys)
     return Taught(
         torch.where(mask[:, None], image, unlabelled["image"]),
         torch.where(mask, label, labels),
@@ -89,7 +87,7 @@ def taught(
 def taught_cross_entropy(logits: Tensor, images: Taught) -> Tensor:
     """Cross-entropy weighted by pixel, its mean over the pixels of all ranks; one with a weight of 0 is counted."""
     losses = F.cross_entropy(upsampled(logits, images.label.shape[-2:]), images.label, reduction="none")
-    return all_gather((losses * images.weight).mean()).mean()
+    return semshift.all_gather((losses * images.weight).mean()).mean()
 
 
 def soft_weights(teacher_logits: Tensor, inside: Tensor, size: tuple[int, int], *, threshold: float) -> Tensor:
@@ -116,7 +114,7 @@ def rare_classes(samples: Samples, settings: Settings, *, progress: str | None) 
     counts = np.zeros((len(samples), k), np.int64)
     for i in tqdm(range(len(samples)), desc=f"classes of {progress}", leave=False, disable=progress is None):
         counts[i] = np.bincount(samples[i].label.ravel(), minlength=256)[:k]
-    return rare_class_weights(counts, temperature=settings.self_training.rare_class_temperature)
+    return semshift.rare_class_weights(counts, temperature=settings.self_training.rare_class_temperature)
 
 
 def _fit(images: Tensor, labels: Tensor, size: torch.Size, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -125,4 +123,5 @@ def _fit(images: Tensor, labels: Tensor, size: torch.Size, settings: Settings) -
         return images, labels
     images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
     k, ignore_index = len(settings.data.classes), settings.data.ignore_index
-    return images, resize_labels(labels, (size[0], size[1]), mode="nearest", num_classes=k, ignore_index=ignore_index)
+    small = semshift.resize_labels(labels, (size[0], size[1]), k, resample="nearest", ignore_index=ignore_index)
+    return images, small

@@ -35,7 +35,7 @@ METHODS: dict[str, frozenset[str]] = {
     "ass-plus": frozenset({"source", "labelled", "global", "semantic", "self-training"}),
     "oracle": frozenset({"labelled"}),
 }
-"""What each method trains with: cross-entropy on a domain, adversaries, self-training. The oracle has all labels."""
+"""What each method trains with: cross-entropy on a domain, discriminators, self-training. The oracle has all labels."""
 
 
 MAY_CHANGE = frozenset({"log_every", "save_every", "validate_every", "data.workers", "data.timeout"})
@@ -160,7 +160,7 @@ class GlobalAdversary:
     """The discriminator D_g over the segmenter's output, and its weight in the segmenter's loss.
 
     Args:
-        weight: lambda_g once the ramp is over; 0 does without this adversary.
+        weight: lambda_g once the ramp is over; 0 does without this discriminator.
         auxiliary_weight: that of a discriminator of its own over the auxiliary classifier's output, where there is one.
         start: share of the steps before the weight leaves zero; the discriminator learns meanwhile.
         ramp: share of the steps over which the weight rises.
@@ -197,7 +197,7 @@ class SemanticAdversary:
     """The discriminator D_s over class prototypes, and its weight in the segmenter's loss.
 
     Args:
-        weight: lambda_s once the ramp is over; 0 does without this adversary.
+        weight: lambda_s once the ramp is over; 0 does without this discriminator.
         start: share of the steps before the weight leaves zero; the discriminator learns meanwhile.
         ramp: share of the steps over which the weight rises.
         objective: of both sides; class-and-domain has a cross-entropy of its own and knows `bce` only.
@@ -282,8 +282,8 @@ class Settings:
         data: the domains.
         network: the segmenter.
         optimiser: how it learns.
-        global_adversary: the global adversary.
-        semantic_adversary: the semantic adversary.
+        global_adversary: the global discriminator and its weight.
+        semantic_adversary: the semantic discriminator and its weight.
         self_training: what `ass-plus` adds.
     """
 

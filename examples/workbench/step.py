@@ -7,6 +7,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+import semshift
 from examples.workbench.build import Learners, Schedules
 from examples.workbench.data import InputError
 from examples.workbench.domains import segments_unlabelled
@@ -15,8 +16,6 @@ from examples.workbench.self_training import soft_weights, taught, taught_cross_
 from examples.workbench.settings import Settings
 from examples.workbench.views import View, count_pixels, global_view, gradient_penalty, semantic_view, supervised_loss
 from examples.workbench.watch import feature_figures, term_figures
-from semshift.discriminators import frozen
-from semshift.distributed import average_gradients
 
 __all__ = ["learn"]
 
@@ -51,12 +50,12 @@ def learn(
     Raises:
         InputError: the segmenter's loss is not finite; no network has learnt from it.
     """
-    segmenter, teacher, critics = learners.segmenter, learners.teacher, learners.critics
+    segmenter, teacher, discriminators = learners.segmenter, learners.teacher, learners.discriminators
     plus, weights, rank, ranks = settings.self_training, schedules.weights, fabric.global_rank, fabric.world_size
     for group, factor in zip(learners.optimiser.param_groups, (1.0, settings.optimiser.classifier_factor)):
         group["lr"] = factor * schedules.learning_rate(step)
-    for name, critic_optimiser in learners.critic_optimisers.items():
-        critic_optimiser.param_groups[0]["lr"] = schedules.critic_rates[name](step)
+    for name, optimiser in learners.discriminator_optimisers.items():
+        optimiser.param_groups[0]["lr"] = schedules.discriminator_rates[name](step)
     seed_step(settings.seed, step, rank)
 
     # Segmenter: cross-entropy on every labelled image, and the discriminators, frozen, confused by the target.
@@ -64,7 +63,7 @@ def learn(
         outputs = {
             domain: segmenter(part["image"])
             for domain, part in batch.items()
-            if domain != "unlabelled" or segments_unlabelled(settings, critics)
+            if domain != "unlabelled" or segments_unlabelled(settings, discriminators)
         }
     segmentation_loss = torch.zeros((), device=fabric.device)
     for domain, part in batch.items():
@@ -83,21 +82,21 @@ def learn(
             with fabric.autocast():
                 logits = segmenter(mixed.image).logits
             self_training_loss = taught_cross_entropy(logits, mixed)
-        if plus.soft_pooling and "semantic" in critics:
+        if plus.soft_pooling and "semantic" in discriminators:
             grid = outputs["unlabelled"].features.shape[-2:]
             inside = batch["unlabelled"]["inside"]
             soft = soft_weights(teacher_logits, inside, (grid[0], grid[1]), threshold=plus.threshold)
 
     views: dict[str, View] = {}
     for name in ("global", "auxiliary"):
-        if name in critics:
+        if name in discriminators:
             views[name] = global_view(outputs, learners.pixels, settings, auxiliary=name == "auxiliary")
-    if "semantic" in critics:
+    if "semantic" in discriminators:
         views["semantic"] = semantic_view(
             outputs, batch, learners.pixels, settings, banks=learners.banks, soft_weights=soft
         )
     terms = {
-        name: view.confusion_loss(frozen(critics[name])(view.target), weight=view.confusion_weight)
+        name: view.confusion_loss(semshift.frozen(discriminators[name])(view.target), weight=view.confusion_weight)
         for name, view in views.items()
     }
     loss = segmentation_loss
@@ -108,7 +107,8 @@ def learn(
     value = float(loss.detach())
     if not math.isfinite(value):
         raise InputError(
-            f"expected a finite loss, got {value} at step {step}: lower the learning rate or the adversaries' weights"
+            f"expected a finite loss, got {value} at step {step}: lower the learning rate or the weights of the "
+            "adversarial losses"
         )
     row = {"step": step, "loss/segmentation": float(segmentation_loss.detach())}
     if log:
@@ -124,30 +124,30 @@ def learn(
             row |= term_figures(name, term, weights[name](step), [outputs[domain] for domain in reached], ranks=ranks)
     learners.optimiser.zero_grad()
     fabric.backward(loss)
-    average_gradients(segmenter.parameters())
+    semshift.average_gradients(segmenter.parameters())
     learners.optimiser.step()
     if teacher is not None:
         teacher.update_parameters(segmenter)
 
     # Discriminators: source against target, on detached inputs.
     for name, view in views.items():
-        if step % learners.adversaries[name].every == 0:
+        if step % learners.discriminator_settings[name].every == 0:
             row |= _tell_apart(name, view, learners, log=log)
     return row
 
 
 def _tell_apart(name: str, view: View, learners: Learners, *, log: bool) -> Mapping[str, float]:
-    critic, optimiser = learners.critics[name], learners.critic_optimisers[name]
-    r1 = learners.adversaries[name].r1
+    discriminator, optimiser = learners.discriminators[name], learners.discriminator_optimisers[name]
+    r1 = learners.discriminator_settings[name].r1
     source = view.source.detach().requires_grad_(r1 > 0)
-    source_logits, target_logits = critic(source), critic(view.target.detach())
+    source_logits, target_logits = discriminator(source), discriminator(view.target.detach())
     weighted = {"source_weight": view.source_weight, "target_weight": view.target_weight}
     loss = view.discriminator_loss(source_logits, target_logits, **weighted)
     if r1 > 0:
         loss = loss + r1 * gradient_penalty(source_logits, source, view)
     optimiser.zero_grad()
     torch.autograd.backward(loss)
-    average_gradients(critic.parameters())
+    semshift.average_gradients(discriminator.parameters())
     optimiser.step()
     if not log:
         return {}

@@ -25,7 +25,6 @@ from examples.workbench.ranks import first_alone, share, start, whole_batch_norm
 from examples.workbench.settings import Settings
 from examples.workbench.step import learn
 from examples.workbench.watch import compact, machine_figures, recent_rows, warn
-from semshift.sampling import MixedBatchSampler
 
 __all__ = ["train"]
 
@@ -86,9 +85,9 @@ def train(
     networks, stateful, teacher = learners.networks(), learners.stateful(), learners.teacher
     schedules = build_schedules(settings)
     if first:
-        tqdm.write(str(estimate_memory(own, segmenter, learners.critics)), file=sys.stderr)
-    domains = choose_domains(own, images, labelled, adversaries=learners.critics, progress=first)
-    starts = [adversary.start for adversary in learners.adversaries.values()]
+        tqdm.write(str(estimate_memory(own, segmenter, learners.discriminators)), file=sys.stderr)
+    domains = choose_domains(own, images, labelled, discriminators=learners.discriminators, progress=first)
+    starts = [how.start for how in learners.discriminator_settings.values()]
     starts += [plus.start] if teacher is not None else []
     adaptation_starts = min(
         [*(round(start * settings.steps) for start in starts), settings.steps - 1] if starts else [0]
@@ -121,7 +120,7 @@ def train(
         first_alone(fabric, lambda: runs.describe(out, settings, names))
         first_alone(fabric, lambda: runs.read_history(out, before=progress.step))
         recent = recent_rows(runs.read_history(out), settings)
-        sampler = MixedBatchSampler(
+        sampler = semshift.MixedBatchSampler(
             domains.sizes,
             domains.per_batch,
             seed=settings.seed,
@@ -216,7 +215,7 @@ def _report(
     first_step: int,
     device: torch.device,
 ) -> None:
-    """Draw the report: the segmenter before `first_step`, when no adversary had reached it, beside the final one."""
+    """Draw the report: the segmenter before `first_step`, before any confusion loss, beside the final one."""
     before = build_segmenter(settings).to(device, next(final.parameters()).dtype).eval()
     try:
         before.load_state_dict(checkpoints.load_weights(out / checkpoints.BEFORE))

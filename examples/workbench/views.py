@@ -13,20 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import semshift
 from examples.workbench.models import Segmentation
 from examples.workbench.settings import Settings
-from semshift.distributed import all_gather, all_reduce_sum
-from semshift.health import DomainAccuracy, class_domain_accuracy, domain_accuracy
-from semshift.losses import (
-    class_confusion_loss,
-    class_discriminator_loss,
-    confusion_loss,
-    discriminator_loss,
-    entropy_map,
-    r1_penalty,
-)
-from semshift.pooling import ClassSums, class_sums, weighted_class_sums
-from semshift.prototypes import PrototypeBank
 
 __all__ = [
     "View",
@@ -53,7 +42,7 @@ class View(NamedTuple):
     """Of the target in the segmenter's loss; `target_weight` is the discriminator's."""
     confusion_loss: Callable[..., Tensor]
     discriminator_loss: Callable[..., Tensor]
-    accuracy: Callable[..., DomainAccuracy]
+    accuracy: Callable[..., semshift.DomainAccuracy]
     sample_dims: int
     """How many leading dimensions of `source` count samples."""
 
@@ -62,7 +51,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, settings: Settings) -> Tensor:
     """Mean cross-entropy over the pixels of all ranks that have a class, at the labels' size; 0 where none has."""
     ignore_index = settings.data.ignore_index
     total = F.cross_entropy(upsampled(logits, labels.shape[-2:]), labels, ignore_index=ignore_index, reduction="sum")
-    return all_reduce_sum(total) / all_reduce_sum((labels != ignore_index).sum()).clamp(min=1)
+    return semshift.all_reduce_sum(total) / semshift.all_reduce_sum((labels != ignore_index).sum()).clamp(min=1)
 
 
 def upsampled(logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -82,15 +71,15 @@ def supervised_loss(output: Segmentation, labels: Tensor, settings: Settings) ->
 def count_pixels(labels: Tensor, num_classes: int) -> Tensor:
     """Number of pixels of each class on all ranks, int64 `[K]`."""
     counts = torch.bincount(labels.flatten().clamp(max=num_classes), minlength=num_classes + 1)[:num_classes]
-    return all_reduce_sum(counts)
+    return semshift.all_reduce_sum(counts)
 
 
 def gradient_penalty(source_logits: Tensor, source: Tensor, view: View) -> Tensor:
     """The R1 penalty on a view's source inputs, its mean over those of all ranks that take part."""
-    penalty = r1_penalty(source_logits, source, sample_dims=view.sample_dims, weight=view.source_weight)
+    penalty = semshift.r1_penalty(source_logits, source, sample_dims=view.sample_dims, weight=view.source_weight)
     weight = penalty.new_ones(()) if view.source_weight is None else view.source_weight.sum().to(penalty.dtype)
-    total = all_reduce_sum(weight)
-    return all_reduce_sum(penalty * (weight / torch.where(total > 0, total, 1.0)))
+    total = semshift.all_reduce_sum(weight)
+    return semshift.all_reduce_sum(penalty * (weight / torch.where(total > 0, total, 1.0)))
 
 
 def global_view(
@@ -100,7 +89,7 @@ def global_view(
 
     With `global_adversary.inputs` balanced, each domain's map is divided by the domain's share of each class, as the
     labels have shown it so far, and normalised: where the domains hold the classes in other shares, a map of the right
-    classes would tell the domain, and an adversary that hides it would have to get them wrong. With `against`
+    classes would tell the domain, and a segmenter that hides it would have to get them wrong. With `against`
     labelled or both, the labelled target images, which hold the classes as the unlabelled do, are what to be taken for.
 
     Args:
@@ -109,30 +98,30 @@ def global_view(
         settings: of the run.
         auxiliary: look at the auxiliary classifier's output.
     """
-    adversary = settings.global_adversary
+    how = settings.global_adversary
 
     def output_map(domain: str) -> Tensor:
         size = settings.data.source_size if domain == "source" and settings.data.source_size else settings.data.size
         logits = outputs[domain].auxiliary if auxiliary else outputs[domain].logits
         assert logits is not None  # a discriminator for it stands only where the network has one
         logits = upsampled(logits, size)
-        if adversary.inputs == "balanced":
+        if how.inputs == "balanced":
             # One pixel more, so that a class that was not seen yet has a share.
             counts = pixels["source" if domain == "source" else "labelled"] + 1
             logits = logits - (counts / counts.sum()).log()[:, None, None]
         probabilities = logits.softmax(1)
-        return entropy_map(probabilities) if adversary.inputs == "entropy" else probabilities
+        return semshift.entropy_map(probabilities) if how.inputs == "entropy" else probabilities
 
-    maps = [output_map(domain) for domain in ("source", "labelled") if adversary.against in (domain, "both")]
+    maps = [output_map(domain) for domain in ("source", "labelled") if how.against in (domain, "both")]
     return View(
         source=torch.cat(maps) if len(maps) > 1 else maps[0],
         target=output_map("unlabelled"),
         source_weight=None,
         target_weight=None,
         confusion_weight=None,
-        confusion_loss=functools.partial(_over_ranks, confusion_loss, objective=adversary.objective),
-        discriminator_loss=functools.partial(_over_ranks, discriminator_loss, objective=adversary.objective),
-        accuracy=functools.partial(_over_ranks, domain_accuracy),
+        confusion_loss=functools.partial(_over_ranks, semshift.confusion_loss, objective=how.objective),
+        discriminator_loss=functools.partial(_over_ranks, semshift.discriminator_loss, objective=how.objective),
+        accuracy=functools.partial(_over_ranks, semshift.domain_accuracy),
         sample_dims=1,
     )
 
@@ -143,7 +132,7 @@ def semantic_view(
     pixels: dict[str, Tensor],
     settings: Settings,
     *,
-    banks: Mapping[str, PrototypeBank] = MappingProxyType({}),
+    banks: Mapping[str, semshift.PrototypeBank] = MappingProxyType({}),
     soft_weights: Tensor | None = None,
 ) -> View:
     """The semantic view: class prototypes of source and labelled target images, pooled by their labels.
@@ -160,40 +149,44 @@ def semantic_view(
             image lacks a class.
         soft_weights: `[B, K, h, w]` on the feature grid of the unlabelled images, whose prototypes join the target's.
     """
-    adversary = settings.semantic_adversary
+    how = settings.semantic_adversary
     pooled, means, shown = {}, {}, {}
     for domain in ("source", "labelled"):
-        own_images = class_sums(
+        own_images = semshift.class_sums(
             outputs[domain].features,
             batch[domain]["label"],
             len(settings.data.classes),
             ignore_index=settings.data.ignore_index,
-            resample=adversary.resample,
-            per_image=adversary.per_image,
+            resample=how.resample,
+            per_image=how.per_image,
         )
         pooled[domain] = sums = _pooled_over_ranks(own_images)
         means[domain], shown[domain] = sums.means, sums.present
         if banks:
             # It adds up the ranks itself.
-            banks[domain].update(ClassSums(own_images.sums.detach(), own_images.mass))
+            banks[domain].update(semshift.ClassSums(own_images.sums.detach(), own_images.mass))
             means[domain], shown[domain] = banks[domain](sums)
     target, present, own = means["labelled"], shown["labelled"], pooled["labelled"].present
     if soft_weights is not None:
         soft = _pooled_over_ranks(
-            weighted_class_sums(
-                outputs["unlabelled"].features, soft_weights.to(target.dtype), per_image=adversary.per_image
+            semshift.weighted_class_sums(
+                outputs["unlabelled"].features, soft_weights.to(target.dtype), per_image=how.per_image
             )
         )
         # A class of which less than a cell is left is noise.
         sure = soft.mass >= 1
-        join = torch.cat if adversary.per_image else torch.stack
+        join = torch.cat if how.per_image else torch.stack
         target, present, own = join([target, soft.means]), join([present, sure]), join([own, sure])
-    if adversary.conditioning == "class-and-domain":
-        confusion, discriminator, accuracy = class_confusion_loss, class_discriminator_loss, class_domain_accuracy
+    if how.conditioning == "class-and-domain":
+        confusion, discriminator, accuracy = (
+            semshift.class_confusion_loss,
+            semshift.class_discriminator_loss,
+            semshift.class_domain_accuracy,
+        )
     else:
-        confusion = functools.partial(confusion_loss, objective=adversary.objective)
-        discriminator = functools.partial(discriminator_loss, objective=adversary.objective)
-        accuracy = domain_accuracy
+        confusion = functools.partial(semshift.confusion_loss, objective=how.objective)
+        discriminator = functools.partial(semshift.discriminator_loss, objective=how.objective)
+        accuracy = semshift.domain_accuracy
     return View(
         source=means["source"],
         target=target,
@@ -207,14 +200,14 @@ def semantic_view(
     )
 
 
-def _pooled_over_ranks(pooled: ClassSums) -> ClassSums:
+def _pooled_over_ranks(pooled: semshift.ClassSums) -> semshift.ClassSums:
     """The sums of the whole batch; one image's are whole as they are."""
     if pooled.sums.dim() == 3:
         return pooled
-    return ClassSums(all_reduce_sum(pooled.sums), all_reduce_sum(pooled.mass))
+    return semshift.ClassSums(semshift.all_reduce_sum(pooled.sums), semshift.all_reduce_sum(pooled.mass))
 
 
 def _over_ranks(judge: Callable[..., T], *logits: Tensor, **how: Any) -> T:
     """Judge what the discriminators of all ranks have said, with its weights, as one batch."""
-    gathered = {name: all_gather(value) if isinstance(value, Tensor) else value for name, value in how.items()}
-    return judge(*(all_gather(each) for each in logits), **gathered)
+    gathered = {name: semshift.all_gather(value) if isinstance(value, Tensor) else value for name, value in how.items()}
+    return judge(*(semshift.all_gather(each) for each in logits), **gathered)

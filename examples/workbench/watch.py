@@ -1,4 +1,4 @@
-"""Is the adversary alive? The health figures of a row of the log, and the warnings that a run of them calls for."""
+"""Do the discriminators still matter? The health figures of a row of the log, and the warnings that they call for."""
 
 import json
 import math
@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.workbench.build import build_adversaries
+import semshift
+from examples.workbench.build import discriminator_settings
 from examples.workbench.models import Segmentation
 from examples.workbench.ranks import norm_over_ranks
 from examples.workbench.settings import GlobalAdversary, SemanticAdversary, Settings
-from semshift.distributed import all_reduce_sum
-from semshift.health import gradient_norm, prototype_distance
-from semshift.pooling import ClassSums, class_sums
 
 __all__ = ["compact", "feature_figures", "findings", "machine_figures", "recent_rows", "term_figures", "warn", "window"]
 
@@ -38,7 +36,7 @@ def feature_figures(
     *,
     ranks: int = 1,
 ) -> dict[str, float]:
-    """What the features of a step on all ranks, each of which calls it, tell beside the adversaries' own figures.
+    """What the features of a step on all ranks, each of which calls it, tell beside the discriminators' own figures.
 
     Args:
         outputs: of the segmenter, by domain, still in the graph.
@@ -58,16 +56,16 @@ def feature_figures(
     levels["auxiliary_segmentation"] = [output.auxiliary for output in labelled if output.auxiliary is not None]
     figures = {
         f"gradient/{name}": math.hypot(
-            *(float(norm_over_ranks(gradient_norm(segmentation_loss, features), ranks)) for features in level)
+            *(float(norm_over_ranks(semshift.gradient_norm(segmentation_loss, features), ranks)) for features in level)
         )
         for name, level in levels.items()
         if level
     }
     classes = settings.data.classes
-    pooled: dict[str, ClassSums] = {}
+    pooled: dict[str, semshift.ClassSums] = {}
     for domain, part in batch.items():
         if "label" in part:
-            own = class_sums(
+            own = semshift.class_sums(
                 outputs[domain].features.detach(),
                 part["label"],
                 len(classes),
@@ -75,12 +73,12 @@ def feature_figures(
                 # The cheapest: it is done for every row, and a distance is not trained with.
                 resample="nearest",
             )
-            pooled[domain] = ClassSums(all_reduce_sum(own.sums), all_reduce_sum(own.mass))
+            pooled[domain] = semshift.ClassSums(semshift.all_reduce_sum(own.sums), semshift.all_reduce_sum(own.mass))
     figures |= {f"present/{domain}": float(sums.present.float().mean()) for domain, sums in pooled.items()}
     if len(pooled) == 2:
         source, target = pooled["source"], pooled["labelled"]
         both = source.present & target.present
-        distances = prototype_distance(source.means, target.means, weight=both).tolist()
+        distances = semshift.prototype_distance(source.means, target.means, weight=both).tolist()
         apart = {name: value for name, value in zip(classes, distances) if math.isfinite(value)}
         if apart:
             figures["distance/mean"] = statistics.fmean(apart.values())
@@ -91,7 +89,7 @@ def feature_figures(
 def term_figures(
     name: str, term: Tensor, weight: float, reached: Sequence[Segmentation], *, ranks: int = 1
 ) -> dict[str, float]:
-    """What an adversary's term is in a step on all ranks: its value, its weight, and its gradient at the features.
+    """What a confusion loss is in a step on all ranks: its value, its weight, and its gradient at the features.
 
     Args:
         name: `global`, `auxiliary` or `semantic`.
@@ -102,7 +100,7 @@ def term_figures(
     """
     # The second level does not see the features of the first.
     layer = "auxiliary" if name == "auxiliary" else "features"
-    norms = (float(norm_over_ranks(gradient_norm(term, getattr(output, layer)), ranks)) for output in reached)
+    norms = (float(norm_over_ranks(semshift.gradient_norm(term, getattr(output, layer)), ranks)) for output in reached)
     return {
         f"loss/{name}": float(term.detach()),
         f"weight/{name}": weight,
@@ -169,17 +167,17 @@ def findings(rows: Sequence[Row], settings: Settings) -> dict[str, str]:
     """
     last = window(settings)
     found: dict[str, str] = {}
-    for name, adversary in build_adversaries(settings).items():
+    for name, how in discriminator_settings(settings).items():
         # A discriminator begins with learning, and is to get ahead while the weight waits or begins to rise.
         judged = [
             row
             for row in rows
-            if row["step"] >= last * settings.log_every and row.get(f"weight/{name}", 0.0) >= adversary.weight / 2
+            if row["step"] >= last * settings.log_every and row.get(f"weight/{name}", 0.0) >= how.weight / 2
         ]
         recent = judged[-last:]
         if len(recent) == last:
             steps = round(recent[-1]["step"] - recent[0]["step"])
-            found |= {f"{name} {kind}": words for kind, words in _judge(name, adversary, recent, steps).items()}
+            found |= {f"{name} {kind}": words for kind, words in _judge(name, how, recent, steps).items()}
     return found
 
 
@@ -198,12 +196,10 @@ def warn(out: Path, rows: Sequence[Row], settings: Settings) -> None:
             tqdm.write(f"warning: {words}", file=sys.stderr)
 
 
-def _judge(
-    name: str, adversary: GlobalAdversary | SemanticAdversary, rows: Sequence[Row], steps: int
-) -> dict[str, str]:
+def _judge(name: str, how: GlobalAdversary | SemanticAdversary, rows: Sequence[Row], steps: int) -> dict[str, str]:
     where = "semantic_adversary" if name == "semantic" else "global_adversary"
-    weight = f"{where}.{'auxiliary_weight' if name == 'auxiliary' else 'weight'} (now {adversary.weight:g})"
-    rate = f"{where}.learning_rate (now {adversary.learning_rate:g})"
+    weight = f"{where}.{'auxiliary_weight' if name == 'auxiliary' else 'weight'} (now {how.weight:g})"
+    rate = f"{where}.learning_rate (now {how.learning_rate:g})"
     found: dict[str, str] = {}
 
     judged = [row for row in rows if f"accuracy/{name}_source" in row]
@@ -217,8 +213,8 @@ def _judge(
             f"(--check) and at data.classes, or raise labelled"
         )
         return found
-    # The sign of a critic after Wasserstein says nothing, only differences do.
-    if min(len(source), len(target)) >= _ROWS and adversary.objective != "wasserstein":
+    # With the Wasserstein objective the sign of a logit says nothing; only differences do.
+    if min(len(source), len(target)) >= _ROWS and how.objective != "wasserstein":
         right = statistics.fmean(source), statistics.fmean(target)
         came = f"accuracy {right[0]:.2f} on source and {right[1]:.2f} on target"
         if min(right) >= _CERTAIN:
@@ -246,7 +242,7 @@ def _judge(
 
 
 def _ratio(row: Row, name: str) -> float | None:
-    """The weighted gradient of an adversary over the segmentation loss's, where the row has both."""
+    """The weighted gradient of a confusion loss over the segmentation loss's, where the row has both."""
     segmentation = row.get("gradient/auxiliary_segmentation" if name == "auxiliary" else "gradient/segmentation", 0.0)
     if f"gradient/{name}" not in row or not segmentation > 0:
         return None
