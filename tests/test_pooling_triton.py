@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import semshift
 from semshift._pooling_ops import _add_up
-from semshift.pooling import class_sums
 
 pytest.importorskip("triton", reason="because the kernels need Triton")
 from semshift import _pooling_triton as kernels
@@ -201,6 +201,8 @@ COMPILE = """
 import itertools, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+import semshift
 from semshift import _pooling_triton as kernels
 
 blocks = {"BLOCK_C": 64, "BLOCK_N": 64}
@@ -238,13 +240,13 @@ def test_kernels_compile_for_devices_that_are_not_here():
 def test_the_op_uses_them_with_the_same_bits_in_ten_runs(dtype, layout):
     features = laid_out(torch.randn(2, 256, 65, 129, device="cuda").to(dtype), layout).requires_grad_()
     labels = torch.randint(0, 20, (2, 65, 129), device="cuda")
-    first = class_sums(features, labels, 19)
+    first = semshift.class_sums(features, labels, 19)
     want, of_absolutes, counts = definition(features.detach(), labels, 19, 255, False)
     assert torch.equal(first.mass.cpu(), counts)
     bound = labels.numel() * torch.finfo(torch.float32).eps * of_absolutes
     assert ((first.sums.double().cpu() - want).abs() <= bound).all()
     for _ in range(9):
-        assert torch.equal(class_sums(features, labels, 19).sums, first.sums)
+        assert torch.equal(semshift.class_sums(features, labels, 19).sums, first.sums)
     (grad,) = torch.autograd.grad(first.sums, features, torch.ones_like(first.sums))
     assert torch.equal(grad, (labels < 19)[:, None].expand_as(grad).to(dtype))
 
@@ -269,10 +271,10 @@ def test_more_than_2_to_the_31_elements():
 def test_extra_memory_is_the_output_and_a_sixteenth_of_the_features(dtype):
     features = torch.randn(2, 2048, 65, 129, device="cuda").to(dtype)
     labels = torch.randint(0, 19, (2, 65, 129), device="cuda")
-    class_sums(features, labels, 19)
+    semshift.class_sums(features, labels, 19)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    sums = class_sums(features, labels, 19).sums
+    sums = semshift.class_sums(features, labels, 19).sums
     extra = torch.cuda.max_memory_allocated() - before
     assert extra <= sums.nbytes + features.nbytes / 16
