@@ -12,7 +12,7 @@ from docs.drawings.logo import draw_logo
 from docs.drawings.pooling import draw_modes, draw_pooling, draw_transpose
 from docs.drawings.schedules import draw_schedules
 from docs.drawings.shifts import draw_shifts
-from docs.drawings.tutorial import draw_adversary, draw_health, draw_predictions, draw_scenes
+from docs.drawings.tutorial import draw_discriminators, draw_health, draw_predictions, draw_scenes
 from examples.workbench.__main__ import STUDIES
 from examples.workbench.study import draw_curves, draw_study, read_study, recorded
 
@@ -51,7 +51,7 @@ DRAWINGS: dict[str, Callable[[Path], None]] = {
     "tutorial-scenes.png": draw_scenes,
     "tutorial-health.png": draw_health,
     "tutorial-predictions.png": draw_predictions,
-    "adversary.png": draw_adversary,
+    "discriminators.png": draw_discriminators,
     "demo.png": draw_demo,
 }
 """A picture's name to what draws it; `demo.png` takes minutes."""

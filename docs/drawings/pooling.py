@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
+import semshift
 from examples.scenes import CLASSES, draw
 from examples.workbench.style import STYLE, class_colours, save_figure
-from semshift.labels import class_shares, resize_labels
-from semshift.pooling import class_sums
 
 __all__ = ["draw_modes", "draw_pooling", "draw_transpose"]
 
@@ -30,8 +29,8 @@ def draw_pooling(path: Path) -> None:
     image, label = _scene()
     features = F.adaptive_avg_pool2d(torch.from_numpy(image).permute(2, 0, 1)[None] / 255, _GRID)
     labels = torch.from_numpy(label)[None]
-    pooled = class_sums(features, labels, len(CLASSES), resample="bilinear")
-    shares = class_shares(labels, _GRID, len(CLASSES), mode="bilinear")[0, CLASSES.index("car")]
+    pooled = semshift.class_sums(features, labels, len(CLASSES))
+    shares = semshift.class_shares(labels, _GRID, len(CLASSES), resample="bilinear")[0, CLASSES.index("car")]
     with matplotlib.rc_context(_LARGE):
         figure = Figure(figsize=(9, 6.6), layout="constrained")
         panels = figure.subplots(2, 2).flatten()
@@ -67,7 +66,7 @@ def draw_transpose(path: Path) -> None:
     mask = torch.zeros(pixels)
     mask[9:14] = 1
     upsampled = F.interpolate(f[None, None, None], size=(1, pixels), mode="bilinear")[0, 0, 0]
-    shares = class_shares(1 - mask[None, None].long(), (1, cells), 2, mode="bilinear")[0, 0, 0]
+    shares = semshift.class_shares(1 - mask[None, None].long(), (1, cells), 2, resample="bilinear")[0, 0, 0]
     left, right = float(mask @ upsampled), float(shares @ f)
     at, centres = np.arange(pixels) + 0.5, (np.arange(cells) + 0.5) * pixels / cells
     with matplotlib.rc_context(_LARGE):
@@ -137,8 +136,8 @@ def _draw_labels(axes: Axes, label: np.ndarray) -> None:
         axes.axvline(x - 0.5, color="white", linewidth=0.6)
 
 
-def _weights(labels: Tensor, mode: Literal["nearest", "majority", "area", "bilinear"]) -> Tensor:
-    if mode == "area" or mode == "bilinear":
-        return class_shares(labels, _GRID, len(CLASSES), mode=mode)[0]
-    resized = resize_labels(labels, _GRID, mode=mode, num_classes=len(CLASSES))
+def _weights(labels: Tensor, resample: Literal["nearest", "majority", "area", "bilinear"]) -> Tensor:
+    if resample == "area" or resample == "bilinear":
+        return semshift.class_shares(labels, _GRID, len(CLASSES), resample=resample)[0]
+    resized = semshift.resize_labels(labels, _GRID, len(CLASSES), resample=resample)
     return F.one_hot(resized.long(), len(CLASSES))[0].movedim(-1, 0).float()

@@ -5,18 +5,18 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+import semshift
 from examples.workbench.style import STYLE, save_figure
-from semshift.schedules import Constant, Cosine, Linear, Polynomial, Schedule, Sigmoid, Then
 
 __all__ = ["SHOWN", "draw_schedules"]
 
-SHOWN: tuple[Schedule, ...] = (
-    Constant(0.01),
-    Linear(0.0, 0.01, steps=600),
-    Cosine(0.01, 0.0, steps=1000),
-    Polynomial(0.01, steps=1000),
-    Sigmoid(0.01, steps=600),
-    Then(Constant(0.0), 200, Sigmoid(0.01, steps=200)),
+SHOWN: tuple[semshift.Schedule, ...] = (
+    semshift.Constant(0.01),
+    semshift.Linear(0.0, 0.01, steps=600),
+    semshift.Cosine(0.01, 0.0, steps=1000),
+    semshift.Polynomial(0.01, 0.0, steps=1000),
+    semshift.Sigmoid(0.0, 0.01, steps=600),
+    semshift.Then(semshift.Constant(0.0), 200, semshift.Sigmoid(0.0, 0.01, steps=200)),
 )
 """One of each kind."""
 
@@ -38,12 +38,10 @@ def draw_schedules(path: Path) -> None:
         save_figure(figure, path)
 
 
-def _code(schedule: Schedule) -> str:
-    if isinstance(schedule, Then):
+def _code(schedule: semshift.Schedule) -> str:
+    if isinstance(schedule, semshift.Then):
         return f"Then({_code(schedule.first)}, {schedule.steps},\n     {_code(schedule.second)})"
-    names = {Linear: "start stop steps", Cosine: "start stop steps", Polynomial: "start steps", Sigmoid: "stop steps"}
-    named = names.get(type(schedule), "value").split()
-    values = [
-        f"{name}={getattr(schedule, name)}" if name == "steps" else f"{getattr(schedule, name)}" for name in named
-    ]
-    return f"{type(schedule).__name__}({', '.join(values)})"
+    if isinstance(schedule, semshift.Constant):
+        return f"Constant({schedule.value})"
+    assert isinstance(schedule, semshift.Linear | semshift.Cosine | semshift.Polynomial | semshift.Sigmoid)
+    return f"{type(schedule).__name__}({schedule.start}, {schedule.stop}, steps={schedule.steps})"

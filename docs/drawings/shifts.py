@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
+import semshift
 from examples.scenes import CLASSES, Scenes, Severity
 from examples.workbench.style import STYLE, class_colours, save_figure
-from semshift.pooling import ClassSums, class_sums
 
 __all__ = ["draw_shifts"]
 
@@ -44,11 +44,12 @@ def draw_shifts(path: Path) -> None:
         save_figure(figure, path)
 
 
-def _colours(scenes: Scenes) -> ClassSums:
+def _colours(scenes: Scenes) -> semshift.ClassSums:
     """The class prototypes of an image's own colours, over a whole domain: sums are added, divided last."""
     samples = [scenes[i] for i in range(len(scenes))]
     images = torch.stack([torch.from_numpy(sample.image) for sample in samples]).permute(0, 3, 1, 2) / 255
-    return class_sums(images, torch.stack([torch.from_numpy(sample.label) for sample in samples]), len(CLASSES))
+    labels = torch.stack([torch.from_numpy(sample.label) for sample in samples])
+    return semshift.class_sums(images, labels, len(CLASSES))
 
 
 def _draw_moves(axes: Axes, before: Tensor, after: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The pictures of `docs/tutorial.md`, drawn from what its own blocks compute, and what the adversary sees of it."""
+"""The pictures of `docs/tutorial.md`, drawn from what its own blocks compute, and what the discriminators see of it."""
 
 import contextlib
 import functools
@@ -14,13 +14,12 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
-from torch.nn import functional as F
 
+import semshift
 from docs.pages import read_blocks
 from examples.workbench.style import STYLE, class_colours, save_figure
-from semshift.pooling import class_sums
 
-__all__ = ["draw_adversary", "draw_health", "draw_predictions", "draw_scenes"]
+__all__ = ["draw_discriminators", "draw_health", "draw_predictions", "draw_scenes"]
 
 _PAGE = Path(__file__).parent.parent / "tutorial.md"
 _LARGE = {**STYLE, "font.size": 13, "axes.titlesize": 13}
@@ -56,7 +55,7 @@ def draw_scenes(path: Path) -> None:
 
 
 def draw_health(path: Path) -> None:
-    """The critic's accuracy, and the distance of the prototypes, over the steps."""
+    """The discriminator's accuracy, and the distance of the prototypes, over the steps."""
     names = _computed()
     runs = {"without alignment": names["plain_rows"], "with alignment": names["aligned_rows"]}
     with matplotlib.rc_context(_LARGE):
@@ -64,11 +63,13 @@ def draw_health(path: Path) -> None:
         left, right = figure.subplots(1, 2)
         for (title, rows), colour in zip(runs.items(), ("0.45", _BLUE), strict=True):
             steps = [row["step"] for row in rows]
-            accuracy = [(row["critic right on source"] + row["critic right on target"]) / 2 for row in rows]
+            accuracy = [(row["source_accuracy"] + row["target_accuracy"]) / 2 for row in rows]
             left.plot(steps, _smooth(accuracy), color=colour, linewidth=2.5, label=title)
-            right.plot(steps, _smooth([row["distance"] for row in rows]), color=colour, linewidth=2.5, label=title)
+            right.plot(
+                steps, _smooth([row["prototype_distance"] for row in rows]), color=colour, linewidth=2.5, label=title
+            )
         left.axhline(0.5, color="0.75", linestyle=":", linewidth=1.5)
-        left.set(title="critic right, mean of both domains", ylim=(0, 1.05), xlabel="step")
+        left.set(title="accuracy, mean of both domains", ylim=(0, 1.05), xlabel="step")
         right.set(title="distance of the prototypes", ylim=(0, 0.9), xlabel="step")
         right.legend()
         save_figure(figure, path)
@@ -93,7 +94,7 @@ def draw_predictions(path: Path) -> None:
         save_figure(figure, path)
 
 
-def draw_adversary(path: Path) -> None:
+def draw_discriminators(path: Path) -> None:
     """What either discriminator sees of both domains, and what the one over prototypes answers."""
     names = _computed()
     classes = names["CLASSES"]
@@ -108,7 +109,7 @@ def draw_adversary(path: Path) -> None:
         panels = figure.subplots(3, 2, height_ratios=[1, 1, 1])
         for axes, (domain, pairs) in zip(panels[0], inputs.items(), strict=True):
             with torch.no_grad():
-                _, logits = names["segment"](names["plain"], pairs[0][0][None], pairs[0][1].shape)
+                _, logits = names["plain"](pairs[0][0][None])
             colours = torch.from_numpy(class_colours(len(classes))).float() / 255
             axes.imshow(torch.einsum("khw,kc->hwc", logits[0].softmax(0), colours).numpy(), interpolation="nearest")
             axes.set_title(f"output map, {domain}")
@@ -120,14 +121,14 @@ def draw_adversary(path: Path) -> None:
             axes.imshow(seen[domain].numpy(), aspect="auto", cmap="Greys", vmin=0, vmax=largest)
             axes.set_title(f"prototypes, {domain}")
             axes.set(xticks=[], yticks=range(len(classes)), yticklabels=classes, xlabel="64 channels")
-        for axes, run, critic in zip(panels[2], ("plain", "aligned"), ("plain_critic", "critic"), strict=True):
+        for axes, run, align in zip(panels[2], ("plain", "aligned"), ("plain_align", "align"), strict=True):
             for domain, marker, colour in (("source", "o", _BLUE), ("target", "X", _ORANGE)):
                 with torch.no_grad():
-                    answers = names[critic](prototypes[run, domain])
+                    answers = names[align].discriminator(prototypes[run, domain])
                 axes.plot(answers.numpy(), range(len(classes)), marker, color=colour, markersize=10, label=domain)
             axes.axvline(0, color="0.75", linestyle=":", linewidth=1.5)
             axes.set(yticks=range(len(classes)), yticklabels=classes, ylim=(len(classes) - 0.5, -0.5))
-            axes.set(title=f"D_s answers, {run} training", xlabel="logit, positive for source", xlim=(-7, 7))
+            axes.set(title=f"D_s answers, {run} training", xlabel="logit, positive for source", xlim=(-8, 8))
         panels[2, 1].legend(loc="lower right")
         save_figure(figure, path)
 
@@ -135,17 +136,17 @@ def draw_adversary(path: Path) -> None:
 def _prototypes(names: dict[str, Any], network: torch.nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     images, labels = (torch.stack(parts) for parts in zip(*pairs))
     with torch.no_grad():
-        return class_sums(network(images).features, labels, names["K"], resample="bilinear").means
+        return semshift.class_sums(network(images)[0], labels, names["K"]).means
 
 
 def _predicted(names: dict[str, Any], network: str, image: Tensor) -> Tensor:
     with torch.no_grad():
-        logits = names[network](image[None]).logits
-    return F.interpolate(logits, size=image.shape[-2:], mode="bilinear")[0].argmax(0)
+        _, logits = names[network](image[None])
+    return logits[0].argmax(0)
 
 
 def _picture(image: Tensor) -> np.ndarray:
-    picture: np.ndarray = (image * 0.25 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
+    picture: np.ndarray = image.permute(1, 2, 0).numpy()
     return picture
 
 
