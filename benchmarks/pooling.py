@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from ways import ONE_HOT, WAYS, Way, by_index_add
 
-from semshift.labels import check_labels
-from semshift.pooling import class_sums
+import semshift
 
 # Images, channels, height, width, classes.
 SHAPES = (
@@ -42,7 +41,7 @@ Call = Callable[[Tensor], Pooled]
 def whole(way: Way, features: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None) -> Pooled:
     """A way with what a careful user puts around it: the check, the ignored pixels, the counts."""
     if labels.device.type == "cpu":
-        check_labels(labels, num_classes, ignore_index=ignore_index)
+        semshift.check_labels(labels, num_classes, ignore_index=ignore_index)
     slots = labels if ignore_index is None else torch.where(labels == ignore_index, num_classes, labels)
     slots = slots.long()
     sums = way(features, slots, num_classes + 1)[:num_classes]
@@ -54,7 +53,7 @@ def whole(way: Way, features: Tensor, labels: Tensor, num_classes: int, ignore_i
 
 def ours(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None) -> Pooled:
     """The library's one line."""
-    pooled = class_sums(features, labels, num_classes, ignore_index=ignore_index)
+    pooled = semshift.class_sums(features, labels, num_classes, ignore_index=ignore_index)
     return pooled.sums, pooled.mass
 
 
@@ -214,7 +213,7 @@ def small(args: argparse.Namespace) -> dict[str, float]:
         return torch.zeros(20, 64, device=args.device).index_add_(0, slots, pixels)[:19]
 
     def line() -> Tensor:
-        return class_sums(features, labels, 19).sums
+        return semshift.class_sums(features, labels, 19).sums
 
     def repeated(call: Callable[[], Tensor], backward: bool) -> Callable[[], None]:
         def run() -> None:
@@ -246,7 +245,7 @@ def bilinear(args: argparse.Namespace) -> dict[str, Any]:
         return whole(way, large, labels, num_classes, ignore)
 
     def line() -> Pooled:
-        pooled = class_sums(features, labels, num_classes, ignore_index=ignore, resample="bilinear")
+        pooled = semshift.class_sums(features, labels, num_classes, ignore_index=ignore, resample="bilinear")
         return pooled.sums, pooled.mass
 
     runs: dict[str, Callable[[], Pooled]] = {

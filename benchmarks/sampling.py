@@ -16,18 +16,20 @@ from typing import Any
 
 from timing import head, medians, resident_mib, table
 
-from semshift.sampling import MixedBatchSampler
+import semshift
 
 SIZES = tuple(10**power for power in range(3, 10))
 LATE = 10**9
 BATCH = 8
 
 
-def sampler(size: int, first_step: int, steps: int | None = None) -> MixedBatchSampler:
+def sampler(size: int, first_step: int, steps: int | None = None) -> semshift.MixedBatchSampler:
     """Eight images a batch, half of them from a source of the given size, half from a target as large."""
     half = BATCH // 2
     per_batch = {"source": half, "target": half}
-    return MixedBatchSampler({"source": size, "target": size}, per_batch, seed=0, first_step=first_step, steps=steps)
+    return semshift.MixedBatchSampler(
+        {"source": size, "target": size}, per_batch, seed=0, first_step=first_step, steps=steps
+    )
 
 
 def draw(size: int, first_step: int, steps: int) -> None:

@@ -19,12 +19,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import semshift
 from examples.scenes import draw
 from examples.workbench.build import build_critic, build_optimiser, build_segmenter
 from examples.workbench.data import image_tensor
 from examples.workbench.settings import Data, Network, Settings
 from examples.workbench.views import cross_entropy, semantic_view
-from semshift.discriminators import frozen
 
 Batch = dict[str, dict[str, Tensor]]
 
@@ -58,7 +58,7 @@ def trainer(settings: Settings, batch: Batch, device: str, *, branch: bool) -> C
             loss = loss + cross_entropy(outputs[domain].logits, part["label"], settings)
         view = semantic_view(outputs, batch, seen, settings) if branch else None
         if view is not None:
-            confusion = view.confusion_loss(frozen(critic)(view.target), weight=view.target_weight)
+            confusion = view.confusion_loss(semshift.frozen(critic)(view.target), weight=view.target_weight)
             loss = loss + adversary.weight * confusion
         if not math.isfinite(float(loss.detach())):
             raise SystemExit("the loss is no longer finite")

@@ -310,6 +310,9 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[Settings, argparse.N
         options = parser.instantiate(parser.parse_args(list(arguments)))
     except argparse.ArgumentError as error:
         raise InputError(f"{error} (with the settings of {file})" if file else str(error)) from error
+    except ValueError as error:
+        # A value out of range; the scenes' own are no InputError.
+        raise InputError(str(error)) from error
     settings = Settings(**{part.name: options[part.name] for part in dataclasses.fields(Settings)})
     if options.init is not None:
         settings = dataclasses.replace(settings, network=dataclasses.replace(settings.network, init=options.init))

@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+import semshift
 from semshift import _pooling_ops
-from semshift.labels import class_shares, resize_labels
-from semshift.pooling import class_sums
 
 __all__ = ["documented", "fuzz_class_shares", "fuzz_class_sums", "fuzz_resize_labels"]
 
@@ -89,7 +88,9 @@ def fuzz_class_sums(data: st.DataObject) -> None:
     # So that small features go the ways of large ones too.
     _pooling_ops._SMALL = draw(st.sampled_from([0, small]))
     try:
-        result = documented(lambda: class_sums(given_features, labels, num_classes, **arguments), TypeError, ValueError)
+        result = documented(
+            lambda: semshift.class_sums(given_features, labels, num_classes, **arguments), TypeError, ValueError
+        )
         if result is None:
             return
         rows = ((shape[0],) if arguments.get("per_image") else ()) + (num_classes,)
@@ -125,7 +126,7 @@ def fuzz_resize_labels(data: st.DataObject) -> None:
         arguments["min_share"] = draw(st.floats(-0.5, 1.5) | st.sampled_from([float("nan"), 1, None, "0.5"]))
     size = draw(SIZES)
     given_labels = draw(st.sampled_from([labels] * 9 + WEIRD[:4]))
-    result = documented(lambda: resize_labels(given_labels, size, **arguments), TypeError, ValueError)
+    result = documented(lambda: semshift.resize_labels(given_labels, size, **arguments), TypeError, ValueError)
     if result is None:
         return
     assert result.shape == (labels.shape[0], *size)
@@ -147,7 +148,9 @@ def fuzz_class_shares(data: st.DataObject) -> None:
         arguments["align_corners"] = draw(FLAGS)
     size, num_classes = draw(SIZES), draw(COUNTS)
     given_labels = draw(st.sampled_from([labels] * 9 + WEIRD[:4]))
-    result = documented(lambda: class_shares(given_labels, size, num_classes, **arguments), TypeError, ValueError)
+    result = documented(
+        lambda: semshift.class_shares(given_labels, size, num_classes, **arguments), TypeError, ValueError
+    )
     if result is None:
         return
     assert result.shape == (labels.shape[0], num_classes, *size)

@@ -10,9 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from semshift.discriminators import PrototypeDiscriminator, frozen
-from semshift.losses import confusion_loss, discriminator_loss
-from semshift.pooling import class_sums
+import semshift
 
 # What torch says of its own process groups is not ours to mend.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -45,7 +43,7 @@ class Segmenter(nn.Module):
 
 def networks(dropout=0.0):
     torch.manual_seed(1)
-    critic = PrototypeDiscriminator(CHANNELS, CLASSES, hidden_channels=(16,))
+    critic = semshift.PrototypeDiscriminator(CHANNELS, CLASSES, hidden_channels=(16,))
     return Segmenter(dropout).double(), critic.double()
 
 
@@ -76,7 +74,7 @@ def plain_cross_entropy(logits, labels):
 
 
 def plain_prototypes(features, labels, num_classes):
-    return class_sums(features, labels, num_classes, resample="bilinear")
+    return semshift.class_sums(features, labels, num_classes, resample="bilinear")
 
 
 def gradients(module):
@@ -117,12 +115,12 @@ def train(how, rank=0, dropout=0.0, steps=STEPS):
             )
             both = of_source.present & of_target.present
             segmentation = sum(cross_entropy(o[1], part[1]) for o, part in zip(outputs, (source, target)))
-            confusion = confusion_loss(frozen(critic)(of_target.means), weight=both)
+            confusion = semshift.confusion_loss(semshift.frozen(critic)(of_target.means), weight=both)
             (segmentation + WEIGHT * confusion).backward()
             losses = [segmentation.detach(), confusion.detach()]
         both = of_source.present & of_target.present
         judged = [critic(sums.means.detach()) for sums in (of_source, of_target)]
-        critic_loss = discriminator_loss(*judged, source_weight=both, target_weight=both)
+        critic_loss = semshift.discriminator_loss(*judged, source_weight=both, target_weight=both)
         critic_optimiser.zero_grad()
         critic_loss.backward()
         found["losses"].append(torch.stack([*losses, critic_loss.detach()]))
@@ -182,7 +180,9 @@ def bounds():
     outputs = [network(images) for images, _ in (source, target)]
     sums = [plain_prototypes(o[0], part[1], CLASSES) for o, part in zip(outputs, (source, target))]
     loss = sum(plain_cross_entropy(o[1], part[1]) for o, part in zip(outputs, (source, target)))
-    confusion = confusion_loss(frozen(critic)(sums[1].means), weight=sums[0].present & sums[1].present)
+    confusion = semshift.confusion_loss(
+        semshift.frozen(critic)(sums[1].means), weight=sums[0].present & sums[1].present
+    )
     (loss + WEIGHT * confusion).backward()
     largest = outputs[1][0].detach().abs().max().item()
     return {name: 5 * n * EPS * value for name, value in magnitudes.items()}, (n + 4) * EPS * largest
@@ -233,7 +233,7 @@ def test_accumulation_with_dropout_equals_one_graph():
         for outs, part in zip(outputs, parts)
     ]
     both = whole[0].present & whole[1].present
-    loss = WEIGHT * confusion_loss(frozen(critic)(whole[1].means), weight=both)
+    loss = WEIGHT * semshift.confusion_loss(semshift.frozen(critic)(whole[1].means), weight=both)
     for outs, (_, labels) in zip(outputs, (source, target)):
         loss = loss + plain_cross_entropy(torch.cat([logits for _, logits in outs]), labels)
     loss.backward()
@@ -251,7 +251,7 @@ def test_plain_accumulation_is_another_estimator():
 
     def confusion(x, y):
         target = plain_prototypes(network(x)[0], y, CLASSES)
-        return confusion_loss(frozen(critic)(target.means), weight=source.present & target.present)
+        return semshift.confusion_loss(semshift.frozen(critic)(target.means), weight=source.present & target.present)
 
     whole = confusion(tx, ty)
     plain = sum(confusion(tx[i : i + 1], ty[i : i + 1]) for i in range(IMAGES)) / IMAGES

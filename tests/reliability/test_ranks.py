@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
+import semshift
 from examples.workbench import step as step_module
 from examples.workbench import train as train_module
 from examples.workbench.__main__ import main
@@ -29,10 +30,6 @@ from examples.workbench.settings import (
     Settings,
 )
 from examples.workbench.views import count_pixels, global_view, gradient_penalty, semantic_view, supervised_loss
-from semshift.discriminators import frozen
-from semshift.distributed import average_gradients
-from semshift.health import gradient_norm
-from semshift.prototypes import PrototypeBank
 from tests.reliability.tiny import rows, same_run, state
 
 # Libraries under the trainer warn of things that are not ours to mend.
@@ -95,7 +92,7 @@ def one_step(case, semantic, rank=0, ranks=1):
     parts = {name: {key: value[mine] for key, value in part.items()} for name, part in batch(case).items()}
     segmenter = build_segmenter(settings).double()
     critics = {name: build_critic(name, settings, segmenter).double() for name in ("global", "semantic")}
-    banks = {name: PrototypeBank(8, segmenter.feature_channels).double() for name in ("source", "labelled")}
+    banks = {name: semshift.PrototypeBank(8, segmenter.feature_channels).double() for name in ("source", "labelled")}
     outputs = {name: segmenter(part["image"]) for name, part in parts.items()}
     pixels = {name: count_pixels(parts[name]["label"], 8) for name in ("source", "labelled")}
     teacher_logits = outputs["unlabelled"].logits.detach() * 3
@@ -113,11 +110,11 @@ def one_step(case, semantic, rank=0, ranks=1):
     }
     found = {"pixels": pixels, "banks": {name: dict(bank.state_dict()) for name, bank in banks.items()}, "norms": {}}
     for name, view in views.items():
-        terms[name] = view.confusion_loss(frozen(critics[name])(view.target), weight=view.confusion_weight)
-        norm = gradient_norm(terms[name], outputs["labelled" if name == "semantic" else "unlabelled"].features)
+        terms[name] = view.confusion_loss(semshift.frozen(critics[name])(view.target), weight=view.confusion_weight)
+        norm = semshift.gradient_norm(terms[name], outputs["labelled" if name == "semantic" else "unlabelled"].features)
         found["norms"][name] = norm_over_ranks(norm, ranks)
     sum(terms.values()).backward()
-    average_gradients(segmenter.parameters())
+    semshift.average_gradients(segmenter.parameters())
     found["gradients"] = {"segmenter": {name: p.grad for name, p in segmenter.named_parameters()}}
     for name, view in views.items():
         source = view.source.detach().requires_grad_()
@@ -129,7 +126,7 @@ def one_step(case, semantic, rank=0, ranks=1):
             terms[f"{name} penalty"] = gradient_penalty(logits[0], source, view)
             loss = loss + terms[f"{name} penalty"]
         loss.backward()
-        average_gradients(critics[name].parameters())
+        semshift.average_gradients(critics[name].parameters())
         found["gradients"][name] = {key: p.grad for key, p in critics[name].named_parameters()}
         found[f"{name} accuracy"] = torch.stack(view.accuracy(*logits, **weighted))
     found["mixed"] = mixed.label

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import semshift
 from examples.workbench.data import (
     Augmentation,
     InputError,
@@ -24,7 +25,6 @@ from examples.workbench.data import (
     labelled_subset,
 )
 from examples.workbench.folders import Folder, FolderPair
-from semshift.sampling import MixedBatchSampler
 
 PLAIN = Augmentation(scale=(1.0, 1.0), flip=0.0, colour=0.0)
 
@@ -328,7 +328,7 @@ def drawn(first_step=0, workers=0):
         "source": [sample(seed=i) for i in range(5)],
         "unlabelled": [sample(seed=10 + i) for i in range(3)],
     }
-    sampler = MixedBatchSampler(
+    sampler = semshift.MixedBatchSampler(
         {"source": 5, "unlabelled": 3},
         {"source": 2, "unlabelled": 1},
         seed=0,
@@ -350,9 +350,9 @@ def test_two_ranks_do_what_one_does():
     domains = {"source": [sample(seed=i) for i in range(5)], "target": [sample(seed=9 + i) for i in range(4)]}
     training = TrainingSet(domains, dict.fromkeys(domains, (32, 32)), Augmentation(), 0)
     sizes = {"source": 5, "target": 4}
-    whole = MixedBatchSampler(sizes, {"source": 4, "target": 2}, seed=0, steps=3)
+    whole = semshift.MixedBatchSampler(sizes, {"source": 4, "target": 2}, seed=0, steps=3)
     halves = [
-        MixedBatchSampler(sizes, {"source": 2, "target": 1}, seed=0, rank=rank, world_size=2, steps=3)
+        semshift.MixedBatchSampler(sizes, {"source": 2, "target": 1}, seed=0, rank=rank, world_size=2, steps=3)
         for rank in range(2)
     ]
     for (_, one), *two in zip(batches(training, whole), *(batches(training, half) for half in halves)):
@@ -366,7 +366,7 @@ def test_a_sampler_over_other_images_is_refused():
     # An index past the end would otherwise end an epoch without a word, or be an image of another domain.
     message = "expected a sampler over {'source': 5} in order, got one over {'source': 6}"
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
-        next(batches(training, MixedBatchSampler({"source": 6}, {"source": 1}, seed=0)))
+        next(batches(training, semshift.MixedBatchSampler({"source": 6}, {"source": 1}, seed=0)))
     for index in (5, -1):
         message = f"expected an index below 5, the images of all domains, got {index}"
         with pytest.raises(IndexError, match="^" + re.escape(message) + "$"):
@@ -391,7 +391,7 @@ def test_batches():
 def test_a_bad_file_is_told_in_one_line(root, workers):
     cut(root / "img" / "1.jpg")
     training = TrainingSet({"source": pair(root)}, {"source": (32, 32)}, PLAIN, 0)
-    sampler = MixedBatchSampler({"source": 3}, {"source": 3}, seed=0, steps=1)
+    sampler = semshift.MixedBatchSampler({"source": 3}, {"source": 3}, seed=0, steps=1)
     message = f"^expected {re.escape(str(root))}/img/1.jpg to be a whole image, got one that does not read: [^\n]*$"
     with pytest.raises(InputError, match=message):
         list(batches(training, sampler, workers=workers))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import semshift
 from examples.workbench import build as build_module
 from examples.workbench import checkpoints, runs
 from examples.workbench import train as train_module
@@ -16,7 +17,6 @@ from examples.workbench.images import open_images
 from examples.workbench.self_training import Taught, rare_classes, soft_weights, taught, taught_cross_entropy
 from examples.workbench.settings import Data, Network, Optimiser, SceneSettings, SelfTraining, Settings
 from examples.workbench.train import train
-from semshift.sampling import rare_class_weights
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -149,7 +149,7 @@ def test_rare_classes_are_drawn_more_often():
     common, rare = rare_classes(_Two(), settings, progress="test")
     assert 0 <= common < rare
     # 64 pixels: 8 without a class, 4 of the rare one in the second image.
-    expected = rare_class_weights(np.array([[56, 0], [52, 4]]), temperature=0.1)
+    expected = semshift.rare_class_weights(np.array([[56, 0], [52, 4]]), temperature=0.1)
     assert [common, rare] == pytest.approx(expected.tolist())
 
 

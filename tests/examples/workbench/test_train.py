@@ -11,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
+import semshift
 from examples.workbench import __main__ as main_module
 from examples.workbench import checkpoints, runs
 from examples.workbench import step as step_module
@@ -23,7 +24,6 @@ from examples.workbench.models import Segmentation, SmallSegmenter
 from examples.workbench.settings import METHODS, Data, Network, Optimiser, SceneSettings, Settings
 from examples.workbench.train import train
 from examples.workbench.views import count_pixels, global_view, semantic_view
-from semshift.sampling import MixedBatchSampler
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -392,7 +392,7 @@ def test_any_id_may_be_ignored(folders):
 
 def test_an_image_cut_short_ends_the_run_and_keeps_the_checkpoint(folders, capsys):
     # The image that the sampler draws last.
-    *_, last = MixedBatchSampler({"source": 3}, {"source": 1}, seed=0, steps=3)
+    *_, last = semshift.MixedBatchSampler({"source": 3}, {"source": 1}, seed=0, steps=3)
     out, image = folders / "run", folders / "data" / "source" / "images" / f"{last[0]}.png"
     arguments = ["train", "--config", str(folders / "settings.yaml"), "--data-root", str(folders / "data")]
     arguments += ["--out", str(out), "--method", "source-only", "--steps", "3", "--save_every", "1"]

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+import semshift
 from examples.workbench import checkpoints, runs
 from examples.workbench.__main__ import main
 from examples.workbench.build import build_critic, build_segmenter
@@ -16,9 +17,6 @@ from examples.workbench.models import Segmentation
 from examples.workbench.settings import Data, Network, Optimiser, SceneSettings, Settings
 from examples.workbench.train import train
 from examples.workbench.views import global_view, semantic_view
-from semshift.losses import confusion_loss
-from semshift.pooling import ClassSums
-from semshift.prototypes import PrototypeBank
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -88,7 +86,7 @@ def test_the_segmenter_is_confused_on_the_unlabelled_alone():
     settings = with_adversary(against="both")
     view = global_view(outputs, pixels, settings)
     critic = build_critic("global", settings, build_segmenter(settings))
-    confusion_loss(critic(view.target)).backward()
+    semshift.confusion_loss(critic(view.target)).backward()
     assert outputs["unlabelled"].logits.grad.abs().sum() > 0
     assert outputs["source"].logits.grad is None
     assert outputs["labelled"].logits.grad is None
@@ -153,9 +151,9 @@ def semantic_case():
 
 def test_a_bank_stands_in_for_the_discriminator_alone():
     outputs, batch, pixels, settings = semantic_case()
-    banks = {domain: PrototypeBank(3, 3, momentum=0.5) for domain in ("source", "labelled")}
+    banks = {domain: semshift.PrototypeBank(3, 3, momentum=0.5) for domain in ("source", "labelled")}
     earlier = torch.tensor([[0.0, 0.0, 0.0], [2.0, 4.0, 6.0], [0.0, 0.0, 0.0]])
-    banks["labelled"].update(ClassSums(earlier, torch.tensor([0, 2, 0])))
+    banks["labelled"].update(semshift.ClassSums(earlier, torch.tensor([0, 2, 0])))
     view = semantic_view(outputs, batch, pixels, settings, banks=banks)
     assert view.target_weight.tolist() == [[True, True, False]] * 2
     assert view.confusion_weight.tolist() == [[True, False, False]] * 2
