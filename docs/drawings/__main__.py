@@ -3,16 +3,18 @@
 `--quick` leaves out those that train for minutes. Everything is drawn from the built-in scenes or from records of runs.
 """
 
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from docs.drawings.demo import draw_demo
 from docs.drawings.logo import draw_logo
 from docs.drawings.pooling import draw_modes, draw_pooling, draw_transpose
 from docs.drawings.schedules import draw_schedules
 from docs.drawings.shifts import draw_shifts
 from docs.drawings.tutorial import draw_discriminators, draw_health, draw_predictions, draw_scenes
+from examples import ass
 from examples.workbench.__main__ import STUDIES
 from examples.workbench.study import draw_curves, draw_study, read_study, recorded
 
@@ -38,6 +40,13 @@ def main(names: Sequence[str]) -> None:
             print(records.with_suffix(".png"), flush=True)
             if draw_curves(records.with_name(f"{study.stem}-curves.png"), asked, results):
                 print(records.with_name(f"{study.stem}-curves.png"), flush=True)
+
+
+def draw_demo(path: Path) -> None:
+    """README's picture: what `python -m examples.ass` draws."""
+    with tempfile.TemporaryDirectory() as out:
+        ass.main(["--out", out])
+        shutil.copy(Path(out) / "ass.png", path)
 
 
 DRAWINGS: dict[str, Callable[[Path], None]] = {
