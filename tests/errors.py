@@ -26,7 +26,8 @@ def mentions(message, *fragments):
     if len(message.splitlines()) != 1:
         raise AssertionError(f"expected one line, got {message!r}")
     for fragment in map(str, fragments):
-        before = r"(?<![\w.-])" if re.match(r"\w", fragment) else ""
+        # A number is not the end of another one; a name may be one of a module or an object.
+        before = r"(?<![\w.-])" if re.match(r"\d", fragment) else r"(?<![\w-])" if re.match(r"\w", fragment) else ""
         after = r"(?!\w|\.\d)" if re.search(r"\w$", fragment) else ""
         if not re.search(before + re.escape(fragment) + after, message):
             raise AssertionError(f"{fragment!r} is missing from: {message}")
