@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import semshift
 from docs.drawings.__main__ import DRAWINGS, FIGURES, RESULTS, STUDIES
 from docs.pages import read_blocks
 from examples.workbench.__main__ import main as trainer
@@ -59,6 +61,26 @@ def test_every_block_is_run_or_output(page):
     fences = re.findall(r"^ *(`{3,})(.*)$", page.read_text(), flags=re.MULTILINE)
     assert all(info.strip() for _, info in fences[::2])
     assert not any(info.strip() for _, info in fences[1::2])
+
+
+class Twice(torch.nn.Conv2d):
+    """A segmenter whose features are its logits."""
+
+    def forward(self, images):
+        return [super().forward(images)] * 2
+
+
+def test_the_loop_of_scaling_trains():
+    """In one process; tests/test_alignment_ranks.py has the alignment modules on two."""
+    names = {}
+    for block in read_blocks(ROOT / "docs" / "scaling.md"):
+        if block.language == "python":
+            exec(block.code, names)
+    network, align = Twice(3, 8, 4, 4), semshift.SemanticAlignment(8, 4)
+    before = [parameter.clone() for parameter in (*network.parameters(), *align.parameters())]
+    images, labels = torch.randn(2, 3, 16, 24), torch.randint(0, 4, (2, 4, 6))
+    names["train"](network, align, [(images, labels, images, labels)] * 2, semshift.Constant(0.1))
+    assert not any(map(torch.equal, before, (*network.parameters(), *align.parameters())))
 
 
 def test_two_folders_of_your_own(tmp_path, capsys):
