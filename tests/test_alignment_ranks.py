@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed import fsdp
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -227,10 +227,10 @@ class Both(nn.Module):
 
 
 def fully_sharded(module):
-    fully_shard(module)
+    fsdp.fully_shard(module)
     if hasattr(module, "compare"):
         # FSDP gathers the parameters for calls of the module itself; for other methods it has to know.
-        register_fsdp_forward_method(module, "compare")
+        fsdp.register_fsdp_forward_method(module, "compare")
     return module
 
 
@@ -365,6 +365,8 @@ def work(rank, folder, names):
     warnings.simplefilter("error")
     found = {}
     for number, name in enumerate(names):
+        # Shown where a process dies or hangs.
+        print(f"rank {rank}: {name}", flush=True)
         start_group(f"{folder}/store {number}", rank)
         try:
             found[name] = train(CASES[name], rank)
@@ -443,7 +445,14 @@ def assert_same_training(case, found):
     assert without == 0 if case.labels == "nothing in common" else without > 10 * bound
 
 
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def marked(name):
+    marks = [pytest.mark.slow] if name in SLOW else []
+    if "fsdp" in (CASES[name].segmenter, CASES[name].align):
+        marks.append(pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="needs torch 2.6"))
+    return pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", map(marked, CASES))
 class TestTwoRanks:
     def test_three_steps_are_those_of_one_process(self, name, ranks):
         case = CASES[name]
@@ -467,7 +476,7 @@ class TestTwoRanks:
             assert not any(gradient.any() for step in expected for gradient in step)
 
 
-@pytest.mark.parametrize("name", ["per image, come and go"])
+@pytest.mark.parametrize("name", map(marked, ["per image, come and go", "per batch, come and go"]))
 def test_seen_is_the_union_over_ranks(name, ranks):
     """Class 3 is in the second rank's target at first, and in the first rank's source after that."""
     for found in (every[name] for every in ranks):
