@@ -141,7 +141,7 @@ def _prototypes(names: dict[str, Any], network: torch.nn.Module, pairs: list[tup
 
 def _predicted(names: dict[str, Any], network: str, image: Tensor) -> Tensor:
     with torch.no_grad():
-        _, logits = names[network](image[None])
+        logits: Tensor = names[network](image[None])[1]
     return logits[0].argmax(0)
 
 
