@@ -96,7 +96,7 @@ def class_sums(
     Args:
         features: `[B, C, *S]`, float16, bfloat16, float32 or float64, any strides; differentiable, twice in eager mode.
         labels: `[B, *S']`, uint8, int8, int16, int32 or int64, in `[0, num_classes)` or `ignore_index`. On CUDA any
-            other label takes no part, since to look would wait for the device: see `labels.check_labels`.
+            other label takes no part, since to look would wait for the device: see `check_labels`.
         num_classes: K, at least 1.
         ignore_index: id of pixels without a class, None if there is none. The default is refused with more than 255
             classes.

@@ -100,7 +100,7 @@ class PrototypeBank(nn.Module):
         """Take in a batch; on several ranks, the batches of all of them, so that every rank holds the same bank.
 
         Every rank must call it, also one whose batch lacks every class. Images are added up first, each rank's sums
-        and mass then go through `distributed.all_reduce_sum`. Sums that were already added up over ranks do no harm,
+        and mass then go through `all_reduce_sum`. Sums that were already added up over ranks do no harm,
         since the prototype is a ratio.
 
         Args:
