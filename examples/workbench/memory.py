@@ -24,7 +24,8 @@ class Memory(NamedTuple):
     optimisers: int
     """One tensor of a parameter's size for SGD with momentum, two for Adam."""
     activations: int
-    """What autograd keeps from the forward for the backward, and under autocast its copies of the weights."""
+    """What autograd keeps from the forward for the backward, with the copies of weights that it keeps: those of the
+    frozen discriminators, and under autocast the segmenter's."""
 
     def __str__(self) -> str:
         """In GiB, the sum first."""
@@ -108,6 +109,7 @@ def estimate_memory(settings: Settings, segmenter: nn.Module, discriminators: Ma
         gradients=learning + discriminators_learning,
         optimisers=learning * (2 if how.name == "adamw" else 1) + 2 * discriminators_learning,
         activations=sum(storage.nbytes() for storage in kept.values())
+        + discriminators_learning
         + (_bytes(segmenter.parameters()) // 2 if half else 0),
     )
 
