@@ -1,5 +1,4 @@
 import json
-import re
 import sys
 import textwrap
 import time
@@ -9,7 +8,7 @@ import pytest
 from examples.workbench import run_queue
 from examples.workbench.compare import compare, comparison_table, draw_comparison
 from examples.workbench.data import InputError
-from examples.workbench.settings import METHODS
+from tests.errors import refuses
 
 TRAINER = """
 import argparse, json, os, pathlib, sys, time
@@ -62,10 +61,6 @@ def result(method, seed, miou, **changes):
         "versions": {"python": "3.11.2", "torch": "2.13.0"},
     }
     return run | changes
-
-
-def whole(message):
-    return f"^{re.escape(message)}$"
 
 
 def test_comparison_runs_every_method_with_every_seed(trainer):
@@ -123,39 +118,31 @@ def test_metrics_that_lack_a_key_are_half_finished(trainer):
 
 def test_a_run_with_other_arguments_is_refused(trainer):
     compare(["--steps", "5"], methods=["joint"], seeds=[0], out=trainer)
-    message = whole(
-        f"expected {trainer / 'joint-seed0'} to be a run of `train --method joint --seed 0 --steps 6`, "
-        f"{trainer / 'joint-seed0.log'} has `train --method joint --seed 0 --steps 5`"
-    )
-    with pytest.raises(InputError, match=message):
+    with refuses(InputError, trainer / "joint-seed0", "--steps 6", trainer / "joint-seed0.log", "--steps 5"):
         compare(["--steps", "6"], methods=["joint"], seeds=[0], out=trainer)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "method", "seed", "message"),
+    ("arguments", "method", "seed", "words"),
     [
-        (["--steps", "6"], "joint", 0, "steps 6, got 5"),
-        (["--labelled=8"], "joint", 0, "labelled 8, got 4"),
-        ([], "ass", 0, "method ass, got joint"),
-        ([], "joint", 1, "seed 1, got 0"),
+        (["--steps", "6"], "joint", 0, ("steps 6", 5)),
+        (["--labelled=8"], "joint", 0, ("labelled 8", 4)),
+        ([], "ass", 0, ("method ass", "joint")),
+        ([], "joint", 1, ("seed 1", 0)),
     ],
 )
-def test_a_run_without_a_log_is_known_by_its_metrics(trainer, arguments, method, seed, message):
+def test_a_run_without_a_log_is_known_by_its_metrics(trainer, arguments, method, seed, words):
     compare(["--steps", "5"], methods=["joint"], seeds=[0], out=trainer)
     folder = trainer / f"{method}-seed{seed}"
     (trainer / "joint-seed0.log").unlink()
     (trainer / "joint-seed0").rename(folder)
-    with pytest.raises(InputError, match=whole(f"expected {folder} to be a run with {message}")):
+    with refuses(InputError, folder, *words):
         compare(arguments, methods=[method], seeds=[seed], out=trainer)
 
 
 def test_a_failing_run_stops_the_comparison_and_ends_the_others(trainer):
     began = time.monotonic()
-    message = whole(
-        "expected each run to end with status 0, joint-seed0 ended with 1 (`error: expected a better method`); "
-        f"see {trainer / 'joint-seed0.log'}"
-    )
-    with pytest.raises(InputError, match=message):
+    with refuses(InputError, "error: expected a better method", trainer / "joint-seed0.log"):
         compare(["--fail=joint", "--sleep=ass"], methods=["ass", "joint", "global"], seeds=[0], out=trainer)
     assert time.monotonic() - began < 30  # the other would have slept for a minute
     assert not (trainer / "global-seed0").exists()
@@ -163,36 +150,26 @@ def test_a_failing_run_stops_the_comparison_and_ends_the_others(trainer):
 
 
 def test_a_run_that_leaves_no_metrics_is_told(trainer):
-    message = whole(
-        f"expected {trainer / 'joint-seed0'} to hold metrics.json after its run, got none; "
-        f"see {trainer / 'joint-seed0.log'}"
-    )
-    with pytest.raises(InputError, match=message):
+    with refuses(InputError, "metrics.json", trainer / "joint-seed0.log"):
         compare(["--mute"], methods=["joint"], seeds=[0], out=trainer)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "value"),
     [
-        ({"methods": []}, f"expected methods to be different ones of {', '.join(METHODS)}, got []"),
-        (
-            {"methods": ["ass", "ASS"]},
-            f"expected methods to be different ones of {', '.join(METHODS)}, got ['ass', 'ASS']",
-        ),
-        (
-            {"methods": ["ass", "ass"]},
-            f"expected methods to be different ones of {', '.join(METHODS)}, got ['ass', 'ass']",
-        ),
-        ({"seeds": []}, "expected seeds to be different and not negative, got []"),
-        ({"seeds": [1, 1]}, "expected seeds to be different and not negative, got [1, 1]"),
-        ({"seeds": [0, -1]}, "expected seeds to be different and not negative, got [0, -1]"),
-        ({"jobs": 0}, "expected jobs of at least 1, got 0"),
-        ({"threads": -1}, "expected threads of at least 1, got -1"),
+        ("methods", []),
+        ("methods", ["ass", "ASS"]),
+        ("methods", ["ass", "ass"]),
+        ("seeds", []),
+        ("seeds", [1, 1]),
+        ("seeds", [0, -1]),
+        ("jobs", 0),
+        ("threads", -1),
     ],
 )
-def test_unfit_arguments_are_refused(tmp_path, changes, message):
-    arguments = {"methods": ["ass"], "seeds": [0], "out": tmp_path / "out"} | changes
-    with pytest.raises(InputError, match=whole(message)):
+def test_unfit_arguments_are_refused(tmp_path, name, value):
+    arguments = {"methods": ["ass"], "seeds": [0], "out": tmp_path / "out", name: value}
+    with refuses(InputError, name, value):
         compare([], **arguments)
     assert not (tmp_path / "out").exists()
 
@@ -252,33 +229,26 @@ def test_versions_that_differ_are_both_named_and_hours_are_told():
 
 
 @pytest.mark.parametrize(
-    ("other", "message"),
+    ("other", "words"),
     [
-        (
-            result("ass", 0, 0.5, labelled=8),
-            "expected runs with the same labelled, got 4 and 8, the latter of ass with seed 0",
-        ),
-        (
-            result("ass", 0, 0.5, steps=101),
-            "expected runs with the same steps, got 100 and 101, the latter of ass with seed 0",
-        ),
+        (result("ass", 0, 0.5, labelled=8), ("labelled", 4, 8, "ass with seed 0")),
+        (result("ass", 0, 0.5, steps=101), ("steps", 100, 101, "ass with seed 0")),
         (
             result("ass", 0, 0.5, iou={"road": 0.5}),
-            "expected runs on the same classes, got ['road', 'pole', 'bus'] and ['road'], "
-            "the latter of ass with seed 0",
+            ("classes", ["road", "pole", "bus"], ["road"], "ass with seed 0"),
         ),
-        (result("joint", 0, 0.5), "expected different runs, got joint with seed 0 twice"),
+        (result("joint", 0, 0.5), ("joint with seed 0",)),
     ],
 )
-def test_runs_that_cannot_be_compared_are_refused(tmp_path, other, message):
-    with pytest.raises(InputError, match=whole(message)):
+def test_runs_that_cannot_be_compared_are_refused(tmp_path, other, words):
+    with refuses(InputError, *words):
         comparison_table([result("joint", 0, 0.5), other])
-    with pytest.raises(InputError, match=whole(message)):
+    with refuses(InputError, *words):
         draw_comparison(tmp_path / "a.png", [result("joint", 0, 0.5), other])
 
 
 def test_no_runs_are_refused():
-    with pytest.raises(InputError, match=whole("expected at least one run to compare, got none")):
+    with refuses(InputError, "run", "none"):
         comparison_table([])
 
 

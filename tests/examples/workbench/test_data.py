@@ -1,7 +1,6 @@
 """Folders of images, augmentation, and batches that do not hang on workers."""
 
 import contextlib
-import re
 import shutil
 import struct
 import zlib
@@ -25,6 +24,7 @@ from examples.workbench.data import (
     labelled_subset,
 )
 from examples.workbench.folders import Folder, FolderPair
+from tests.errors import refuses
 
 PLAIN = Augmentation(scale=(1.0, 1.0), flip=0.0, colour=0.0)
 
@@ -99,96 +99,95 @@ def save(array, file):
 
 
 @pytest.mark.parametrize(
-    ("damage", "index", "message"),
+    ("damage", "index", "words"),
     [
-        (lambda r: shutil.rmtree(r / "lbl"), None, "expected a folder {root}/lbl, got none"),
+        (lambda r: shutil.rmtree(r / "lbl"), None, ("{root}/lbl",)),
         (
             lambda r: [file.unlink() for file in (r / "img").iterdir()],
             None,
-            "expected {root}/img to hold files ending in .jpg, .jpeg, .png, got none",
+            ("{root}/img", ".jpg", ".jpeg", ".png"),
         ),
         (
             lambda r: (r / "lbl" / "1.png").unlink(),
             None,
-            "expected a mask for every image, got none in {root}/lbl for {root}/img/1.jpg",
+            ("mask", "{root}/lbl", "{root}/img/1.jpg"),
         ),
         (
             lambda r: (r / "img" / "1.jpg").unlink(),
             None,
-            "expected an image for every mask, got none in {root}/img for {root}/lbl/1.png",
+            ("image", "{root}/img", "{root}/lbl/1.png"),
         ),
         (
             lambda r: save(sample().image, r / "img" / "1.png"),
             None,
-            "expected one file of a name, got {root}/img/1.jpg and 1.png",
+            ("{root}/img/1.jpg", "1.png"),
         ),
         (
             lambda r: save(sample(20, 31).label, r / "lbl" / "0.png"),
             0,
-            "expected {root}/lbl/0.png to have its image's size 30 x 20, got 31 x 20",
+            ("{root}/lbl/0.png", "30 x 20", "31 x 20"),
         ),
         (
             lambda r: save(sample().image, r / "lbl" / "0.png"),
             0,
-            "expected {root}/lbl/0.png to be an index mask of one channel, got an image of mode RGB",
+            ("{root}/lbl/0.png", "RGB"),
         ),
         (
             lambda r: save(sample().label + 1, r / "lbl" / "0.png"),
             0,
-            "{root}/lbl/0.png: expected labels in [0, 3) or ignore_index 255, got 3 (*",
+            ("{root}/lbl/0.png", "labels", "[0, 3)", "ignore_index 255", "got 3 ("),
         ),
         (
             lambda r: cut(r / "lbl" / "0.png"),
             0,
-            "expected {root}/lbl/0.png to be a whole image, got one that does not*",
+            ("{root}/lbl/0.png", "whole"),
         ),
         (
             lambda r: cut(r / "img" / "1.jpg"),
             1,
-            "expected {root}/img/1.jpg to be a whole image, got one that does not*",
+            ("{root}/img/1.jpg", "whole"),
         ),
         (
             lambda r: save(sample().image[..., 0].astype(np.uint16) * 257, r / "img" / "0.png"),
             0,
-            "expected {root}/img/0.png to be an image of 8 bits a channel, got one of 16",
+            ("{root}/img/0.png", "8 bits", 16),
         ),
         (
             lambda r: write_deep_colours(r / "img" / "0.png"),
             0,
-            "expected {root}/img/0.png to be an image of 8 bits a channel, got one of 16",
+            ("{root}/img/0.png", "8 bits", 16),
         ),
         (
             lambda r: Image.fromarray(sample().image[..., 0].astype(np.float32)).save(r / "img" / "0.png", "TIFF"),
             0,
-            "expected {root}/img/0.png to be an image of 8 bits a channel, got one of 32",
+            ("{root}/img/0.png", "8 bits", 32),
         ),
         (
             lambda r: save(np.full((20, 30), 300, np.uint16), r / "lbl" / "0.png"),
             0,
-            "{root}/lbl/0.png: expected labels in [0, 3) or ignore_index 255, got 300 (600 pixels)",
+            ("{root}/lbl/0.png", "labels", "[0, 3)", "ignore_index 255", 300, 600),
         ),
         (
             # A header whose length field is wrong: Pillow's decoder raises a bare ValueError.
             lambda r: break_header(r / "img" / "0.png"),
             0,
-            "expected {root}/img/0.png to be a whole image, got one that does not read: *",
+            ("{root}/img/0.png", "whole"),
         ),
         (
             lambda r: (r / "img" / "0.png").write_bytes(b""),
             0,
-            "expected {root}/img/0.png to be a whole image, got one that does not*",
+            ("{root}/img/0.png", "whole"),
         ),
         (
             lambda r: (r / "img" / "0.png").write_text("not an image"),
             0,
-            "expected {root}/img/0.png to be a whole image, got one that does not*",
+            ("{root}/img/0.png", "whole"),
         ),
     ],
 )
-def test_bad_folders(root, damage, index, message):
+def test_bad_folders(root, damage, index, words):
     damage(root)
-    expected = re.escape(message.format(root=root)).replace(r"\*", ".*")
-    with pytest.raises(InputError, match="^" + expected + "$"):
+    with refuses(InputError, *(str(word).format(root=root) for word in words)):
         pair(root)[index or 0]
 
 
@@ -200,8 +199,7 @@ def test_a_file_cut_anywhere_is_told_or_whole(root, file):
         file.write_bytes(content[:length])
         # The last 20 bytes of a PNG hold no pixel: two checksums and the chunk that ends the file.
         if len(content) - length > 20:
-            start = f"expected {file} to be a whole image, got one that does not read: "
-            with pytest.raises(InputError, match="^" + re.escape(start) + "[^\n]+$"):
+            with refuses(InputError, file, "whole"):
                 pair(root)[int(file.stem)]
             continue
         with contextlib.suppress(InputError):
@@ -212,8 +210,7 @@ def test_a_file_cut_anywhere_is_told_or_whole(root, file):
 
 @pytest.mark.parametrize(("classes", "ignore_index"), [(0, 255), (257, 255), (3, 256), (3, -1)])
 def test_labels_must_fit_into_eight_bits(root, classes, ignore_index):
-    message = f"expected 1 to 256 classes and ignore_index in 0 to 255, got {classes} and {ignore_index}"
-    with pytest.raises(InputError, match="^" + re.escape(message) + "$"):
+    with refuses(InputError, "classes", classes, "ignore_index", ignore_index):
         pair(root, classes=[str(k) for k in range(classes)], ignore_index=ignore_index)
 
 
@@ -226,8 +223,7 @@ def test_a_link_below_the_root_may_lead_anywhere(root, tmp_path_factory):
 
 @pytest.mark.parametrize("outside", ["../img", "/etc", "img/../../img"])
 def test_folders_stay_below_the_root(root, outside):
-    message = f"expected a folder below the data root {root}, got {outside}"
-    with pytest.raises(InputError, match="^" + re.escape(message) + "$"):
+    with refuses(InputError, root, outside):
         pair(root, images=outside)
 
 
@@ -236,8 +232,7 @@ def test_labelled_subsets_nest():
     assert labelled_subset(50, 10) == order[:10].tolist()
     assert labelled_subset(50, 20)[:10] == labelled_subset(50, 10)
     for wrong in (0, 51):
-        message = f"expected labelled in 1 to the 50 target training images, got {wrong}"
-        with pytest.raises(InputError, match="^" + re.escape(message) + "$"):
+        with refuses(InputError, "labelled", 50, wrong):
             labelled_subset(50, wrong)
 
 
@@ -308,19 +303,12 @@ def test_fit_and_tensor():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"scale": (1.5, 0.5)},
-            "expected augmentation.scale to be two positive numbers, the smaller first, got (1.5, 0.5)",
-        ),
-        ({"flip": -0.1}, "expected augmentation.flip in [0, 1], got -0.1"),
-        ({"colour": 1.0}, "expected augmentation.colour in [0, 1), got 1.0"),
-    ],
+    ("name", "value", "allowed"),
+    [("scale", (1.5, 0.5), "positive"), ("flip", -0.1, "[0, 1]"), ("colour", 1.0, "[0, 1)")],
 )
-def test_bad_augmentation(changes, message):
-    with pytest.raises(InputError, match="^" + re.escape(message) + "$"):
-        Augmentation(**changes)
+def test_bad_augmentation(name, value, allowed):
+    with refuses(InputError, f"augmentation.{name}", allowed, value):
+        Augmentation(**{name: value})
 
 
 def drawn(first_step=0, workers=0):
@@ -364,12 +352,10 @@ def test_two_ranks_do_what_one_does():
 def test_a_sampler_over_other_images_is_refused():
     training = TrainingSet({"source": [sample()] * 5}, {"source": (32, 32)}, PLAIN, 0)
     # An index past the end would otherwise end an epoch without a word, or be an image of another domain.
-    message = "expected a sampler over {'source': 5} in order, got one over {'source': 6}"
-    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+    with refuses(ValueError, {"source": 5}, {"source": 6}):
         next(batches(training, semshift.MixedBatchSampler({"source": 6}, {"source": 1}, seed=0)))
     for index in (5, -1):
-        message = f"expected an index below 5, the images of all domains, got {index}"
-        with pytest.raises(IndexError, match="^" + re.escape(message) + "$"):
+        with refuses(IndexError, "index", 5, index):
             training[0, 0, index]
 
 
@@ -392,8 +378,7 @@ def test_a_bad_file_is_told_in_one_line(root, workers):
     cut(root / "img" / "1.jpg")
     training = TrainingSet({"source": pair(root)}, {"source": (32, 32)}, PLAIN, 0)
     sampler = semshift.MixedBatchSampler({"source": 3}, {"source": 3}, seed=0, steps=1)
-    message = f"^expected {re.escape(str(root))}/img/1.jpg to be a whole image, got one that does not read: [^\n]*$"
-    with pytest.raises(InputError, match=message):
+    with refuses(InputError, root / "img/1.jpg", "whole"):
         list(batches(training, sampler, workers=workers))
 
 

@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import pickle
-import re
 import shutil
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from examples.workbench.pretrained import load_pretrained
 from examples.workbench.settings import Data, Network, Optimiser, SceneSettings, Settings
 from examples.workbench.train import train
 from examples.workbench.views import supervised_loss
+from tests.errors import mentions, refuses
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -282,11 +282,8 @@ def test_the_two_branch_variant_leaves_two_over(tmp_path):
 
 def test_a_classifier_can_be_left_out(model, tmp_path):
     file = saved(tmp_path / "w.pth", filled(resnet(RESNET_50) | head("layer5", 2048, 21)))
-    message = (
-        f"expected layer5.conv2d_list.0.weight in {file} of shape [5, 2048, 3, 3], got [21, 2048, 3, 3]; "
-        "network.init_classifier false takes the backbone alone"
-    )
-    with pytest.raises(InputError, match="^" + re.escape(message) + "$"):
+    shapes = [5, 2048, 3, 3], [21, 2048, 3, 3]
+    with refuses(InputError, "layer5.conv2d_list.0.weight", file, *shapes, "network.init_classifier false"):
         load_pretrained(model, file)
     loaded = load_pretrained(model, file, classifier=False)
     assert set(loaded.left_over) == set(loaded.missing) == head("layer5", 2048, 5).keys()
@@ -301,39 +298,39 @@ BACKBONE_50 = resnet(RESNET_50)
 
 
 @pytest.mark.parametrize(
-    ("shapes", "message"),
+    ("shapes", "words"),
     [
         (
             without(BACKBONE_50, "layer3.2.conv2.weight"),
-            "expected {} to hold all of the backbone of depth 50, got no layer3.2.conv2.weight",
+            ("depth 50", "no layer3.2.conv2.weight"),
         ),
         (
             without(BACKBONE_50, "bn1.running_var", "bn1.bias", "layer4.2.bn3.bias"),
-            "expected {} to hold all of the backbone of depth 50, got no bn1.bias and 2 more",
+            ("depth 50", "no bn1.bias", "2 more"),
         ),
-        ({}, "expected {} to hold all of the backbone of depth 50, got no conv1.weight and 264 more"),
+        ({}, ("depth 50", "no conv1.weight", "264 more")),
         (
             resnet(RESNET_101),
-            "expected {} to hold the backbone of depth 50 and no more of it, got layer3.6.conv1.weight and 305 more",
+            ("depth 50", "layer3.6.conv1.weight", "305 more"),
         ),
         (
             BACKBONE_50 | {"layer2.0.conv2.weight": (256, 256, 3, 3)},
-            "expected layer2.0.conv2.weight in {} of shape [128, 128, 3, 3], got [256, 256, 3, 3]",
+            ("layer2.0.conv2.weight", [128, 128, 3, 3], [256, 256, 3, 3]),
         ),
         (
             BACKBONE_50 | without(head("layer5", 2048, 5), "layer5.conv2d_list.3.bias"),
-            "expected {} to hold all of the classifier layer5 or none, got no layer5.conv2d_list.3.bias",
+            ("classifier", "no layer5.conv2d_list.3.bias"),
         ),
         (
             {f"module.{name}": shape for name, shape in BACKBONE_50.items()} | FC,
-            "expected {} to hold all of the backbone of depth 50, got no conv1.weight and 264 more",
+            ("depth 50", "no conv1.weight", "264 more"),
         ),
     ],
 )
-def test_other_weights_are_refused_and_change_nothing(shapes, message, model, tmp_path):
+def test_other_weights_are_refused_and_change_nothing(shapes, words, model, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     file = saved(tmp_path / "w.pth", filled(shapes))
-    with pytest.raises(InputError, match="^" + re.escape(message.format(file)) + "$"):
+    with refuses(InputError, file, *words):
         load_pretrained(model, file)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -344,20 +341,17 @@ class Code:
 
 
 @pytest.mark.parametrize(
-    ("state", "message"),
+    ("state", "words"),
     [
-        ([torch.zeros(2)], "expected {} to be a state dict, names to tensors, got a list"),
-        (
-            {"state_dict": {"conv1.weight": torch.zeros(1)}},
-            "expected {} to be a state dict, names to tensors, got a dict under 'state_dict'",
-        ),
-        ({3: torch.zeros(1)}, "expected {} to be a state dict, names to tensors, got a Tensor under 3"),
-        ({"conv1.weight": Code()}, "expected {} to hold weights and no code, got a file that does not load so"),
+        ([torch.zeros(2)], ("state dict", "list")),
+        ({"state_dict": {"conv1.weight": torch.zeros(1)}}, ("state dict", "dict under 'state_dict'")),
+        ({3: torch.zeros(1)}, ("state dict", "Tensor under 3")),
+        ({"conv1.weight": Code()}, ("no code",)),
     ],
 )
-def test_files_that_are_no_state_dict(state, message, model, tmp_path, capsys):
+def test_files_that_are_no_state_dict(state, words, model, tmp_path, capsys):
     file = saved(tmp_path / "w.pth", state)
-    with pytest.raises(InputError, match="^" + re.escape(message.format(file)) + "$"):
+    with refuses(InputError, file, *words):
         load_pretrained(model, file)
     assert "code" not in capsys.readouterr().out
 
@@ -370,60 +364,46 @@ def test_files_that_do_not_load(model, tmp_path, capsys):
         ("pickle", pickle.dumps(Code(), protocol=2)),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=r"to hold weights and no code, got a file that does not load so$"):
+        with refuses(InputError, tmp_path / name, "no code"):
             load_pretrained(model, tmp_path / name)
-    with pytest.raises(InputError, match=r"^expected network\.init to be a file of weights, got no file /none\.pth$"):
+    with refuses(InputError, "network.init", "/none.pth"):
         load_pretrained(model, Path("/none.pth"))
     assert "code" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "value", "words"),
     [
-        ({"num_classes": 1}, "expected num_classes of at least 2, got 1"),
-        ({"depth": 18}, "expected depth to be 101 or 50, got 18"),
-        ({"aspp_dilations": ()}, "expected aspp_dilations to be one or more of at least 1, got []"),
-        ({"aspp_dilations": (6, 0)}, "expected aspp_dilations to be one or more of at least 1, got [6, 0]"),
-        ({"origin": "timm"}, "expected origin to be 'torchvision' or 'caffe', got 'timm'"),
+        ("num_classes", 1, ("2", "got 1")),
+        ("depth", 18, (101, 50, 18)),
+        ("aspp_dilations", (), ("[]",)),
+        ("aspp_dilations", (6, 0), ([6, 0],)),
+        ("origin", "timm", ("'torchvision'", "'caffe'", "'timm'")),
     ],
 )
-def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
-        on_meta(**({"num_classes": 5} | arguments))
+def test_bad_arguments(name, value, words):
+    with refuses(ValueError, name, *words):
+        on_meta(**({"num_classes": 5} | {name: value}))
 
 
 @pytest.mark.parametrize(
-    ("network", "message"),
+    ("network", "words"),
     [
-        (
-            {"aspp_dilations": (6, -1)},
-            "expected network.aspp_dilations to be one or more of at least 1, got [6, -1]",
-        ),
-        (
-            {"name": "small", "init": "w.pth"},
-            "expected network.init with deeplab-v2 and segformer only, got w.pth with small",
-        ),
-        (
-            {"name": "small", "frozen_batch_norm": True},
-            "expected network.frozen_batch_norm with deeplab-v2 only, got it with small",
-        ),
-        ({"feature_layer": "decoder"}, "expected network.feature_layer encoder of deeplab-v2, got decoder"),
-        (
-            {"frozen_batch_norm": True},
-            "expected network.init, whose statistics network.frozen_batch_norm would keep, got none",
-        ),
+        ({"aspp_dilations": (6, -1)}, ("network.aspp_dilations", [6, -1])),
+        ({"name": "small", "init": "w.pth"}, ("network.init", "deeplab-v2", "segformer", "w.pth", "small")),
+        ({"name": "small", "frozen_batch_norm": True}, ("network.frozen_batch_norm", "deeplab-v2", "small")),
+        ({"feature_layer": "decoder"}, ("network.feature_layer", "encoder", "decoder", "deeplab-v2")),
+        ({"frozen_batch_norm": True}, ("network.init", "network.frozen_batch_norm", "none")),
     ],
 )
-def test_bad_settings(network, message):
-    with pytest.raises(InputError, match="^" + re.escape(message) + "$"):
+def test_bad_settings(network, words):
+    with refuses(InputError, *words):
         check(dataclasses.replace(TINY, network=dataclasses.replace(TINY.network, **network)))
 
 
 def test_bad_classifier_factor():
     optimiser = dataclasses.replace(TINY.optimiser, classifier_factor=0.0)
-    with pytest.raises(
-        InputError, match=r"^expected optimiser\.classifier_factor to be finite and positive, got 0\.0$"
-    ):
+    with refuses(InputError, "optimiser.classifier_factor", 0.0):
         check(dataclasses.replace(TINY, optimiser=optimiser))
 
 
@@ -471,24 +451,22 @@ def test_from_the_command_line_with_weights(tmp_path, capsys):
     assert "mean over all classes" in capsys.readouterr().out
     shutil.rmtree(out)
     assert main([*arguments, "--init", str(init)]) == 2
-    assert capsys.readouterr().err.endswith(
-        f"error: expected network.init to be a file of weights, got no file {init}\n"
-    )
+    mentions(capsys.readouterr().err.splitlines()[-1], "error", "network.init", init)
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
-    ("weight", "critics"), [(0.5, {"global", "auxiliary", "semantic"}), (0, {"global", "semantic"})]
+    ("weight", "discriminators"), [(0.5, {"global", "auxiliary", "semantic"}), (0, {"global", "semantic"})]
 )
-def test_the_second_level_has_losses_of_its_own(weight, critics, tmp_path):
+def test_the_second_level_has_losses_of_its_own(weight, discriminators, tmp_path):
     network = dataclasses.replace(TINY.network, auxiliary=True)
-    adversary = dataclasses.replace(TINY.global_adversary, start=0.0, ramp=0.0, auxiliary_weight=weight)
-    settings = dataclasses.replace(TINY, network=network, global_adversary=adversary, steps=1)
+    how = dataclasses.replace(TINY.global_adversary, start=0.0, ramp=0.0, auxiliary_weight=weight)
+    settings = dataclasses.replace(TINY, network=network, global_adversary=how, steps=1)
     train(settings, tmp_path / "run")
     state = torch.load(checkpoints.newest(tmp_path / "run"), weights_only=True)["stateful"]
-    assert {name.split()[0] for name in state if name.endswith("critic")} == critics
+    assert {name.split()[0] for name in state if name.endswith("critic")} == discriminators
     (row,) = runs.read_history(tmp_path / "run")
-    assert {name.split("/")[1] for name in row if name.startswith("weight/")} == critics
+    assert {name.split("/")[1] for name in row if name.startswith("weight/")} == discriminators
     if weight:
         assert row["weight/auxiliary"] == weight
         assert row["gradient/auxiliary"] > 0

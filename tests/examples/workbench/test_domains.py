@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from examples.workbench.build import build_adversaries
+from examples.workbench.build import discriminator_settings
 from examples.workbench.domains import choose_domains, segments_unlabelled
 from examples.workbench.images import open_images
 from examples.workbench.settings import (
@@ -67,8 +67,8 @@ NO_GLOBAL = GlobalAdversary(weight=0)
 def test_what_a_step_draws(changes, per_batch, segmented):
     settings = dataclasses.replace(SETTINGS, **changes)
     images = open_images(settings, None)
-    chosen = choose_domains(settings, images, [3, 1], adversaries=build_adversaries(settings), progress=False)
+    chosen = choose_domains(settings, images, [3, 1], discriminators=discriminator_settings(settings), progress=False)
     assert list(chosen.per_batch.items()) == list(per_batch.items())
-    assert segments_unlabelled(settings, build_adversaries(settings)) is segmented
+    assert segments_unlabelled(settings, discriminator_settings(settings)) is segmented
     assert chosen.sizes == {d: {"source": 5, "labelled": 2, "unlabelled": 4}[d] for d in per_batch}
     assert set(chosen.weights) == ({"source", "labelled"} if settings.method == "ass-plus" else set())

@@ -18,6 +18,7 @@ from examples.workbench.data import InputError
 from examples.workbench.data_check import check_data
 from examples.workbench.deeplab import DeepLabV2
 from examples.workbench.folders import Folder, FolderPair
+from tests.errors import mentions, refuses
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -178,98 +179,97 @@ AACHEN = "cityscapes/gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.pn
 
 
 @pytest.mark.parametrize(
-    ("layout", "damage", "message"),
+    ("layout", "damage", "words"),
     [
-        ("gta5", lambda r: save(ids(40), r / GTA5), "{root}/gta5/labels/00001.png: expected labels to be ids of table"),
+        ("gta5", lambda r: save(ids(40), r / GTA5), (GTA5, "ids", "table")),
         (
             "gta5",
             lambda r: save(photo(), r / GTA5),
-            "expected {root}/gta5/labels/00001.png to be an index mask of one channel, got an image of mode RGB",
+            (GTA5, "RGB"),
         ),
         (
             "cityscapes",
             lambda r: save(ids(33, 64, 128) + np.uint8(100), r / AACHEN),
-            f"{{root}}/{AACHEN}: expected labels to be ids of table, got 100, 101, 102, 103, 104 and 29 more",
+            (AACHEN, "ids", "table", "100, 101, 102, 103, 104", "29 more"),
         ),
         (
             "cityscapes",
             lambda r: save(by_table(ids(33, 64, 128), CITYSCAPES_TO_19), r / AACHEN),
-            f"{{root}}/{AACHEN}: expected ids of gtFine_labelIds.png, got 255 and none of 19 to 33: are they train ",
+            (AACHEN, "gtFine_labelIds.png", 255, "train ids"),
         ),
         (
             "gta5",
             lambda r: save_palette(by_table(ids(34), CITYSCAPES_TO_19), r / GTA5),
-            "{root}/gta5/labels/00001.png: expected labels to be ids of table, got 255 (",
+            (GTA5, "ids", "table", 255),
         ),
         (
             "cityscapes",
             lambda r: save(ids(33, 32, 64), r / AACHEN),
-            f"expected {{root}}/{AACHEN} to have its image's size 128 x 64, got 64 x 32",
+            (AACHEN, "128 x 64", "64 x 32"),
         ),
         (
             "synthia",
             lambda r: save(ids(22), r / SYNTHIA),
-            f"expected {{root}}/{SYNTHIA} to be a label file of several channels of 16 bits, got mode L of 8",
+            (SYNTHIA, "16 bits", "L of 8"),
         ),
         (
             "synthia",
             lambda r: save(photo(), r / SYNTHIA),
-            f"expected {{root}}/{SYNTHIA} to be a label file of several channels of 16 bits, got mode RGB of 8",
+            (SYNTHIA, "16 bits", "RGB of 8"),
         ),
         (
             "synthia",
             lambda r: save(ids(22).astype(np.uint16), r / SYNTHIA),
-            f"expected {{root}}/{SYNTHIA} to be a label file of several channels of 16 bits, got mode I;16 of 16",
+            (SYNTHIA, "several channels", "I;16 of 16"),
         ),
         (
             "synthia",
             lambda r: save_deep(np.full((40, 64, 2), 300), r / SYNTHIA),
-            f"{{root}}/{SYNTHIA}: expected labels to be ids of table, got 300 (2560 pixels)",
+            (SYNTHIA, "ids", "table", 300, 2560),
         ),
         (
             "synthia",
             lambda r: (r / SYNTHIA).write_bytes((r / SYNTHIA).read_bytes()[:-3000]),
-            f"expected {{root}}/{SYNTHIA} to be a whole image, got one that does not read",
+            (SYNTHIA, "whole"),
         ),
     ],
 )
-def test_label_files_that_are_not_of_the_layout(root, layout, damage, message):
+def test_label_files_that_are_not_of_the_layout(root, layout, damage, words):
     damage(root)
-    with pytest.raises(InputError, match="^" + re.escape(message.replace("{root}", str(root)))):
+    file, *words = words
+    with refuses(InputError, root / file, *words):
         pair(root, layout, 16)[0]
 
 
 @pytest.mark.parametrize(
-    ("folder", "message"),
+    ("folder", "files", "words"),
     [
         (
             Folder("cityscapes/leftImg8bit", "cityscapes/gtFine", "cityscapes"),
-            "expected {root}/cityscapes/leftImg8bit to hold files ending in _leftImg8bit.png, got none",
+            ("cityscapes/leftImg8bit",),
+            ("_leftImg8bit.png",),
         ),
-        (
-            Folder("gta5/images", "gta5/labels", "cityscapes"),
-            "expected {root}/gta5/images to hold files ending in _leftImg8bit.png, got none",
-        ),
+        (Folder("gta5/images", "gta5/labels", "cityscapes"), ("gta5/images",), ("_leftImg8bit.png",)),
         (
             Folder("cityscapes/leftImg8bit/train", "cityscapes/gtFine/val", "cityscapes"),
-            "expected a mask for every image, got none in {root}/cityscapes/gtFine/val for "
-            "{root}/cityscapes/leftImg8bit/train/aachen/aachen_000002_000019_leftImg8bit.png and 3 more",
+            ("cityscapes/gtFine/val", "cityscapes/leftImg8bit/train/aachen/aachen_000002_000019_leftImg8bit.png"),
+            ("mask", "3 more"),
         ),
         (
             Folder("gta5/images", "RAND_CITYSCAPES/GT/LABELS", "gta5"),
-            "expected a mask for every image, got none in {root}/RAND_CITYSCAPES/GT/LABELS for "
-            "{root}/gta5/images/00001.png and 3 more",
+            ("RAND_CITYSCAPES/GT/LABELS", "gta5/images/00001.png"),
+            ("mask", "3 more"),
         ),
-        (Folder("images", "labels", "gta5"), "expected a folder {root}/images, got none"),
+        (Folder("images", "labels", "gta5"), ("images",), ()),
     ],
 )
-def test_folders_that_are_not_of_the_layout(root, folder, message):
-    with pytest.raises(InputError, match="^" + re.escape(message.replace("{root}", str(root))) + "$"):
+def test_folders_that_are_not_of_the_layout(root, folder, files, words):
+    with refuses(InputError, *(root / file for file in files), *words):
         FolderPair(root, folder, classes=CLASSES[19])
 
 
 def test_a_class_that_the_layout_lacks(root):
-    with pytest.raises(InputError, match=r"expected the classes to be among those of gta5, road, .*; got unicorn"):
+    with refuses(InputError, "gta5", "road", "got unicorn"):
         FolderPair(root, FOLDERS["gta5"], classes=["road", "unicorn"])
 
 
@@ -355,13 +355,13 @@ def test_two_steps_evaluation_and_resume(root, init, tmp_path, capsys, monkeypat
 
 def test_more_labelled_than_there_are(root, init, tmp_path, capsys):
     assert main([*arguments("gta5-cityscapes", root, tmp_path / "run", init), "--labelled", "7"]) == 2
-    assert capsys.readouterr().err == "error: expected labelled to be at most the 6 target training images, got 7\n"
+    mentions(capsys.readouterr().err, "error", "labelled", 6, 7)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_data_root_of_another_set(root, init, tmp_path, capsys):
     assert main(arguments("gta5-cityscapes", root / "cityscapes", tmp_path / "run", init)) == 2
-    assert capsys.readouterr().err == f"error: expected a folder {root}/cityscapes/gta5/images, got none\n"
+    mentions(capsys.readouterr().err, "error", f"{root}/cityscapes/gta5/images")
 
 
 def check_of(preset, root, *more):
@@ -393,12 +393,10 @@ def test_check_names_every_file_that_is_unfit(root, capsys):
     cut.write_bytes(cut.read_bytes()[:1000])
     assert check_of("gta5-cityscapes", root, "--labelled", "2") == 2
     errors = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error")]
-    assert errors == [
-        f"error: expected {root / GTA5} to be an index mask of one channel, got an image of mode RGB",
-        f"error: expected {root / AACHEN} to be a whole image, got an empty file",
-        f"error: expected {cut} to be a whole image, got 1000 bytes without the end of a PNG",
-        "error: expected every file that was looked at to be fit for use, got 3 unfit",
-    ]
+    expected = [(root / GTA5, "RGB"), (root / AACHEN, "empty"), (cut, 1000), ("3 unfit",)]
+    assert len(errors) == len(expected)
+    for error, words in zip(errors, expected):
+        mentions(error, *words)
 
 
 def test_check_notes_classes_without_a_pixel(root, capsys):
@@ -414,9 +412,7 @@ def test_check_looks_at_the_weights_too(root, init, tmp_path, capsys):
     other = tmp_path / "other.pth"
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, other)
     assert check_of("gta5-cityscapes", root, "--labelled", "2", "--init", str(other)) == 2
-    assert capsys.readouterr().err == (
-        f"error: expected {other} to hold all of the backbone of depth 50, got no bn1.weight and 263 more\n"
-    )
+    mentions(capsys.readouterr().err, "error", other, "depth 50", "no bn1.weight", "263 more")
 
 
 def test_check_ends_in_time(root):

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from examples.workbench import train as train_module
-from examples.workbench.build import build_critic, build_segmenter
+from examples.workbench.build import build_discriminator, build_segmenter
 from examples.workbench.memory import Memory, estimate_memory
 from examples.workbench.settings import Data, GlobalAdversary, Network, Optimiser, SceneSettings, SelfTraining, Settings
 from examples.workbench.train import train
@@ -76,7 +76,7 @@ class Live(TorchDispatchMode):
         "ass",
         "global-bf16",
         "semantic",
-        "wide-critic",
+        "wide-discriminator",
         "ass-plus",
         "not-self-trained",
         "teacher-alone",
@@ -109,10 +109,10 @@ def test_at_full_size():
     )
     with torch.device("meta"):
         segmenter = build_segmenter(settings)
-        critics = {name: build_critic(name, settings, segmenter) for name in ("global", "semantic")}
-    parameters = sum(p.numel() for module in (segmenter, *critics.values()) for p in module.parameters())
-    estimate = estimate_memory(settings, segmenter, critics)
-    half = estimate_memory(dataclasses.replace(settings, precision="bf16-mixed"), segmenter, critics)
+        discriminators = {name: build_discriminator(name, settings, segmenter) for name in ("global", "semantic")}
+    parameters = sum(p.numel() for module in (segmenter, *discriminators.values()) for p in module.parameters())
+    estimate = estimate_memory(settings, segmenter, discriminators)
+    half = estimate_memory(dataclasses.replace(settings, precision="bf16-mixed"), segmenter, discriminators)
     assert estimate.gradients == 4 * parameters
     assert estimate.weights > estimate.gradients
     # Of each of the three images, at least the outputs and last sums of the 26 blocks of the last two stages.
@@ -123,12 +123,12 @@ def test_at_full_size():
 
 def test_maps_that_the_unlabelled_are_to_be_taken_for_are_counted():
     segmenter = build_segmenter(SETTINGS)
-    critics = {"global": build_critic("global", SETTINGS, segmenter)}
+    discriminators = {"global": build_discriminator("global", SETTINGS, segmenter)}
     source, labelled, both = (
         estimate_memory(
             dataclasses.replace(SETTINGS, method="global", global_adversary=GlobalAdversary(against=against)),
             segmenter,
-            critics,
+            discriminators,
         ).activations
         for against in ("source", "labelled", "both")
     )

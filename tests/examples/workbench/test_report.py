@@ -1,5 +1,3 @@
-import re
-
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -10,6 +8,7 @@ from matplotlib.text import Text
 from examples.workbench import report, style
 from examples.workbench.prototype_plot import draw_prototypes
 from examples.workbench.report import Prototypes, Shown, draw_report
+from tests.errors import refuses
 
 CLASSES = ["road", "sky_", "$ign"]
 KEYS = [
@@ -79,10 +78,6 @@ def figure_of(monkeypatch, tmp_path):
         return figures[0]
 
     return drawn
-
-
-def whole(message):
-    return f"^{re.escape(message)}$"
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path, usual):
@@ -161,7 +156,7 @@ SEMANTIC_ONLY = history([key for key in KEYS if "semantic" in key])
 NO_WEIGHTS = history([key for key in KEYS if "accuracy" in key])
 NO_SOURCE = Prototypes(np.full((3, 5), np.nan), np.ones((3, 5)))
 GLOBAL, SEMANTIC = "Accuracy of the global discriminator", "Accuracy of the semantic discriminator"
-NONE = "no adversary in this method"
+NONE = "no discriminator in this method"
 
 
 @pytest.mark.parametrize(
@@ -258,41 +253,20 @@ def test_equal_prototypes_are_drawn():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "words"),
     [
-        ({"shown": []}, "expected shown to hold at least one image, got none"),
-        (
-            {"shown": [shown()._replace(image=np.zeros((12, 16), np.uint8))]},
-            "expected the image of a to be uint8 [H, W, 3], got uint8 [12, 16]",
-        ),
-        (
-            {"shown": [shown()._replace(image=np.zeros((12, 16, 3)))]},
-            "expected the image of a to be uint8 [H, W, 3], got float64 [12, 16, 3]",
-        ),
-        (
-            {"shown": [shown()._replace(after=np.zeros((11, 16), int))]},
-            "expected after of a to be [12, 16] as its image is, got [11, 16]",
-        ),
-        (
-            {"shown": [shown()._replace(before=np.full((12, 16), 3))]},
-            "expected before of a to hold ids below 3 or 255, got 3",
-        ),
-        (
-            {"shown": [shown()._replace(label=np.full((12, 16), -1))]},
-            "expected label of a to hold ids below 3 or 255, got -1",
-        ),
-        ({"history": [{"loss/global": 1.0}]}, "expected each row of history to have a step, got {'loss/global': 1.0}"),
-        (
-            {"before": Prototypes(np.ones((2, 5)), np.ones((2, 5)))},
-            "expected the prototypes before to be [3, C] in both domains, got [2, 5] and [2, 5]",
-        ),
-        (
-            {"after": Prototypes(np.ones((3, 5)), np.ones((3, 4)))},
-            "expected the prototypes after to be [3, C] in both domains, got [3, 5] and [3, 4]",
-        ),
+        ({"shown": []}, ("shown", "none")),
+        ({"shown": [shown()._replace(image=np.zeros((12, 16), np.uint8))]}, ("image", "[H, W, 3]", [12, 16])),
+        ({"shown": [shown()._replace(image=np.zeros((12, 16, 3)))]}, ("image", "uint8", "float64", [12, 16, 3])),
+        ({"shown": [shown()._replace(after=np.zeros((11, 16), int))]}, ("after", [12, 16], [11, 16])),
+        ({"shown": [shown()._replace(before=np.full((12, 16), 3))]}, ("before", "below 3", 255, "got 3")),
+        ({"shown": [shown()._replace(label=np.full((12, 16), -1))]}, ("label", "below 3", 255, "got -1")),
+        ({"history": [{"loss/global": 1.0}]}, ("history", "step", {"loss/global": 1.0})),
+        ({"before": Prototypes(np.ones((2, 5)), np.ones((2, 5)))}, ("before", "[3, C]", [2, 5])),
+        ({"after": Prototypes(np.ones((3, 5)), np.ones((3, 4)))}, ("after", "[3, C]", [3, 5], [3, 4])),
     ],
 )
-def test_what_does_not_belong_together_is_refused(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=whole(message)):
+def test_what_does_not_belong_together_is_refused(tmp_path, changes, words):
+    with refuses(ValueError, *words):
         draw(tmp_path / "a.png", **changes)
     assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from examples.workbench.data import InputError, image_tensor
 from examples.workbench.segformer import SegFormer, load_segformer
 from examples.workbench.settings import Data, Network, Optimiser, SceneSettings, Settings
 from examples.workbench.train import train
+from tests.errors import mentions, refuses
 
 transformers = pytest.importorskip("transformers")
 
@@ -142,29 +143,26 @@ def other_sizes(folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "words"),
     [
-        (damage_encoder, "expected {folder} to hold all of the encoder as configured, got no fit segformer."),
-        (other_sizes, "expected {folder} to hold all of the encoder as configured, got no fit segformer."),
-        (lambda f: (f / "model.safetensors").unlink(), "expected {folder} to hold a SegFormer's weights: "),
-        (lambda f: (f / "model.safetensors").write_bytes(b"x"), "expected {folder} to hold a SegFormer's weights: "),
-        (
-            lambda f: (f / "config.json").unlink(),
-            "expected network.config or network.init to hold a config.json, got no file {folder}/config.json",
-        ),
-        (lambda f: (f / "config.json").write_text("{"), "expected {folder}/config.json to be a configuration of"),
+        (damage_encoder, ("{folder}", "encoder", "segformer.")),
+        (other_sizes, ("{folder}", "encoder", "segformer.")),
+        (lambda f: (f / "model.safetensors").unlink(), ("{folder}", "weights")),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x"), ("{folder}", "weights")),
+        (lambda f: (f / "config.json").unlink(), ("network.config", "network.init", "{folder}/config.json")),
+        (lambda f: (f / "config.json").write_text("{"), ("{folder}/config.json", "configuration")),
         (
             lambda f: (f / "config.json").write_text('{"model_type": "beit"}'),
-            "expected {folder}/config.json to configure a segformer, got a beit",
+            ("{folder}/config.json", "segformer", "beit"),
         ),
     ],
 )
-def test_folders_that_are_unfit(folder, tmp_path, capsys, damage, message):
+def test_folders_that_are_unfit(folder, tmp_path, capsys, damage, words):
     damage(folder)
     options = ["--network.name", "segformer", "--steps", "1", "--out", str(tmp_path / "run"), "--init", str(folder)]
     assert main(["train", *options]) == 2
     error = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
-    assert error.startswith("error: " + message.replace("{folder}", str(folder)))
+    mentions(error, *(word.replace("{folder}", str(folder)) for word in words))
     assert not (tmp_path / "run").exists()
 
 
@@ -174,35 +172,35 @@ def test_a_refused_folder_changes_nothing(folder, tmp_path):
     damage_encoder(folder)
     with pytest.raises(InputError):
         load_segformer(model, folder)
-    with pytest.raises(InputError, match=r"expected network\.init to be a folder of weights, got no folder"):
+    with refuses(InputError, "network.init", tmp_path / "none"):
         load_segformer(model, tmp_path / "none")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_weights_of_another_configuration_are_refused(folder, tmp_path):
     published(tmp_path / "wide", decoder_hidden_size=24)
-    with pytest.raises(InputError, match=r"to be of the network's configuration, got another decoder\."):
+    with refuses(InputError, tmp_path / "wide", "configuration", "decoder"):
         load_segformer(SegFormer(5, config=folder), tmp_path / "wide")
 
 
 def test_without_transformers_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(InputError, match=r"^expected transformers .*, got none: pip install transformers$"):
+    with refuses(InputError, "pip install transformers"):
         SegFormer(5)
 
 
 @pytest.mark.parametrize(
-    ("network", "message"),
+    ("network", "words"),
     [
-        (Network(name="segformer", frozen_batch_norm=True), "network.frozen_batch_norm with deeplab-v2 only"),
-        (Network(name="segformer", auxiliary=True), "network.auxiliary with deeplab-v2 only"),
-        (Network(name="small", init="x"), "network.init with deeplab-v2 and segformer only, got x with small"),
-        (Network(config="x"), "network.config with segformer and without network.init only, got x with small and none"),
-        (Network(name="segformer", config="x", init="y"), "only, got x with segformer and y"),
+        (Network(name="segformer", frozen_batch_norm=True), ("network.frozen_batch_norm", "deeplab-v2", "segformer")),
+        (Network(name="segformer", auxiliary=True), ("network.auxiliary", "deeplab-v2", "segformer")),
+        (Network(name="small", init="x"), ("network.init", "deeplab-v2", "segformer", "x", "small")),
+        (Network(config="x"), ("network.config", "segformer", "network.init", "x", "small", "none")),
+        (Network(name="segformer", config="x", init="y"), ("network.config", "network.init", "x", "y")),
     ],
 )
-def test_bad_settings(network, message):
-    with pytest.raises(InputError, match=message):
+def test_bad_settings(network, words):
+    with refuses(InputError, *words):
         check(dataclasses.replace(tiny("none"), network=network))
 
 

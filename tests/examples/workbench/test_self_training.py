@@ -292,13 +292,13 @@ def test_soft_pooling_works_without_mixing(tmp_path):
 
 @pytest.mark.slow
 def test_each_part_can_stand_alone(tmp_path):
-    """Without weights there are no adversaries and no self-training: what is left is `joint` and its running mean."""
+    """Without weights there is no discriminator and no self-training: what is left is `joint` and its running mean."""
     none = {"rare_classes": False, "weight": 0.0}
-    adversaries = {
+    without = {
         name: dataclasses.replace(getattr(TINY, name), weight=0.0)
         for name in ("global_adversary", "semantic_adversary")
     }
-    run(tmp_path / "plus", **none, **adversaries)
+    run(tmp_path / "plus", **none, **without)
     train(dataclasses.replace(TINY, method="joint"), tmp_path / "joint")
     plus, joint = final_weights(tmp_path / "plus"), final_weights(tmp_path / "joint")
     assert plus.keys() == joint.keys() | {"teacher"}

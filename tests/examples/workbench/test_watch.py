@@ -34,7 +34,7 @@ TINY = Settings(
 )
 
 
-def with_adversaries(settings=TINY, **changes):
+def with_discriminators(settings=TINY, **changes):
     """Without a wait and a rise of the weights, which would leave too little of twenty steps."""
     changes = {"start": 0.0, "ramp": 0.0} | changes
     return dataclasses.replace(
@@ -50,7 +50,7 @@ def told(out):
 
 
 def test_a_discriminator_that_does_not_learn_is_at_chance(tmp_path, capsys):
-    train(with_adversaries(learning_rate=1e-12), tmp_path)
+    train(with_discriminators(learning_rate=1e-12), tmp_path)
     shown = capsys.readouterr().err
     for name in ("global", "semantic"):
         row = told(tmp_path)[f"{name} chance"]
@@ -61,8 +61,8 @@ def test_a_discriminator_that_does_not_learn_is_at_chance(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_weight_too_high_dominates_and_one_too_low_is_silent(tmp_path):
-    train(with_adversaries(weight=1000.0), tmp_path / "high")
-    train(with_adversaries(weight=1e-7), tmp_path / "low")
+    train(with_discriminators(weight=1000.0), tmp_path / "high")
+    train(with_discriminators(weight=1e-7), tmp_path / "low")
     high, low = told(tmp_path / "high"), told(tmp_path / "low")
     for name in ("global", "semantic"):
         assert high[f"{name} dominates"]["warning"].endswith(f"lower {name}_adversary.weight (now 1000)")
@@ -76,7 +76,7 @@ def test_a_discriminator_that_is_far_ahead_is_certain(tmp_path):
     scenes = SceneSettings(source=2, target=2, validation=1, test=1, severity=Severity(1, 1, 1, 1, 1, 1))
     data = dataclasses.replace(TINY.data, scenes=scenes, augmentation=Augmentation((1.0, 1.0), 0.0, 0.0))
     settings = dataclasses.replace(TINY, method="semantic", steps=24, data=data)
-    train(with_adversaries(settings, learning_rate=3e-3, weight=1e-3), tmp_path)
+    train(with_discriminators(settings, learning_rate=3e-3, weight=1e-3), tmp_path)
     (row,) = told(tmp_path).values()
     assert row["kind"] == "semantic certain"
     assert "lower semantic_adversary.learning_rate (now 0.003)" in row["warning"]
@@ -84,7 +84,7 @@ def test_a_discriminator_that_is_far_ahead_is_certain(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_adversary_that_sees_no_class_is_idle(tmp_path):
+def test_a_discriminator_that_sees_no_class_is_idle(tmp_path):
     rng = np.random.default_rng(0)
     for domain, ids in (("source", (0, 1)), ("target", (255,))):
         for kind in ("images", "labels"):
@@ -98,7 +98,7 @@ def test_an_adversary_that_sees_no_class_is_idle(tmp_path):
     source, target = (Folder(f"{domain}/images", f"{domain}/labels") for domain in ("source", "target"))
     data = Data(classes=["a", "b"], size=(32, 32), source=source, target=target, validation=source, test=source)
     settings = dataclasses.replace(TINY, method="semantic", data=data)
-    train(with_adversaries(settings), tmp_path / "run", data_root=tmp_path)
+    train(with_discriminators(settings), tmp_path / "run", data_root=tmp_path)
     (row,) = told(tmp_path / "run").values()
     assert row["kind"] == "semantic idle"
     assert "look at the labels (--check) and at data.classes" in row["warning"]
@@ -106,7 +106,7 @@ def test_an_adversary_that_sees_no_class_is_idle(tmp_path):
 
 @pytest.mark.slow
 def test_a_resumed_run_warns_of_a_kind_no_second_time(tmp_path, capsys, monkeypatch):
-    settings = dataclasses.replace(with_adversaries(weight=1000.0), method="semantic", steps=22, save_every=15)
+    settings = dataclasses.replace(with_discriminators(weight=1000.0), method="semantic", steps=22, save_every=15)
     train(settings, tmp_path / "whole")
     whole = told(tmp_path / "whole")
     assert whole["semantic dominates"]["step"] == 19
@@ -137,14 +137,14 @@ def test_a_resumed_run_warns_of_a_kind_no_second_time(tmp_path, capsys, monkeypa
 
 
 def rows(count=20, *, first=0, **changed):
-    """Of a healthy semantic adversary, each figure as said."""
+    """Of a healthy semantic discriminator, each figure as said."""
     healthy = {"weight/semantic": 0.01, "gradient/semantic": 0.02, "gradient/segmentation": 0.4}
     healthy |= {"accuracy/semantic_source": 0.8, "accuracy/semantic_target": 0.7}
     changed = {name.replace("__", "/"): value for name, value in changed.items()}
     return [{"step": first + step, **healthy, **changed} for step in range(count)]
 
 
-SEMANTIC = dataclasses.replace(with_adversaries(), method="semantic")
+SEMANTIC = dataclasses.replace(with_discriminators(), method="semantic")
 
 
 @pytest.mark.parametrize(
@@ -184,10 +184,10 @@ def test_what_is_over_or_short_is_not_warned_of():
     assert not findings(some, SEMANTIC)
 
 
-def test_a_wasserstein_critics_sign_is_not_judged():
-    adversary = dataclasses.replace(SEMANTIC.semantic_adversary, objective="wasserstein")
+def test_the_sign_of_wasserstein_logits_is_not_judged():
+    how = dataclasses.replace(SEMANTIC.semantic_adversary, objective="wasserstein")
     wrong = rows(accuracy__semantic_source=1.0, accuracy__semantic_target=1.0)
-    assert not findings(wrong, dataclasses.replace(SEMANTIC, semantic_adversary=adversary))
+    assert not findings(wrong, dataclasses.replace(SEMANTIC, semantic_adversary=how))
 
 
 def test_the_window_is_a_tenth_of_the_run_and_ten_rows_at_least():
@@ -202,8 +202,8 @@ def test_the_window_is_a_tenth_of_the_run_and_ten_rows_at_least():
 def test_the_auxiliary_term_is_judged_by_its_own_gradient_and_weight():
     network = Network(name="deeplab-v2", auxiliary=True)
     settings = dataclasses.replace(SEMANTIC, network=network)
-    adversary = dataclasses.replace(settings.global_adversary, weight=0.0, auxiliary_weight=0.25)
-    settings = dataclasses.replace(settings, method="global", global_adversary=adversary)
+    how = dataclasses.replace(settings.global_adversary, weight=0.0, auxiliary_weight=0.25)
+    settings = dataclasses.replace(settings, method="global", global_adversary=how)
     of_it = {"weight/auxiliary": 0.25, "gradient/auxiliary": 3.0, "gradient/auxiliary_segmentation": 1.0}
     found = findings([row | of_it | {"gradient/segmentation": 100.0} for row in rows()], settings)
     assert found.keys() == {"auxiliary dominates"}
