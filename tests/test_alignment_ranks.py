@@ -452,7 +452,7 @@ def marked(name):
     return pytest.param(name, marks=marks)
 
 
-@pytest.mark.parametrize("name", map(marked, CASES))
+@pytest.mark.parametrize("name", [marked(name) for name in CASES])
 class TestTwoRanks:
     def test_three_steps_are_those_of_one_process(self, name, ranks):
         case = CASES[name]
@@ -476,7 +476,7 @@ class TestTwoRanks:
             assert not any(gradient.any() for step in expected for gradient in step)
 
 
-@pytest.mark.parametrize("name", map(marked, ["per image, come and go", "per batch, come and go"]))
+@pytest.mark.parametrize("name", [marked(f"{module}, come and go") for module in ("per image", "per batch")])
 def test_seen_is_the_union_over_ranks(name, ranks):
     """Class 3 is in the second rank's target at first, and in the first rank's source after that."""
     for found in (every[name] for every in ranks):
