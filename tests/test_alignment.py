@@ -258,9 +258,9 @@ def test_options_reach_the_pooling(options):
 def test_seen_is_kept_in_training_with_gradients_alone():
     align, (_, labels) = semantic(), domain(0)
     with torch.no_grad():
-        quiet = [align(features(1), labels, features(2), labels)]
+        quiet = [align(features(1), labels, features(2).detach(), labels)]
     with torch.inference_mode():
-        quiet.append(align(features(1), labels, features(2), labels))
+        quiet.append(align(features(1), labels, features(2).detach(), labels))
     align.eval()
     quiet.append(align(features(1), labels, features(2).detach(), labels))
     assert not align.seen.any()
@@ -366,6 +366,7 @@ def test_inputs_of_any_precision(dtype):
     align, maps = semantic(), [features(seed).detach().to(dtype).requires_grad_() for seed in (1, 2)]
     losses = align(maps[0], labels, maps[1], labels)
     assert losses.confusion.dtype == losses.discriminator.dtype == torch.float32
+    assert all(figure.dtype == torch.float32 for figure in losses.figures.values())
     losses.confusion.backward()
     assert maps[1].grad.dtype == dtype
     align, maps = spatial(), [torch.randn(1, K, 8, 8, dtype=dtype, requires_grad=True) for _ in range(2)]

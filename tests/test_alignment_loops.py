@@ -97,11 +97,12 @@ def apart(found, expected):
 
 
 def holds(loop, tolerance=0.0, **options):
-    """A tolerance of 0 says: the same operations on the same numbers."""
+    """The loop equals the plain one. A tolerance of 0 says: the same operations on the same numbers."""
     for on in (True, False):
         found, expected = trained(loop, on), trained(plain, on, **options)
         assert max(apart(found, expected)) <= tolerance
         assert torch.equal(found[1].seen, expected[1].seen)
+    # Without the call both modules are elsewhere, farther than any tolerance.
     assert min(apart(found, trained(plain, **options))) > 0.5
 
 
