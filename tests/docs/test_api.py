@@ -114,6 +114,18 @@ for module, name in NAMES:
 CLASSES = [(module, name) for module, name in NAMES if isinstance(top(module)[name][1], ast.ClassDef)]
 
 
+TEXTS = [path for where in ("src/semshift/*.py", "docs/*.md", "docs/*/*.py") for path in sorted(ROOT.glob(where))]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_names_are_written_without_their_module(path):
+    """`semshift.class_sums`, not `semshift.pooling.class_sums`; inside the package modules import from modules."""
+    modules, names = "|".join(MODULES), "|".join(semshift.__all__)
+    assert not re.search(rf"(?:`|semshift\.)(?:{modules})\.(?:{names})\b", path.read_text())
+    if path.parent.name != "semshift":
+        assert not re.search(rf"from semshift\.(?:{modules}) import", path.read_text())
+
+
 def test_every_public_name_is_of_one_module():
     assert sorted(name for _, name in NAMES) == sorted(semshift.__all__)
 
