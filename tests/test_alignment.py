@@ -402,8 +402,11 @@ def test_compare_takes_sums_of_either_shape():
         sums = [semshift.class_sums(features(seed), labels, K, per_image=per_image) for seed in (1, 2)]
         assert equal(align.compare(*sums)[:2], align(features(1), labels, features(2), labels)[:2])
     # A bank's rows against one batch's images.
-    pooled = semshift.class_sums(features(1), labels, K)
+    maps = features(1)
+    pooled = semshift.class_sums(maps, labels, K)
     mixed = align.compare(pooled, sums[1])
+    sum(mixed[:2]).backward()
+    assert maps.grad is None
     expected = semshift.discriminator_loss(align.discriminator(pooled.means), align.discriminator(sums[1].means))
     torch.testing.assert_close(mixed.discriminator, expected, rtol=10 * EPS32, atol=0)
 
