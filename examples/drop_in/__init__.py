@@ -1,4 +1,4 @@
-"""Other people's loops, each with semantic-level alignment added in at most ten lines, and each a program that runs.
+"""Other people's loops, each with semantic-level alignment added in at most six lines, and each a program that runs.
 
-Lines that end in `# +` are added; `# check` marks what shows that they work.
+Lines that end in `# +` are added; `# check` marks the line that logs what they do.
 """

@@ -1,8 +1,8 @@
 """Features by a forward hook, for models that one may not edit, with semantic-level alignment added.
 
 Stand-ins with the module structure of torchvision, segmentation-models-pytorch and mmsegmentation; `LAYER` names the
-layer in each. The gradient is turned round at the target's prototypes, so one backward and one optimiser serve both
-players. Lines that end in `# +` are added, `# check` watches them.
+layer in each. One backward and one optimiser serve the segmenter and the discriminator. Lines that end in `# +` are
+added, `# check` logs what they do.
 """
 
 from typing import Any
@@ -25,7 +25,6 @@ LAYER = {
 def load(domain: str, count: int = 4) -> tuple[Tensor, Tensor]:
     """Blocks of colours `[B, 3, 32, 48]` with labels `[B, 32, 48]`; the target's colours are mixed."""
     labels = torch.randint(0, CLASSES, (count, 4, 6)).repeat_interleave(8, 1).repeat_interleave(8, 2)
-    semshift.labels.check_labels(labels, CLASSES)  # +
     images = COLOURS[labels].movedim(-1, 1) + 0.2 * torch.randn(count, 3, 32, 48)
     return (images if domain == "source" else 0.6 * images.roll(1, 1) + 0.4 * images), labels
 
@@ -98,34 +97,29 @@ def cross_entropy(output: Any, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.interpolate(logits, labels.shape[-2:]), labels)
 
 
-def train(steps: int = 100, library: str = "torchvision") -> tuple[nn.Module, list[tuple[float, float, float]]]:
-    """Train; returns the network, and step by step the critic's accuracy on both domains and their distance."""
+def train(steps: int = 100, library: str = "torchvision") -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """Train; returns the network and the alignment's figures at every step."""
     torch.manual_seed(0)
-    log: list[tuple[float, float, float]] = []
+    log: list[dict[str, Tensor]] = []
     labelled = [load("target") for _ in range(2)]
     model: Any = MODELS[library]()
     optimiser = torch.optim.AdamW(model.parameters(), 5e-4)
     layer = model.get_submodule(LAYER[library])
-    layer.register_forward_hook(lambda module, inputs, output: setattr(model, "seen", output))  # +
-    critic = semshift.discriminators.PrototypeDiscriminator(CHANNELS, CLASSES)  # +
-    optimiser.add_param_group({"params": critic.parameters(), "lr": 3e-3})  # +
+    layer.register_forward_hook(lambda m, _, out: setattr(m, "last_two", [*getattr(m, "last_two", []), out][-2:]))  # +
+    align = semshift.SemanticAlignment(CHANNELS, CLASSES)  # +
+    optimiser.add_param_group({"params": align.parameters(), "lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0})  # +
     for step in range(steps):
-        images, labels = load("source")
-        loss = cross_entropy(model(images), labels)
-        source = semshift.pooling.class_sums(model.seen, labels, CLASSES, resample="bilinear")  # +
-        images, labels = labelled[step % len(labelled)]
-        loss = loss + cross_entropy(model(images), labels)
-        target = semshift.pooling.class_sums(model.seen, labels, CLASSES, resample="bilinear")  # +
-        both = source.present & target.present  # +
-        logits = critic(source.means.detach()), critic(semshift.losses.reverse_gradient(target.means, scale=1.0))  # +
-        loss = loss + semshift.losses.discriminator_loss(*logits, source_weight=both, target_weight=both)  # +
+        images_s, labels_s = load("source")
+        loss = cross_entropy(model(images_s), labels_s)
+        images_t, labels_t = labelled[step % len(labelled)]
+        loss = loss + cross_entropy(model(images_t), labels_t)
+        losses = align(layer.last_two[0], labels_s, layer.last_two[1], labels_t)  # +
+        loss = loss + 1.0 * losses.confusion + losses.discriminator  # +
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
 
-        accuracy = semshift.health.domain_accuracy(*logits, source_weight=both, target_weight=both)  # check
-        distance = semshift.health.prototype_distance(source.means, target.means, weight=both).nanmean()  # check
-        log.append((accuracy.source.item(), accuracy.target.item(), distance.item()))  # check
+        log.append(losses.figures)  # check
     return model, log
 
 
@@ -136,11 +130,12 @@ def features(model: Any, images: Tensor) -> Tensor:
     return result
 
 
-def report(log: list[tuple[float, float, float]]) -> None:
+def report(log: list[dict[str, Tensor]]) -> None:
     """Means over twenty steps."""
     for step in range(0, len(log), 20):
-        right_s, right_t, apart = torch.tensor(log[step : step + 20]).nanmean(0).tolist()
-        print(f"steps {step:2} on: critic right on {right_s:.2f} of source, {right_t:.2f} of target; {apart:.2f} apart")
+        rows = log[step : step + 20]
+        means = {name: torch.stack([row[name] for row in rows]).nanmean().item() for name in rows[0]}
+        print(f"steps {step:2} on: " + ", ".join(f"{name} {mean:.2f}" for name, mean in means.items()))
 
 
 if __name__ == "__main__":

@@ -11,20 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import (
-    ConcatDataset,  # +
-    DataLoader,
-    Dataset,
-)
+from torch.utils import data
 
 import semshift  # +
 
 CLASSES = 4
 COLOURS = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
+SIZES = {"source": 100, "labelled": 8, "unlabelled": 50}
 PER_BATCH = {"source": 2, "labelled": 1, "unlabelled": 2}
 
 
-class Blocks(Dataset[dict[str, Any]]):
+class Blocks(data.Dataset[dict[str, Any]]):
     """Images of coloured blocks and labels, as from a folder; an image is drawn from its number."""
 
     def __init__(self, domain: str, count: int) -> None:
@@ -38,7 +35,6 @@ class Blocks(Dataset[dict[str, Any]]):
         generator = torch.Generator().manual_seed(index)
         labels = torch.randint(0, CLASSES, (4, 6), generator=generator)
         labels = labels.repeat_interleave(8, 0).repeat_interleave(8, 1)
-        semshift.labels.check_labels(labels, CLASSES)  # +
         image = COLOURS[labels].movedim(-1, 0) + 0.2 * torch.randn(3, 32, 48, generator=generator)
         if self.domain != "source":
             image = 0.6 * image.roll(1, 0) + 0.4 * image
@@ -48,19 +44,14 @@ class Blocks(Dataset[dict[str, Any]]):
 
 def batches(step: int, steps: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Batches `{domain: its images}` from `step` on, by a pool of two processes."""
-    domains = {
-        "source": Blocks("source", 100),
-        "labelled": Blocks("labelled", 8),
-        "unlabelled": Blocks("unlabelled", 50),
-    }
-    # - loaders = [DataLoader(d, PER_BATCH[n], shuffle=True, drop_last=True, num_workers=2) for n, d in domains.items()]
+    domains = {name: Blocks(name, size) for name, size in SIZES.items()}
+    # - loaders = [data.DataLoader(d, PER_BATCH[n], shuffle=True, num_workers=2) for n, d in domains.items()]
     # - parts = zip(*(itertools.chain.from_iterable(itertools.repeat(loader)) for loader in loaders))
     # - return (dict(zip(domains, part)) for part in itertools.islice(parts, steps - step))
-    sizes = {name: len(domain) for name, domain in domains.items()}  # +
-    sampler = semshift.sampling.MixedBatchSampler(sizes, PER_BATCH, seed=seed, first_step=step, steps=steps - step)  # +
-    collate = functools.partial(semshift.sampling.collate_by_domain, per_batch=PER_BATCH)  # +
-    concatenated: ConcatDataset[Any] = ConcatDataset(domains.values())  # +
-    return iter(DataLoader(concatenated, batch_sampler=sampler, num_workers=2, collate_fn=collate))  # +
+    everything: data.ConcatDataset[Any] = data.ConcatDataset(domains.values())  # +
+    sampler = semshift.MixedBatchSampler(SIZES, PER_BATCH, seed=seed, first_step=step, steps=steps - step)  # +
+    collate = functools.partial(semshift.collate_by_domain, per_batch=PER_BATCH)  # +
+    return iter(data.DataLoader(everything, batch_sampler=sampler, num_workers=2, collate_fn=collate))  # +
 
 
 def train(steps: int = 100, checkpoint: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -68,7 +59,7 @@ def train(steps: int = 100, checkpoint: dict[str, Any] | None = None) -> tuple[d
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, CLASSES, 1))
     optimiser = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    seen = {"source": torch.zeros(100), "labelled": torch.zeros(8), "unlabelled": torch.zeros(50)}
+    seen = {name: torch.zeros(size) for name, size in SIZES.items()}
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimiser.load_state_dict(checkpoint["optimiser"])
@@ -93,4 +84,4 @@ if __name__ == "__main__":
     for domain, times in seen.items():
         print(f"{domain}: each image was seen {int(times.min())} to {int(times.max())} times")
     same = all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])
-    print(f"resumed at step 60, the weights are {'the same' if same else 'others'}")
+    print(f"resumed at step 60, the weights are {'the same' if same else 'different'}")

@@ -1,8 +1,9 @@
 """AdaptSegNet's structure in a single pass with gradient reversal, with semantic-level alignment added.
 
 As in `adaptsegnet.py`, but nothing is frozen and nothing is detached: one loss, one backward, and the gradient turns
-round between the segmenter and its discriminators (Ganin and Lempitsky 2015, arXiv 1409.7495). Lines that end in `# +`
-are added, `# check` watches them.
+round between the segmenter and its discriminators (Ganin and Lempitsky 2015, arXiv 1409.7495). The alignment needs no
+reversal: its two losses share no gradient, so the same backward serves both. Lines that end in `# +`
+are added, `# check` logs what they do.
 """
 
 from typing import Any
@@ -20,7 +21,6 @@ COLOURS = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0,
 def load(domain: str, count: int = 1) -> tuple[Tensor, Tensor]:
     """Blocks of colours `[B, 3, 32, 48]` with labels `[B, 32, 48]`; the target's colours are mixed."""
     labels = torch.randint(0, CLASSES, (count, 4, 6)).repeat_interleave(8, 1).repeat_interleave(8, 2)
-    semshift.labels.check_labels(labels, CLASSES)  # +
     images = COLOURS[labels].movedim(-1, 1) + 0.2 * torch.randn(count, 3, 32, 48)
     return (images if domain == "source" else 0.6 * images.roll(1, 1) + 0.4 * images), labels
 
@@ -43,7 +43,7 @@ class Segmenter(nn.Module):
 
 
 class Reverse(torch.autograd.Function):
-    """The loop's own reversal; `semshift.losses.reverse_gradient` is the same."""
+    """The loop's own reversal; `semshift.reverse_gradient` is the same."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, scale: float) -> Tensor:
@@ -69,16 +69,17 @@ def bce(logits: Tensor, label: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
 
 
-def train(steps: int = 100) -> tuple[nn.Module, list[tuple[float, float, float]]]:
-    """Train; returns the network, and step by step the critic's accuracy on both domains and their distance."""
+def train(steps: int = 100) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """Train; returns the network and the alignment's figures at every step."""
     torch.manual_seed(0)
-    log: list[tuple[float, float, float]] = []
+    log: list[dict[str, Tensor]] = []
     labelled = [load("target") for _ in range(8)]
     model = Segmenter()
-    critics = nn.ModuleDict({"auxiliary": discriminator(), "main": discriminator()})
-    critics["semantic"] = semshift.discriminators.PrototypeDiscriminator(CHANNELS, CLASSES)  # +
+    discriminators = nn.ModuleDict({"auxiliary": discriminator(), "main": discriminator()})
     optimiser = torch.optim.SGD(model.parameters(), 0.005, momentum=0.9, weight_decay=5e-4)
-    critic_optimiser = torch.optim.Adam(critics.parameters(), 3e-3, betas=(0.9, 0.99))
+    discriminator_optimiser = torch.optim.Adam(discriminators.parameters(), 3e-3, betas=(0.9, 0.99))
+    align = semshift.SemanticAlignment(CHANNELS, CLASSES)  # +
+    discriminator_optimiser.add_param_group({"params": align.parameters(), "lr": 3e-3})  # +
     for step in range(steps):
         (images_s, labels_s), (images_l, labels_l), (images_u, _) = (
             load("source"),
@@ -90,29 +91,23 @@ def train(steps: int = 100) -> tuple[nn.Module, list[tuple[float, float, float]]
         *maps_u, _ = model(images_u)
         loss = torch.zeros(())
         for name, share, reversal, map_s, map_l, map_u in zip(
-            critics, (0.1, 1.0), (0.0002, 0.001), maps_s, maps_l, maps_u
+            discriminators, (0.1, 1.0), (0.0002, 0.001), maps_s, maps_l, maps_u
         ):
             loss = loss + share * (F.cross_entropy(map_s, labels_s) + F.cross_entropy(map_l, labels_l))
             for output, label in ((map_s, 1.0), (map_u, 0.0)):
                 reversed_output = Reverse.apply(output.softmax(1), reversal)
-                loss = loss + bce(critics[name](reversed_output), label) / 2
+                loss = loss + bce(discriminators[name](reversed_output), label) / 2
 
-        source = semshift.pooling.class_sums(features_s, labels_s, CLASSES, resample="bilinear")  # +
-        target = semshift.pooling.class_sums(features_l, labels_l, CLASSES, resample="bilinear")  # +
-        both = source.present & target.present  # +
-        turned = semshift.losses.reverse_gradient(target.means, scale=0.3)  # +
-        logits = critics["semantic"](source.means.detach()), critics["semantic"](turned)  # +
-        loss += semshift.losses.discriminator_loss(*logits, source_weight=both, target_weight=both)  # +
+        losses = align(features_s, labels_s, features_l, labels_l)  # +
+        loss = loss + 0.3 * losses.confusion + losses.discriminator  # +
         optimiser.zero_grad()
-        critic_optimiser.zero_grad()
+        discriminator_optimiser.zero_grad()
         loss.backward()
-        for player, rate in ((optimiser, 0.005), (critic_optimiser, 3e-3)):
+        for player, rate in ((optimiser, 0.005), (discriminator_optimiser, 3e-3)):
             player.param_groups[0]["lr"] = rate * (1 - step / steps) ** 0.9
             player.step()
 
-        accuracy = semshift.health.domain_accuracy(*logits, source_weight=both, target_weight=both)  # check
-        distance = semshift.health.prototype_distance(source.means, target.means, weight=both).nanmean()  # check
-        log.append((accuracy.source.item(), accuracy.target.item(), distance.item()))  # check
+        log.append(losses.figures)  # check
     return model, log
 
 
@@ -122,8 +117,13 @@ def features(model: Any, images: Tensor) -> Tensor:
     return result
 
 
-if __name__ == "__main__":
-    _, log = train()
+def report(log: list[dict[str, Tensor]]) -> None:
+    """Means over twenty steps."""
     for step in range(0, len(log), 20):
-        right_s, right_t, apart = torch.tensor(log[step : step + 20]).nanmean(0).tolist()
-        print(f"steps {step:2} on: critic right on {right_s:.2f} of source, {right_t:.2f} of target; {apart:.2f} apart")
+        rows = log[step : step + 20]
+        means = {name: torch.stack([row[name] for row in rows]).nanmean().item() for name in rows[0]}
+        print(f"steps {step:2} on: " + ", ".join(f"{name} {mean:.2f}" for name, mean in means.items()))
+
+
+if __name__ == "__main__":
+    report(train()[1])
