@@ -45,9 +45,12 @@ class AlignmentLosses(NamedTuple):
     """
 
     confusion: Tensor
-    """Adversarial loss for the segmenter: a float32 scalar with a gradient at the target features alone. Weigh it."""
+    """Adversarial loss for the segmenter: a scalar with a gradient at the target features alone. Weigh it."""
     discriminator: Tensor
-    """Adversarial loss for the discriminator: a float32 scalar with a gradient at its parameters alone."""
+    """Adversarial loss for the discriminator: a scalar with a gradient at its parameters alone.
+
+    Both losses are float32, or float64 where the module was made so.
+    """
     figures: dict[str, Tensor]
     """Detached float32 scalars to log, under the same keys at every step; nan where there is nothing to compare."""
 
