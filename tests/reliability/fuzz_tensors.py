@@ -21,6 +21,7 @@ WEIRD: list[Any] = [None, True, 1.5, "3", (), [2], torch.tensor(3), torch.tensor
 COUNTS = st.integers(1, 6) | st.sampled_from([-(2**70), -1, 0, 19, 255, 256, 300, *WEIRD])
 IGNORED = st.sampled_from([255, 255, None, -1, 0, 3, 254, 300, 2**40, 2**63, -(2**70), *WEIRD])
 FLAGS = st.booleans()
+BOOLS = st.sampled_from([True, False] * 9 + WEIRD)
 
 
 def documented(call: Callable[[], Any], *errors: type[Exception]) -> Any:
@@ -77,8 +78,8 @@ def fuzz_class_sums(data: st.DataObject) -> None:
             optional={
                 "ignore_index": IGNORED,
                 "resample": st.sampled_from([None, "nearest", "majority", "area", "bilinear", "bicubic", 3]),
-                "align_corners": FLAGS,
-                "per_image": FLAGS,
+                "align_corners": BOOLS,
+                "per_image": BOOLS,
             },
         )
     )
@@ -108,7 +109,7 @@ def fuzz_class_sums(data: st.DataObject) -> None:
 
 
 SIZES = st.tuples(EXTENTS, EXTENTS) | st.sampled_from(
-    [(), (3,), (1, 2, 3), (-1, 2), (2.0, 2), (True, 2), ("2", 2), None, 3, [2, 3], torch.Size([2, 2])]
+    [(), (3,), (1, 2, 3), (-1, 2), (2.0, 2), (True, 2), ("2", 2), (np.int64(2), 3), None, 3, [2, 3], torch.Size([2, 2])]
 )
 
 
@@ -117,22 +118,23 @@ def fuzz_resize_labels(data: st.DataObject) -> None:
     draw = data.draw
     labels = draw(label_maps(draw(st.tuples(EXTENTS, EXTENTS, EXTENTS) | SHAPES)))
     arguments: dict[str, Any] = {
-        "mode": draw(st.sampled_from(["nearest", "majority", "majority", "bilinear", None])),
-        "num_classes": draw(COUNTS),
+        "resample": draw(st.sampled_from(["nearest", "majority", "majority", "bilinear", None]))
     }
     if draw(FLAGS):
         arguments["ignore_index"] = draw(IGNORED)
     if draw(FLAGS):
         arguments["min_share"] = draw(st.floats(-0.5, 1.5) | st.sampled_from([float("nan"), 1, None, "0.5"]))
-    size = draw(SIZES)
+    size, num_classes = draw(SIZES), draw(COUNTS)
     given_labels = draw(st.sampled_from([labels] * 9 + WEIRD[:4]))
-    result = documented(lambda: semshift.resize_labels(given_labels, size, **arguments), TypeError, ValueError)
+    result = documented(
+        lambda: semshift.resize_labels(given_labels, size, num_classes, **arguments), TypeError, ValueError
+    )
     if result is None:
         return
     assert result.shape == (labels.shape[0], *size)
     assert result.dtype == labels.dtype
     wide = result.long()
-    inside = (wide >= 0) & (wide < arguments["num_classes"])
+    inside = (wide >= 0) & (wide < num_classes)
     ignore_index = arguments.get("ignore_index", 255)
     assert (inside if ignore_index is None else inside | (wide == ignore_index)).all()
 
@@ -141,11 +143,11 @@ def fuzz_class_shares(data: st.DataObject) -> None:
     """`class_shares`."""
     draw = data.draw
     labels = draw(label_maps(draw(st.tuples(EXTENTS, EXTENTS, EXTENTS) | SHAPES)))
-    arguments: dict[str, Any] = {"mode": draw(st.sampled_from(["area", "bilinear", "bilinear", "nearest", None]))}
+    arguments: dict[str, Any] = {"resample": draw(st.sampled_from(["area", "bilinear", "bilinear", "nearest", None]))}
     if draw(FLAGS):
         arguments["ignore_index"] = draw(IGNORED)
     if draw(FLAGS):
-        arguments["align_corners"] = draw(FLAGS)
+        arguments["align_corners"] = draw(BOOLS)
     size, num_classes = draw(SIZES), draw(COUNTS)
     given_labels = draw(st.sampled_from([labels] * 9 + WEIRD[:4]))
     result = documented(
@@ -160,5 +162,5 @@ def fuzz_class_shares(data: st.DataObject) -> None:
         return
     total = result.double().sum((1, 2, 3))
     # Shares of cells, or pixels: no more than there are.
-    most = size[0] * size[1] if arguments["mode"] == "area" else labels.shape[1] * labels.shape[2]
+    most = size[0] * size[1] if arguments["resample"] == "area" else labels.shape[1] * labels.shape[2]
     assert (total <= most * (1 + 2**-20)).all()

@@ -9,6 +9,7 @@ import torch
 from examples.workbench import checkpoints, runs
 from examples.workbench.data import InputError
 from examples.workbench.faults import MachineError
+from tests.errors import mentions, refuses
 from tests.reliability.tiny import equal, rows, same_run, state, steps
 
 # Libraries under the trainer warn of things that are not ours to mend.
@@ -69,7 +70,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(tmp_path, capsy
     newest.write_bytes(newest.read_bytes()[:-1])
     checkpoints.set_aside_damaged(tmp_path)
     progress = checkpoints.load_checkpoint(tmp_path, networks, {}, {})
-    assert capsys.readouterr().err == f"{newest} is damaged, and passed over for the one before it\n"
+    mentions(capsys.readouterr().err, newest, "damaged")
     assert (progress.step, progress.resumed_from) == (1, (1,))
     assert equal(dict(networks["segmenter"].state_dict()), before)
     # Out of the way, so that it counts for none of the three that are kept, but not thrown away.
@@ -109,7 +110,7 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
     path.write_text("before")
     # A temporary name that leads to a disk without room.
     (tmp_path / ".file.tmp").symlink_to("/dev/full")
-    with pytest.raises(MachineError, match=r"^expected .*/file to be written, got: No space left on device$"):
+    with refuses(MachineError, path, "No space left on device"):
         checkpoints.write_whole(path, lambda to: to.write_text("after"))
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "before")]
 
@@ -118,8 +119,8 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path):
     save(tmp_path, 1)
     network = torch.nn.Linear(3, 2)
     network.weight.data[0, 1] = torch.inf
-    with pytest.raises(InputError, match=r"^expected finite weights, got others in weight of the critic after step 1:"):
-        save(tmp_path, 2, {"critic": network})
+    with refuses(InputError, "finite", "weight of the discriminator", "step 1"):
+        save(tmp_path, 2, {"discriminator": network})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001.pt"]
 
 
@@ -133,7 +134,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, capsys):
     path.parent.mkdir()
     checkpoints._save(path, {"stateful": Code()})
     for read in (checkpoints.load_weights, lambda path: checkpoints.load_checkpoint(tmp_path, {}, {}, {})):
-        with pytest.raises(InputError, match=r"expected .* to be a checkpoint without code, got a file that does not"):
+        with refuses(InputError, path, "code"):
             read(path)
     torch.load(path, weights_only=False)
     # Once, by the line above.
@@ -141,19 +142,19 @@ def test_a_checkpoint_runs_no_code(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("contents", "message"),
+    ("contents", "words"),
     [
-        ({}, "expected .* to be a checkpoint of this run, got one that does not fit: KeyError 'run'"),
-        ([1], "expected .* to be a checkpoint of this run, got one that does not fit: TypeError list indices"),
-        ({"run": {}, "stateful": 3}, "got one that does not fit: TypeError 'int' object is not subscriptable"),
-        ({"run": {}, "stateful": {"segmenter": {"a": 1}}}, r"expected weight in .* of shape \[2, 3\], .* got none"),
+        ({}, ("KeyError 'run'",)),
+        ([1], ("TypeError list indices",)),
+        ({"run": {}, "stateful": 3}, ("TypeError 'int' object is not subscriptable",)),
+        ({"run": {}, "stateful": {"segmenter": {"a": 1}}}, ("weight", [2, 3], "none")),
     ],
 )
-def test_other_contents_are_refused(contents, message, tmp_path):
+def test_other_contents_are_refused(contents, words, tmp_path):
     path = tmp_path / "checkpoints/step-00000001.pt"
     path.parent.mkdir()
     checkpoints._save(path, contents)
-    with pytest.raises(InputError, match=message):
+    with refuses(InputError, path, *words):
         checkpoints.load_checkpoint(tmp_path, {"segmenter": torch.nn.Linear(3, 2)}, {}, {})
 
 
@@ -255,5 +256,5 @@ def test_the_best_is_evaluated_on_request(run, tmp_path, capsys):
     assert tables[0] == tables[1]
     (tmp_path / "run" / checkpoints.BEST).unlink()
     assert main(["evaluate", "--out", str(tmp_path / "run"), "--best"]) == 2
-    assert "expected a checkpoint, got no file" in capsys.readouterr().err
+    mentions(capsys.readouterr().err, "error", tmp_path / "run" / checkpoints.BEST)
     assert steps(tmp_path / "run") == 4

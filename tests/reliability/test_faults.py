@@ -20,6 +20,7 @@ from PIL import Image
 from examples.workbench import checkpoints, runs
 from examples.workbench import train as train_module
 from examples.workbench.__main__ import main
+from tests.errors import mentions
 from tests.reliability.tiny import TINY, end_all, kill_the_second_rank, rows, same_run, state, steps
 
 # Libraries under the trainer warn of things that are not ours to mend.
@@ -96,7 +97,7 @@ def test_full_disk_at_a_checkpoint(run, said, tmp_path, monkeypatch):
         assert run() == 3
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert said() == f"error: expected {out}/checkpoints/step-00000004.pt to be written, got: File too large"
+    mentions(said(), "error", out / "checkpoints/step-00000004.pt", "File too large")
     assert [path.name for path in (out / "checkpoints").iterdir() if path.name != "before.pt"] == ["step-00000002.pt"]
     assert state(out)["step"] == 2
 
@@ -108,7 +109,7 @@ def test_full_disk_at_a_row_of_the_log(run, said, tmp_path, monkeypatch):
 
     when(monkeypatch, 2, fill)
     assert run() == 3
-    assert said() == "error: No space left on device"
+    mentions(said(), "error", "No space left on device")
     assert state(tmp_path / "run")["step"] == 2
 
 
@@ -116,7 +117,7 @@ def test_full_disk_at_a_row_of_the_log(run, said, tmp_path, monkeypatch):
 def test_full_disk_at_the_end(out, run, said, whole, monkeypatch):
     (out / ".metrics.json.tmp").symlink_to("/dev/full")
     assert run("--resume") == 3
-    assert said() == f"error: expected {out}/metrics.json to be written, got: No space left on device"
+    mentions(said(), "error", out / "metrics.json", "No space left on device")
     assert run("--resume") == 0
     assert same_run(out, whole)
 
@@ -131,7 +132,7 @@ def test_a_poisoned_weight(run, said, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_module, "build_segmenter", poisoned)
     assert run() == 2
-    assert re.search(r"error: expected a finite loss, got nan at step 0: lower the learning rate", said())
+    mentions(said(), "error", "loss", "nan", "step 0", "learning rate")
 
 
 def test_a_loss_that_diverges(out, run, said, monkeypatch):
@@ -144,7 +145,9 @@ def test_a_loss_that_diverges(out, run, said, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "load_checkpoint", loaded)
     assert run("--resume") == 2
-    assert re.search(r"error: expected a finite loss, got (nan|inf) at step 4: lower the learning rate", said())
+    line = said()
+    mentions(line, "error", "loss", "step 4", "learning rate")
+    assert re.search(r"\b(nan|inf)\b", line)
     assert state(out)["step"] == 4
 
 
@@ -152,7 +155,7 @@ def test_weights_that_overflow(run, said, tmp_path):
     """After a loss that was finite: a checkpoint of them would take the place of a good one."""
     sgd = ("--optimiser.name", "sgd", "--optimiser.learning_rate", "3e38", "--optimiser.weight_decay", 1000)
     assert run(*sgd, "--save_every", 1) == 2
-    assert re.search(r"error: expected finite weights, got others in .* of the segmenter after step 0: lower", said())
+    mentions(said(), "error", "finite", "segmenter", "step 0", "learning rate")
     assert kept(tmp_path / "run") == []
 
 
@@ -163,13 +166,16 @@ def test_an_image_cut_short(folders, said, tmp_path, config):
         out = tmp_path / workers
         assert main(["train", *folders, "--out", str(out), "--data.workers", workers]) == 2
         line = said()
-        assert re.search(r"error: expected .*/source/images/\d\.png to be a whole image, got one that does not", line)
+        mentions(line, "error", "whole")
+        assert re.search(r"/source/images/\d\.png\b", line)
 
 
 def test_an_image_that_vanishes(folders, said, tmp_path, monkeypatch):
     when(monkeypatch, 2, lambda: shutil.rmtree(tmp_path / "data/target/images"))
     assert main(["train", *folders, "--out", str(tmp_path / "run")]) == 2
-    assert re.search(r"error: expected .*/target/images/\d\.png to be a whole image, .*No such file", said())
+    line = said()
+    mentions(line, "error", "No such file")
+    assert re.search(r"/target/images/\d\.png\b", line)
     assert state(tmp_path / "run")["step"] == 2
 
 
@@ -180,23 +186,25 @@ def test_an_image_that_never_comes(folders, said, tmp_path):
         os.mkfifo(image)
     options = ["--data.workers", "1", "--data.timeout", "2"]
     assert main(["train", *folders, "--out", str(tmp_path / "run"), *options]) == 3
-    assert said().endswith(
-        "error: DataLoader timed out after 2 seconds (data.workers loads images, data.timeout is how long one may take)"
-    )
+    mentions(said(), "error", "DataLoader", "2 seconds", "data.workers", "data.timeout")
 
 
 def test_a_label_out_of_range(folders, said, tmp_path):
     for mask in (tmp_path / "data/target/labels").iterdir():
         Image.new("L", (48, 40), 9).save(mask)
     assert main(["train", *folders, "--out", str(tmp_path / "run")]) == 2
-    assert re.search(r"error: .*/target/labels/\d\.png: expected labels in \[0, 3\) or ignore_index 255, got 9", said())
+    line = said()
+    mentions(line, "error", "[0, 3)", "ignore_index 255", "got 9")
+    assert re.search(r"/target/labels/\d\.png\b", line)
 
 
 def test_a_mask_of_another_size(folders, said, tmp_path):
     for mask in (tmp_path / "data/source/labels").iterdir():
         Image.new("L", (47, 40)).save(mask)
     assert main(["train", *folders, "--out", str(tmp_path / "run")]) == 2
-    assert re.search(r"error: expected .*\d\.png to have its image's size 48 x 40, got 47 x 40", said())
+    line = said()
+    mentions(line, "error", "48 x 40", "47 x 40")
+    assert re.search(r"/source/labels/\d\.png\b", line)
 
 
 @pytest.mark.slow
@@ -219,7 +227,7 @@ def test_no_memory(start, tmp_path):
     assert process.wait() == 3
     error = process.log.read_text()
     assert "Traceback" not in error
-    assert "error: out of memory, take fewer or smaller images a step: " in error
+    mentions(error.splitlines()[-1], "error", "out of memory", "fewer or smaller images")
 
 
 @pytest.mark.slow
@@ -229,8 +237,7 @@ def test_two_processes_on_one_run(start, tmp_path):
     first.until(lambda: checkpoints.begun(out))
     second = start("--steps", 100000, "--resume", log=tmp_path / "second.txt")
     assert second.wait() == 3
-    expected = f"error: expected one process to write to {out}, got a second while the first runs\n"
-    assert second.log.read_text() == expected
+    mentions(second.log.read_text(), "error", "one process", out)
     before = steps(out)
     first.until(lambda: steps(out) > before)
     # However it ends, the next may begin.
@@ -273,13 +280,13 @@ def test_a_rank_that_dies(config, tmp_path):
 
 def test_a_folder_that_holds_a_run(out, run, said):
     assert run() == 2
-    assert said() == f"error: expected --out to be a new folder, or --resume, got {out}, which holds a run"
+    mentions(said(), "error", "--out", "--resume", out)
 
 
 def test_a_file_in_the_folders_place(run, said, tmp_path):
     (tmp_path / "run").touch()
     assert run() == 2
-    assert said() == f"error: expected --out to be a folder, got the file {tmp_path}/run"
+    mentions(said(), "error", "--out", "file", tmp_path / "run")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, so that the folder is somebody else's")
@@ -294,29 +301,24 @@ def test_a_folder_that_cannot_be_written(out, run, said, config):
         os.seteuid(0)
         for path, mode in above.items():
             path.chmod(mode)
-    assert said() == f"error: expected --out to be a folder that can be written, got {out}: Permission denied"
+    mentions(said(), "error", "--out", out, "Permission denied")
 
 
 def test_other_settings(out, run, said):
     assert run("--resume", "--labelled", 3) == 2
-    assert said() == (
-        f"error: expected --resume with the settings of the run, got labelled 3 where {out}/settings.yaml has 2"
-    )
+    mentions(said(), "error", "--resume", "labelled 3", out / "settings.yaml", 2)
     # The copy for people may have been edited, too: the checkpoint knows better.
     written = yaml.safe_load((out / "settings.yaml").read_text())
     (out / "settings.yaml").write_text(yaml.safe_dump(written | {"labelled": 3}))
     assert run("--resume", "--labelled", 3) == 2
-    assert said().endswith(f"got labelled 3 where {out}/checkpoints/step-00000004.pt has 2")
+    mentions(said(), "labelled 3", out / "checkpoints/step-00000004.pt", 2)
 
 
 def test_another_version_of_the_trainer(out, run, said):
     written = yaml.safe_load((out / "settings.yaml").read_text())
     (out / "settings.yaml").write_text(yaml.safe_dump({k: v for k, v in written.items() if k != "precision"}))
     assert run("--resume") == 2
-    assert said() == (
-        "error: expected --resume with the version of the trainer that began the run, got precision, which "
-        f"{out}/settings.yaml lacks"
-    )
+    mentions(said(), "error", "--resume", "version", "precision", out / "settings.yaml")
 
 
 def test_other_images(folders, said, tmp_path, monkeypatch):
@@ -329,14 +331,14 @@ def test_other_images(folders, said, tmp_path, monkeypatch):
         shutil.copy(folder / "0.png", folder / "9.png")
     said()
     assert main([*arguments, "--resume"]) == 2
-    assert re.search(r"with the settings of the run, got images\.source 4 \(\w+\) where .* has 3 \(\w+\)$", said())
+    mentions(said(), "error", "--resume", "images.source 4", "has 3")
 
 
 @pytest.mark.slow
 def test_settings_that_do_not_parse(out, run, capsys, whole):
     (out / "settings.yaml").write_bytes(b"steps: [\xff")
     assert run("--resume") == 0
-    assert f"{out}/settings.yaml is damaged, and written anew" in capsys.readouterr().err
+    mentions(capsys.readouterr().err.splitlines()[0], out / "settings.yaml", "damaged")
     assert (out / "settings.yaml").read_text() == (whole / "settings.yaml").read_text()
     assert same_run(out, whole)
 
@@ -345,7 +347,7 @@ def test_a_refused_resume_leaves_the_folder_as_it_was(out, run, said):
     (out / "settings.yaml").write_bytes(b"steps: [\xff")
     labelled = (out / "labelled.txt").read_bytes()
     assert run("--resume", "--labelled", 1) == 2
-    assert said().endswith("has 2")
+    mentions(said(), "labelled 1", "has 2")
     assert (out / "settings.yaml").read_bytes() == b"steps: [\xff"
     assert (out / "labelled.txt").read_bytes() == labelled
 
@@ -354,7 +356,7 @@ def test_settings_that_do_not_parse_and_no_checkpoint(out, run, said):
     shutil.rmtree(out / "checkpoints")
     (out / "settings.yaml").write_text("- no\n- mapping\n")
     assert run("--resume") == 2
-    assert said() == f"error: expected {out}/settings.yaml to hold the run's settings, got a file that does not parse"
+    mentions(said(), "error", out / "settings.yaml")
 
 
 @pytest.mark.slow
@@ -364,7 +366,7 @@ def test_a_history_cut_in_a_line(out, run, capsys, whole):
         file.truncate()
         file.write(b"\xff\x00")
     assert run("--resume") == 0
-    assert f"{out}/history.jsonl has 1 damaged lines, which are left out" in capsys.readouterr().err
+    mentions(capsys.readouterr().err.splitlines()[0], out / "history.jsonl", "1 damaged")
     assert rows(out) == rows(whole)
 
 
@@ -378,7 +380,7 @@ def test_a_damaged_checkpoint(damage, out, run, capsys, whole):
     changed = data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :]
     newest.write_bytes({"cut": data[:-1], "changed": changed, "zeros": bytes(len(data)), "empty": b""}[damage])
     assert run("--resume") == 0
-    assert f"{newest} is damaged, and passed over for the one before it\n" in capsys.readouterr().err
+    mentions(capsys.readouterr().err.splitlines()[0], newest, "damaged")
     # Out of the way of those that are kept.
     assert newest.with_suffix(".damaged").exists()
     assert state(out)["resumed_from"] == (2,)
@@ -389,7 +391,7 @@ def test_every_checkpoint_damaged(out, run, said):
     for path in kept(out):
         path.write_bytes(b"")
     assert run("--resume") == 2
-    assert said() == f"error: expected a whole checkpoint in {out}/checkpoints, got 2 damaged"
+    mentions(said(), "error", out / "checkpoints", "2 damaged")
     assert len(kept(out)) == 2
 
 
@@ -402,10 +404,9 @@ def test_a_checkpoint_that_holds_code(out, run, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoints._save(kept(out)[-1], {"stateful": Code()})
     assert run("--resume") == 2
-    expected = f"error: expected {kept(out)[-1]} to be a checkpoint without code, got a file that does not load"
-    assert said() == expected
+    mentions(said(), "error", kept(out)[-1], "code")
     assert main(["evaluate", "--out", str(out)]) == 2
-    assert said() == expected
+    mentions(said(), "error", kept(out)[-1], "code")
     assert not (tmp_path / "code-ran").exists()
 
 
@@ -414,16 +415,14 @@ def test_a_checkpoint_of_another_network(out, run, said):
     contents["stateful"]["segmenter"] = torch.nn.Linear(3, 2).state_dict()
     checkpoints._save(kept(out)[-1], contents)
     assert run("--resume") == 2
-    assert re.search(
-        r"error: expected stem\.0\.weight in .*4\.pt of shape \[8, 3, 3, 3\], as the settings .* none", said()
-    )
+    mentions(said(), "error", "stem.0.weight", kept(out)[-1], [8, 3, 3, 3], "none")
 
 
 @pytest.mark.slow
 def test_the_weights_before_adaptation_damaged(out, run, said, whole):
     (out / checkpoints.BEFORE).write_bytes(b"")
     assert run("--resume") == 0
-    assert said() == f"no report: expected {out}/checkpoints/before.pt to be a whole checkpoint, got a damaged one"
+    mentions(said(), "no report", out / "checkpoints/before.pt", "damaged")
     assert (out / "metrics.json").exists()
     assert same_run(out, whole)
 
@@ -461,22 +460,23 @@ def test_settings_that_are_no_text(said, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "words"),
     [
-        ("steps: [", "Problems parsing config: while parsing a flow node"),
-        ("\x00", "Problems parsing config: unacceptable character #x0000"),
-        ("steps: !!python/object/apply:os.mkdir [code-ran]", "could not determine a constructor for the tag"),
-        ("speed: 9", "'speed' is not accepted"),
-        ("steps: many", "Expected a <class 'int'>. Got value: many"),
-        ("data: {size: [8, 8]}", "expected data.size of at least 32 each way, got [8, 8]"),
+        ("steps: [", ("given.yaml", "parsing")),
+        ("\x00", ("given.yaml", "#x0000")),
+        ("steps: !!python/object/apply:os.mkdir [code-ran]", ("given.yaml", "os.mkdir")),
+        ("speed: 9", ("given.yaml", "'speed'")),
+        ("steps: many", ("given.yaml", "steps", "many")),
+        ("data: {size: [8, 8]}", ("data.size", 32, [8, 8])),
+        ("data: {scenes: {severity: {light: 7}}}", ("severity.light", "[0, 1]", 7.0)),
     ],
-    ids=["cut", "binary", "code", "unknown", "type", "range"],
+    ids=["cut", "binary", "code", "unknown", "type", "range", "range of the scenes"],
 )
-def test_settings_that_are_not_fit(text, message, said, tmp_path, monkeypatch):
+def test_settings_that_are_not_fit(text, words, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "given.yaml").write_text(text)
     assert main(["train", "--config", "given.yaml", "--out", "run"]) == 2
-    assert message in said()
+    mentions(said(), "error", *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["given.yaml"]
 
 
@@ -486,25 +486,25 @@ def test_a_path_out_of_the_data_root(folder, folders, said, tmp_path):
     settings["data"]["test"]["images"] = folder
     Path(folders[1]).write_text(yaml.safe_dump(settings))
     assert main(["train", *folders, "--out", str(tmp_path / "run")]) == 2
-    assert said() == f"error: expected a folder below the data root {tmp_path}/data, got {folder}"
+    mentions(said(), "error", tmp_path / "data", folder)
 
 
 def test_no_data_root(folders, said, tmp_path):
     assert main(["train", *folders[:2], "--data-root", "/none", "--out", str(tmp_path / "run")]) == 2
-    assert said() == "error: expected a folder /none/source/images, got none"
+    mentions(said(), "error", "/none/source/images")
 
 
 def test_an_image_without_a_mask(folders, said, tmp_path):
     (tmp_path / "data/source/labels/1.png").unlink()
     assert main(["train", *folders, "--out", str(tmp_path / "run")]) == 2
-    assert said().startswith("error: expected a mask for every image, got none in ")
+    mentions(said(), "error", "mask", tmp_path / "data/source/images/1.png")
     assert not (tmp_path / "run").exists()
 
 
 def test_nothing_to_evaluate(out, said):
     shutil.rmtree(out / "checkpoints")
     assert main(["evaluate", "--out", str(out)]) == 2
-    assert said() == f"error: expected a whole checkpoint in {out}/checkpoints, got none"
+    mentions(said(), "error", out / "checkpoints", "none")
 
 
 def test_the_table_is_of_these_tests():

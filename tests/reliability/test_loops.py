@@ -43,8 +43,8 @@ class Segmenter(nn.Module):
 
 def networks(dropout=0.0):
     torch.manual_seed(1)
-    critic = semshift.PrototypeDiscriminator(CHANNELS, CLASSES, hidden_channels=(16,))
-    return Segmenter(dropout).double(), critic.double()
+    discriminator = semshift.PrototypeDiscriminator(CHANNELS, CLASSES, hidden_channels=(16,))
+    return Segmenter(dropout).double(), discriminator.double()
 
 
 def batch(step):
@@ -74,7 +74,7 @@ def plain_cross_entropy(logits, labels):
 
 
 def plain_prototypes(features, labels, num_classes):
-    return semshift.class_sums(features, labels, num_classes, resample="bilinear")
+    return semshift.class_sums(features, labels, num_classes)
 
 
 def gradients(module):
@@ -87,16 +87,16 @@ def gradients(module):
 
 def train(how, rank=0, dropout=0.0, steps=STEPS):
     """A loop: losses of every step, and of the first what prototypes and gradients were."""
-    network, critic = networks(dropout)
+    network, discriminator = networks(dropout)
     mine = slice(None)
     cross_entropy, prototypes = plain_cross_entropy, plain_prototypes
     if how in ("ddp", "fsdp"):
         cross_entropy, prototypes = NAMES["whole_batch_cross_entropy"], NAMES["whole_batch_prototypes"]
         mine = slice(rank * IMAGES // WORLD, (rank + 1) * IMAGES // WORLD)
         network = DistributedDataParallel(network) if how == "ddp" else NAMES["sharded"](network)
-        critic = DistributedDataParallel(critic)
+        discriminator = DistributedDataParallel(discriminator)
     optimiser = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
-    critic_optimiser = torch.optim.Adam(critic.parameters(), 1e-3)
+    discriminator_optimiser = torch.optim.Adam(discriminator.parameters(), 1e-3)
     found = {"losses": []}
     for step in range(steps):
         source, target = ((images[mine], labels[mine]) for images, labels in batch(step))
@@ -104,7 +104,7 @@ def train(how, rank=0, dropout=0.0, steps=STEPS):
         if how == "accumulation":
             parts = [[(x[i : i + 1], y[i : i + 1]) for i in range(IMAGES)] for x, y in (source, target)]
             of_source, of_target = NAMES["accumulate"](
-                network, critic, *parts, num_classes=CLASSES, weight=WEIGHT, seed=step
+                network, discriminator, *parts, num_classes=CLASSES, weight=WEIGHT, seed=step
             )
             losses = []
         else:
@@ -115,20 +115,20 @@ def train(how, rank=0, dropout=0.0, steps=STEPS):
             )
             both = of_source.present & of_target.present
             segmentation = sum(cross_entropy(o[1], part[1]) for o, part in zip(outputs, (source, target)))
-            confusion = semshift.confusion_loss(semshift.frozen(critic)(of_target.means), weight=both)
+            confusion = semshift.confusion_loss(semshift.frozen(discriminator)(of_target.means), weight=both)
             (segmentation + WEIGHT * confusion).backward()
             losses = [segmentation.detach(), confusion.detach()]
         both = of_source.present & of_target.present
-        judged = [critic(sums.means.detach()) for sums in (of_source, of_target)]
-        critic_loss = semshift.discriminator_loss(*judged, source_weight=both, target_weight=both)
-        critic_optimiser.zero_grad()
-        critic_loss.backward()
-        found["losses"].append(torch.stack([*losses, critic_loss.detach()]))
+        judged = [discriminator(sums.means.detach()) for sums in (of_source, of_target)]
+        discriminator_loss = semshift.discriminator_loss(*judged, source_weight=both, target_weight=both)
+        discriminator_optimiser.zero_grad()
+        discriminator_loss.backward()
+        found["losses"].append(torch.stack([*losses, discriminator_loss.detach()]))
         if step == 0:
             found |= {"prototypes": of_target.means.detach(), "mass": of_target.mass}
-            found |= {"gradients": gradients(network), "critic_gradients": gradients(critic)}
+            found |= {"gradients": gradients(network), "discriminator_gradients": gradients(discriminator)}
         optimiser.step()
-        critic_optimiser.step()
+        discriminator_optimiser.step()
     found["losses"] = torch.stack(found["losses"])
     found["weights"] = {
         name.removeprefix("module."): tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -175,13 +175,13 @@ def bounds():
 
     for name in ("backbone", "classifier"):
         getattr(network, name).register_forward_hook(keep(name))
-    _, critic = networks()
+    _, discriminator = networks()
     (source, target) = batch(0)
     outputs = [network(images) for images, _ in (source, target)]
     sums = [plain_prototypes(o[0], part[1], CLASSES) for o, part in zip(outputs, (source, target))]
     loss = sum(plain_cross_entropy(o[1], part[1]) for o, part in zip(outputs, (source, target)))
     confusion = semshift.confusion_loss(
-        semshift.frozen(critic)(sums[1].means), weight=sums[0].present & sums[1].present
+        semshift.frozen(discriminator)(sums[1].means), weight=sums[0].present & sums[1].present
     )
     (loss + WEIGHT * confusion).backward()
     largest = outputs[1][0].detach().abs().max().item()
@@ -221,8 +221,8 @@ def test_accumulation_with_dropout_equals_one_graph():
     """Every micro-batch goes through once, in the same order and from the same seed, and all of them at once back."""
     seed, (source, target) = 7, batch(0)
     parts = [[(x[i : i + 1], y[i : i + 1]) for i in range(IMAGES)] for x, y in (source, target)]
-    network, critic = networks(dropout=0.5)
-    NAMES["accumulate"](network, critic, *parts, num_classes=CLASSES, weight=WEIGHT, seed=seed)
+    network, discriminator = networks(dropout=0.5)
+    NAMES["accumulate"](network, discriminator, *parts, num_classes=CLASSES, weight=WEIGHT, seed=seed)
     accumulated = gradients(network)
 
     network.zero_grad()
@@ -233,7 +233,7 @@ def test_accumulation_with_dropout_equals_one_graph():
         for outs, part in zip(outputs, parts)
     ]
     both = whole[0].present & whole[1].present
-    loss = WEIGHT * semshift.confusion_loss(semshift.frozen(critic)(whole[1].means), weight=both)
+    loss = WEIGHT * semshift.confusion_loss(semshift.frozen(discriminator)(whole[1].means), weight=both)
     for outs, (_, labels) in zip(outputs, (source, target)):
         loss = loss + plain_cross_entropy(torch.cat([logits for _, logits in outs]), labels)
     loss.backward()
@@ -246,13 +246,47 @@ def test_accumulation_with_dropout_equals_one_graph():
 def test_plain_accumulation_is_another_estimator():
     """The claim of the docs: averaged micro-batch losses are not the loss of the whole batch, whose mean is pooled."""
     (sx, sy), (tx, ty) = batch(0)
-    network, critic = networks()
+    network, discriminator = networks()
     source = plain_prototypes(network(sx)[0], sy, CLASSES)
 
     def confusion(x, y):
         target = plain_prototypes(network(x)[0], y, CLASSES)
-        return semshift.confusion_loss(semshift.frozen(critic)(target.means), weight=source.present & target.present)
+        return semshift.confusion_loss(
+            semshift.frozen(discriminator)(target.means), weight=source.present & target.present
+        )
 
     whole = confusion(tx, ty)
     plain = sum(confusion(tx[i : i + 1], ty[i : i + 1]) for i in range(IMAGES)) / IMAGES
     assert abs(whole - plain) > 1e-6
+
+
+def aligned(rank=None):
+    """The loop of docs/scaling.md with an alignment module, from images that are all labelled: weights after it."""
+    network, _ = networks()
+    torch.manual_seed(2)
+    align = semshift.SemanticAlignment(CHANNELS, CLASSES, hidden_channels=(16,)).double()
+    mine = slice(None) if rank is None else slice(rank * IMAGES // WORLD, (rank + 1) * IMAGES // WORLD)
+    batches = [
+        [part[mine] for images, labels in batch(step) for part in (images, labels.where(labels != 255, 0))]
+        for step in range(STEPS)
+    ]
+    NAMES["train"](network, align, batches, semshift.Constant(WEIGHT))
+    return {"network": dict(network.state_dict()), "align": dict(align.state_dict())}
+
+
+def work_aligned(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    torch.save(aligned(rank), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_an_alignment_module_over_ranks_equals_one_process(tmp_path):
+    one = aligned()
+    torch.multiprocessing.spawn(work_aligned, (str(tmp_path),), nprocs=WORLD)
+    start = networks()[0].state_dict()
+    assert not any(torch.equal(start[name], weight) for name, weight in one["network"].items())
+    for rank in range(WORLD):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for part, weights in one.items():
+            torch.testing.assert_close(found[part], weights, rtol=1e-5, atol=1e-8)

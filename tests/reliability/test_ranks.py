@@ -16,7 +16,7 @@ import semshift
 from examples.workbench import step as step_module
 from examples.workbench import train as train_module
 from examples.workbench.__main__ import main
-from examples.workbench.build import build_critic, build_segmenter
+from examples.workbench.build import build_discriminator, build_segmenter
 from examples.workbench.data import InputError, TrainingSet
 from examples.workbench.ranks import first_alone, norm_over_ranks, share, start, whole_batch_norm
 from examples.workbench.self_training import soft_weights, taught, taught_cross_entropy
@@ -30,6 +30,7 @@ from examples.workbench.settings import (
     Settings,
 )
 from examples.workbench.views import count_pixels, global_view, gradient_penalty, semantic_view, supervised_loss
+from tests.errors import mentions, refuses
 from tests.reliability.tiny import rows, same_run, state
 
 # Libraries under the trainer warn of things that are not ours to mend.
@@ -91,8 +92,8 @@ def one_step(case, semantic, rank=0, ranks=1):
     mine = slice(rank * IMAGES // ranks, (rank + 1) * IMAGES // ranks)
     parts = {name: {key: value[mine] for key, value in part.items()} for name, part in batch(case).items()}
     segmenter = build_segmenter(settings).double()
-    critics = {name: build_critic(name, settings, segmenter).double() for name in ("global", "semantic")}
-    banks = {name: semshift.PrototypeBank(8, segmenter.feature_channels).double() for name in ("source", "labelled")}
+    discriminators = {name: build_discriminator(name, settings, segmenter).double() for name in ("global", "semantic")}
+    banks = {name: semshift.PrototypeBank(segmenter.feature_channels, 8).double() for name in ("source", "labelled")}
     outputs = {name: segmenter(part["image"]) for name, part in parts.items()}
     pixels = {name: count_pixels(parts[name]["label"], 8) for name in ("source", "labelled")}
     teacher_logits = outputs["unlabelled"].logits.detach() * 3
@@ -110,7 +111,9 @@ def one_step(case, semantic, rank=0, ranks=1):
     }
     found = {"pixels": pixels, "banks": {name: dict(bank.state_dict()) for name, bank in banks.items()}, "norms": {}}
     for name, view in views.items():
-        terms[name] = view.confusion_loss(semshift.frozen(critics[name])(view.target), weight=view.confusion_weight)
+        terms[name] = view.confusion_loss(
+            semshift.frozen(discriminators[name])(view.target), weight=view.confusion_weight
+        )
         norm = semshift.gradient_norm(terms[name], outputs["labelled" if name == "semantic" else "unlabelled"].features)
         found["norms"][name] = norm_over_ranks(norm, ranks)
     sum(terms.values()).backward()
@@ -118,16 +121,16 @@ def one_step(case, semantic, rank=0, ranks=1):
     found["gradients"] = {"segmenter": {name: p.grad for name, p in segmenter.named_parameters()}}
     for name, view in views.items():
         source = view.source.detach().requires_grad_()
-        logits = critics[name](source), critics[name](view.target.detach())
+        logits = discriminators[name](source), discriminators[name](view.target.detach())
         weighted = {"source_weight": view.source_weight, "target_weight": view.target_weight}
-        terms[f"{name} critic"] = view.discriminator_loss(*logits, **weighted)
-        loss = terms[f"{name} critic"]
+        terms[f"{name} discriminator"] = view.discriminator_loss(*logits, **weighted)
+        loss = terms[f"{name} discriminator"]
         if semantic != "class and domain" or name == "global":
             terms[f"{name} penalty"] = gradient_penalty(logits[0], source, view)
             loss = loss + terms[f"{name} penalty"]
         loss.backward()
-        semshift.average_gradients(critics[name].parameters())
-        found["gradients"][name] = {key: p.grad for key, p in critics[name].named_parameters()}
+        semshift.average_gradients(discriminators[name].parameters())
+        found["gradients"][name] = {key: p.grad for key, p in discriminators[name].named_parameters()}
         found[f"{name} accuracy"] = torch.stack(view.accuracy(*logits, **weighted))
     found["mixed"] = mixed.label
     found["terms"] = {name: term.detach() for name, term in terms.items()}
@@ -257,7 +260,7 @@ def run_ranks(rank, port, folder):
     }
     recorded_run(SETTINGS, folder / "two then two", stop_at=4)
     recorded_run(SETTINGS, folder / "two then two", resume=True)
-    with pytest.raises(InputError, match="expected --out to be a new folder, or --resume"):
+    with refuses(InputError, "--out", "--resume", folder / "two"):
         train_module.train(SETTINGS, folder / "two")
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -298,9 +301,9 @@ def test_shares():
     whole = dataclasses.replace(SETTINGS, optimiser=Optimiser(images=6, unlabelled=12))
     assert share(whole, 1) == whole
     assert share(whole, 3).optimiser == dataclasses.replace(whole.optimiser, images=2, unlabelled=4)
-    with pytest.raises(InputError, match=r"^expected optimiser\.images to be a multiple of the 4 ranks, got 6$"):
+    with refuses(InputError, "optimiser.images", "4 ranks", 6):
         share(whole, 4)
-    with pytest.raises(InputError, match=r"^expected optimiser\.unlabelled to be a multiple of the 3 ranks, got 4$"):
+    with refuses(InputError, "optimiser.unlabelled", "3 ranks", 4):
         share(dataclasses.replace(SETTINGS, optimiser=Optimiser(images=3, unlabelled=4)), 3)
 
 
@@ -322,7 +325,7 @@ class SeveralRanks:
 
 
 def test_batch_norm_that_learns_has_no_whole_batch_statistics_on_the_cpu():
-    with pytest.raises(InputError, match=r"^expected batch norm on several ranks with .* got it on cpu$"):
+    with refuses(InputError, "batch norm", "network.frozen_batch_norm", "cpu"):
         whole_batch_norm(torch.nn.Sequential(torch.nn.BatchNorm2d(4)), SeveralRanks)
     whole_batch_norm(torch.nn.Sequential(torch.nn.BatchNorm2d(4).eval(), torch.nn.GroupNorm(2, 4)), SeveralRanks)
 
@@ -331,6 +334,4 @@ def test_batch_norm_that_learns_has_no_whole_batch_statistics_on_the_cpu():
 def test_only_train_takes_several_ranks(command, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main([command]) == 2
-    assert (
-        capsys.readouterr().err == f"error: expected train on several ranks, got {command}, which takes one process\n"
-    )
+    mentions(capsys.readouterr().err, "error", "train", "ranks", command)
