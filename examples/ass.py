@@ -9,7 +9,7 @@ trains three segmentation networks that differ in one thing, what they learn fro
 - ass: joint, the global view on unlabelled target images, and the semantic view on the labelled ones.
 
 Read it from top to bottom: settings, data, network, training (section 3 of the paper), evaluation, picture. The
-weights, rates and widths below are ours; the paper did not publish its own. For real images, resuming and several GPUs
+weights, rates and widths below are ours; we could not find the paper's. For real images, resuming and several GPUs
 there is `examples/workbench`.
 """
 
@@ -35,6 +35,7 @@ import semshift
 from examples.scenes import CLASSES, Scenes
 
 METHODS = ("source-only", "joint", "ass")
+DOMAINS = ("source", "labelled", "unlabelled")
 COLOURS = ("#99ddff", "#aa4499", "#555555", "#f0e442", "#228833", "#222222", "#ee6677", "#332288")
 
 
@@ -109,12 +110,12 @@ def augment(image: Tensor, label: Tensor, generator: np.random.Generator) -> tup
 def batches(settings: Settings) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Mixed batches `{domain: (images, labels)}`, a function of the settings: every method trains on the same ones."""
     source, target = (Scenes(domain, "train", 200, seed=settings.seed) for domain in ("source", "target"))
-    # The same images keep their labels for every seed, and fewer are some of more.
+    # The labelled images have the same numbers for every seed, and a smaller set is part of a larger one.
     labelled = np.random.RandomState(0).permutation(len(target))[: settings.labelled]
     domains = {
         "source": Domain(source, range(len(source)), settings.seed),
         "labelled": Domain(target, labelled.tolist(), settings.seed + 1),
-        # The labels of these are never looked at.
+        # All target images, the labelled ones among them; their labels are never used.
         "unlabelled": Domain(target, range(len(target)), settings.seed + 2),
     }
     per_batch = dict.fromkeys(domains, settings.batch_size)
@@ -129,7 +130,7 @@ def batches(settings: Settings) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
 
 
 def convolution(inputs: int, outputs: int, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:
-    """3 x 3 convolution, group norm, ReLU. Batch norm would hide the shift: each domain passes on its own."""
+    """3 x 3 convolution, group norm, ReLU. Batch norm would hide the shift, since it normalises each domain apart."""
     layer = nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
     return nn.Sequential(layer, nn.GroupNorm(8, outputs), nn.ReLU())
 
@@ -186,14 +187,15 @@ def train(method: str, settings: Settings) -> Segmenter:
     torch.manual_seed(settings.seed)
     device, steps = settings.device, settings.steps
     segmenter = Segmenter(len(CLASSES)).to(device)
+    # D_g and D_s with their losses; only the method ass uses them.
     global_view = semshift.GlobalAlignment(len(CLASSES), base_channels=16).to(device)
     semantic_view = semshift.SemanticAlignment(segmenter.channels, len(CLASSES)).to(device)
 
-    optimiser = torch.optim.AdamW(segmenter.parameters(), weight_decay=1e-4)
+    optimiser = torch.optim.AdamW(segmenter.parameters(), settings.learning_rate, weight_decay=1e-4)
     discriminators = [*global_view.parameters(), *semantic_view.parameters()]
     discriminator_optimiser = torch.optim.Adam(discriminators, settings.discriminator_learning_rate, betas=(0.9, 0.99))
     learning_rate = semshift.Polynomial(settings.learning_rate, 0.0, steps)
-    # The discriminators learn for a fifth of the steps before the segmenter listens to them.
+    # An untrained discriminator sends noise: both lambdas are 0 for a fifth of the steps, then rise.
     fifth = max(1, steps // 5)
     lambda_global, lambda_semantic = (
         semshift.Then(semshift.Constant(0.0), fifth, semshift.Sigmoid(0.0, weight, fifth))
@@ -201,7 +203,7 @@ def train(method: str, settings: Settings) -> Segmenter:
     )
 
     for step, batch in enumerate(tqdm(batches(settings), desc=method, total=steps, unit="step")):
-        (x_s, y_s), (x_l, y_l), (x_u, _) = ([part.to(device) for part in batch[name]] for name in batch)
+        (x_s, y_s), (x_l, y_l), (x_u, _) = ([part.to(device) for part in batch[name]] for name in DOMAINS)
 
         # Supervised: cross-entropy on the source and on the few labelled target images.
         features_s, logits_s = segmenter(x_s)
@@ -211,13 +213,15 @@ def train(method: str, settings: Settings) -> Segmenter:
             loss = loss + F.cross_entropy(logits_l, y_l, ignore_index=255)
 
         if method == "ass":
-            # Global view: output maps of source and unlabelled target images.
+            # Global view: output maps P of source and unlabelled target images. L_g = -log D_g(P(x_u)).
             _, logits_u = segmenter(x_u)
             global_losses = global_view(logits_s, logits_u)
-            # Semantic view: class prototypes v_k of source and labelled target images.
+            # Semantic view: class prototypes v_k of source and labelled target images. L_s = -log D_s(v_k(x_l)), the
+            # mean over the classes k that are present.
             semantic_losses = semantic_view(features_s, y_s, features_l, y_l)
-            # The segmenter learns to fool both discriminators, and they learn to tell the domains apart. The two sides
-            # share no gradient, so one backward serves both.
+            # The paper alternates: the segmenter with frozen discriminators, then the discriminators on detached
+            # inputs. One backward does both, since `confusion` (L_g, L_s) comes from frozen discriminators and
+            # `discriminator` from detached inputs.
             loss = loss + lambda_global(step) * global_losses.confusion + global_losses.discriminator
             loss = loss + lambda_semantic(step) * semantic_losses.confusion + semantic_losses.discriminator
 

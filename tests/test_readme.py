@@ -43,7 +43,7 @@ def plain_loop(drop_in, steps=8):
     torch.manual_seed(0)
     backbone, head = nn.Conv2d(3, 2048, 8, stride=8), nn.Conv2d(2048, 19, 1)
     optimiser = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], 1e-3)
-    names = {"optimiser": optimiser}
+    names = {"optimiser": optimiser, "device": "cpu"}
     exec(once, names)
     if drop_in:
         names["untrained"] = [parameter.detach().clone() for parameter in names["align"].parameters()]

@@ -30,7 +30,7 @@ def adversarial_losses(
     *,
     objective: Objective,
     class_and_domain: bool = False,
-    masks: Optional[tuple[Tensor, Tensor, Tensor]] = None,
+    masks: Optional[tuple[Tensor, ...]] = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Confusion loss, discriminator loss and accuracies; over ranks those of the whole batch.
 
@@ -44,11 +44,8 @@ def adversarial_losses(
     confused_logits = frozen(discriminator)(confused)
     run = _averaging_gradients(discriminator) if _several_ranks() else discriminator
     logits = run(source.detach()), run(target.detach())
-    if masks is None and not _several_ranks():
-        return confuse(confused_logits), tell(*logits), _figures(*judge(*logits))
     if masks is None:
-        every = [torch.ones_like(each, dtype=torch.bool) for each in (*logits, confused_logits)]
-        masks = every[0], every[1], every[2]
+        masks = tuple(torch.ones_like(each, dtype=torch.bool) for each in (*logits, confused_logits))
     mask_s, mask_t, mask_c = masks
     confusion = confuse(confused_logits, weight=mask_c)
     accuracy = judge(*logits, source_weight=mask_s, target_weight=mask_t)

@@ -51,7 +51,7 @@ def check_number(name: str, value: float) -> float:
 
 
 def check_bool(name: str, value: bool) -> None:
-    """A bool, since anything has a truth value."""
+    """Refuse anything but a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"expected {name} to be a bool, got {value!r}")
 
@@ -109,7 +109,7 @@ def check_label_dtype(labels: Tensor) -> None:
 
 
 def check_ignore_index(ignore_index: Optional[int], num_classes: int) -> Optional[int]:
-    """An id that is no class by mistake, or None."""
+    """None or an int64; the default 255 must not be a class."""
     if ignore_index is None:
         return None
     ignore_index = check_int("ignore_index", ignore_index)

@@ -57,7 +57,7 @@ def resize(
     if ignore_index is not None and fits(labels.dtype, ignore_index):
         ignored = ignore_index
     else:
-        # Only unchecked labels on CUDA come here; they are to stay out of range.
+        # Only unchecked labels on CUDA come here; they must stay out of range.
         info = torch.iinfo(labels.dtype)
         ignored = info.max if info.max >= num_classes else info.min
     # Votes count in integers, and a quotient is rounded as the decimal that a user writes.
@@ -173,9 +173,9 @@ def _overlaps(
             .sort()
             .values
         )
-        length = borders.diff()
-        left = borders[:-1][length > 0]
-        return left // cells, left // pixels, length[length > 0].double()
+        # Pieces of no length stay, with weight 0: to leave them out would wait for the device.
+        left = borders[:-1]
+        return (left // cells).clamp(max=pixels - 1), (left // pixels).clamp(max=cells - 1), borders.diff().double()
     at = torch.arange(pixels, dtype=torch.float64, device=device)
     if align_corners:
         at = at * ((cells - 1) / (pixels - 1) if pixels > 1 else 0.0)

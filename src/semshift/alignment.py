@@ -3,8 +3,9 @@
 Both return two losses that share no gradient, so one backward serves the segmenter and the discriminator.
 """
 
+import sys
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Optional
+from typing import Literal, NamedTuple, Optional, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 from semshift._adversarial import adversarial_losses
 from semshift._checks import (
+    FLOATS,
+    INTEGERS,
     check_bool,
     check_device,
     check_floating,
@@ -29,9 +32,8 @@ from semshift.pooling import ClassSums, class_sums
 
 __all__ = ["AlignmentLosses", "GlobalAlignment", "SemanticAlignment", "balanced_weight"]
 
-_OBJECTIVES = ("bce", "least-squares", "hinge", "wasserstein")
-# What GradScaler begins with: float16 loses gradients below 6e-8.
-_SCALE = 2.0**16
+# The largest power of two that float16 holds, which loses gradients below 6e-8.
+_SCALE = 2.0**15
 
 
 class AlignmentLosses(NamedTuple):
@@ -64,9 +66,12 @@ class SemanticAlignment(nn.Module):
     `seen` `[2, K]` (source, target) remembers that.
 
     Train the module's parameters with an optimiser or a parameter group of their own. It stays in float32 whatever the
-    network's precision. With `torch.distributed` initialised every rank must call it: the losses are then those of the
+    network's precision. Save its `state_dict` in your checkpoint.
+
+    With `torch.distributed` initialised every rank must call it and run the backward. The losses are then those of the
     whole batch, and after the backward every rank holds the whole gradient of the discriminator, wrapped in
-    `DistributedDataParallel` or not.
+    `DistributedDataParallel` or not. The segmenter's own gradients must be averaged over ranks, as
+    `DistributedDataParallel` does, and so must those of a penalty that you compute on `.discriminator`.
 
     Args:
         in_channels: C, channels of the features; at least 1.
@@ -81,7 +86,7 @@ class SemanticAlignment(nn.Module):
         ignore_index: id of pixels without a class, None if there is none.
 
     Raises:
-        TypeError: a count that is no int, widths that are no sequence, or a flag that is no bool.
+        TypeError: a count that is not an int, widths that are not a sequence, or a flag that is not a bool.
         ValueError: a count out of range, an unknown option, or class-and-domain with another objective than bce.
 
     Example:
@@ -108,7 +113,7 @@ class SemanticAlignment(nn.Module):
         ignore_index: Optional[int] = 255,
     ) -> None:
         super().__init__()
-        check_option("objective", objective, _OBJECTIVES)
+        check_option("objective", objective, get_args(Objective))
         check_option("resample", resample, ("bilinear", "nearest", "majority", "area"))
         check_bool("align_corners", align_corners)
         check_bool("per_image", per_image)
@@ -145,7 +150,7 @@ class SemanticAlignment(nn.Module):
             target_labels: `[B', H', W']`.
 
         Returns:
-            `AlignmentLosses`: two float32 scalars and the figures `source_accuracy`, `target_accuracy` and
+            `AlignmentLosses`: two scalars and the figures `source_accuracy`, `target_accuracy` and
             `prototype_distance`. Both losses are 0, with gradients of 0, where the domains have no class in common.
 
         Raises:
@@ -180,7 +185,7 @@ class SemanticAlignment(nn.Module):
             `AlignmentLosses`, as `forward` does.
 
         Raises:
-            TypeError: something else than `ClassSums`, or a module in half precision.
+            TypeError: something else than `ClassSums`, sums or masses of another dtype, or a module in half precision.
             ValueError: another shape or device.
         """
         confused = target if target_confusion is None else target_confusion
@@ -226,7 +231,7 @@ class SemanticAlignment(nn.Module):
                 per_image=self.per_image,
             )
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{domain}: {error}") from error
+            raise type(error)(f"{domain}_features, {domain}_labels: {error}") from error
 
     def _check_sums(self, name: str, pooled: ClassSums) -> None:
         if not isinstance(pooled, ClassSums):
@@ -238,7 +243,13 @@ class SemanticAlignment(nn.Module):
             )
         if pooled.mass.shape != pooled.sums.shape[:-1]:
             raise ValueError(f"expected {name} with mass {list(pooled.sums.shape[:-1])}, got {list(pooled.mass.shape)}")
-        check_device(name, pooled.sums, "the module", self.seen)
+        if pooled.sums.dtype not in FLOATS or pooled.mass.dtype not in (*INTEGERS, *FLOATS):
+            raise TypeError(
+                f"expected {name} with floating-point sums and masses that are numbers, got {pooled.sums.dtype} and "
+                f"{pooled.mass.dtype}"
+            )
+        for tensor in (pooled.sums, pooled.mass):
+            check_device(name, tensor, "the module", self.seen)
 
 
 class GlobalAlignment(nn.Module):
@@ -256,7 +267,7 @@ class GlobalAlignment(nn.Module):
         spectral_norm: divide each of the discriminator's kernels by its largest singular value.
 
     Raises:
-        TypeError: a count that is no int, or a spectral_norm that is no bool.
+        TypeError: a count that is not an int, or a spectral_norm that is not a bool.
         ValueError: a count out of range or an unknown option.
 
     Example:
@@ -278,7 +289,7 @@ class GlobalAlignment(nn.Module):
         super().__init__()
         self.num_classes = check_int("num_classes", num_classes, 2)
         check_option("inputs", inputs, ("probabilities", "entropy"))
-        check_option("objective", objective, _OBJECTIVES)
+        check_option("objective", objective, get_args(Objective))
         self.inputs = inputs
         self.objective = objective
         self.discriminator = FCDiscriminator(self.num_classes, base_channels=base_channels, spectral_norm=spectral_norm)
@@ -298,24 +309,26 @@ class GlobalAlignment(nn.Module):
             target_logits: `[B', K, h', w']`, with a graph in training; of any size, labelled or not.
             size: `(H, W)` to which both are up-sampled before the softmax, usually the images' size; None leaves each
                 domain at its own, and the two may differ. The discriminator needs at least 32 x 32.
-            align_corners: of the up-sampling; as your network does it.
+            align_corners: of the up-sampling to `size`; as your network does it.
 
         Returns:
-            `AlignmentLosses`: two float32 scalars and the figures `source_accuracy` and `target_accuracy`.
+            `AlignmentLosses`: two scalars and the figures `source_accuracy` and `target_accuracy`.
 
         Raises:
-            TypeError: logits that are no floating-point tensor, or a module in half precision.
-            ValueError: other channels, shapes or devices; maps below 32 x 32; target logits without a graph in
-                training mode.
+            TypeError: logits that are not floating-point tensors, or a module in half precision.
+            ValueError: other channels, shapes or devices; maps below 32 x 32; align_corners without a size; target
+                logits without a graph in training mode.
         """
         check_floating("source_logits", source_logits)
         check_floating("target_logits", target_logits)
         check_bool("align_corners", align_corners)
+        if align_corners and size is None:
+            raise ValueError("expected align_corners only with a size to up-sample to, got size None")
         _check_graph(
             self,
             "target_logits",
             target_logits,
-            "the discriminator's step can use the discriminator loss of the segmenter's step",
+            "to train the discriminator alone use `losses.discriminator` of the segmenter's step",
         )
         source = self._map("source_logits", source_logits.detach(), size, align_corners)
         target = self._map("target_logits", target_logits, size, align_corners)
@@ -351,8 +364,9 @@ def balanced_weight(loss: Tensor, confusion: Tensor, features: Tensor, ratio: fl
     """Adaptive weight: the one at which the confusion's gradient at the features is `ratio` times the task loss's.
 
     The adaptive weight of VQGAN (Esser et al. 2021, arXiv 2012.09841), section 3.1, as a ratio of Euclidean norms. It
-    takes two more passes from the losses back to the features. Over ranks the norms are those of the whole batch, and
-    every rank must call it. With float16 autocast call it inside the context: small gradients are then scaled.
+    takes two more passes from the losses back to the features, and four in float16. Over ranks the norms are those of
+    the whole batch, and every rank must call it. With float16 autocast call it inside the context: small gradients are
+    then scaled.
 
     Args:
         loss: the task loss, a scalar computed from `features`.
@@ -365,8 +379,8 @@ def balanced_weight(loss: Tensor, confusion: Tensor, features: Tensor, ratio: fl
         A detached float32 scalar, at least 0; 0 where either gradient vanishes.
 
     Raises:
-        TypeError: losses or features that are no floating-point tensors, or a ratio that is no number.
-        ValueError: a loss that is no scalar or was not computed from `features`, or a ratio out of range.
+        TypeError: losses or features that are not floating-point tensors, or a ratio that is not a number.
+        ValueError: a loss that is not a scalar or was not computed from `features`, or a ratio out of range.
         RuntimeError: a network that is checkpointed with `use_reentrant=True` or compiled with donated buffers.
 
     Example:
@@ -374,8 +388,8 @@ def balanced_weight(loss: Tensor, confusion: Tensor, features: Tensor, ratio: fl
         >>> semshift.balanced_weight(features.square().sum(), features.sum().abs(), features, 0.5).round(decimals=3)
         tensor(3.5360)
     """
-    check_number("ratio", ratio)
-    if not 0 <= ratio < float("inf"):
+    # A comparison with the largest float, since an int may be larger.
+    if not 0 <= check_number("ratio", ratio) <= sys.float_info.max:
         raise ValueError(f"expected ratio to be finite and not negative, got {ratio}")
     task = _norm_over_ranks(features, loss, "loss")
     adversarial = _norm_over_ranks(features, confusion, "confusion")

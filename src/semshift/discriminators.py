@@ -36,7 +36,7 @@ class FCDiscriminator(nn.Module):
         spectral_norm: divide each kernel by its largest singular value (Miyato et al. 2018).
 
     Raises:
-        TypeError: a count that is no int, or a spectral_norm that is no bool.
+        TypeError: a count that is not an int, or a spectral_norm that is not a bool.
         ValueError: a count below 1.
 
     Example:
@@ -63,7 +63,7 @@ class FCDiscriminator(nn.Module):
             Logits `[B, 1, H // 32, W // 32]` float32, positive for source.
 
         Raises:
-            TypeError: maps that are no floating-point tensor, or a discriminator in half precision.
+            TypeError: maps that are not a floating-point tensor, or a discriminator in half precision.
             ValueError: another shape or device, or a map that is too small for five halvings.
         """
         check_floating("maps", maps)
@@ -95,7 +95,7 @@ class PrototypeDiscriminator(nn.Module):
         spectral_norm: divide each matrix by its largest singular value.
 
     Raises:
-        TypeError: a count that is no int, widths that are no sequence, or a spectral_norm that is no bool.
+        TypeError: a count that is not an int, widths that are not a sequence, or a spectral_norm that is not a bool.
         ValueError: a count below 1, or an unknown conditioning.
 
     Example:
@@ -133,7 +133,7 @@ class PrototypeDiscriminator(nn.Module):
             Logits `[..., K]` float32, positive for source; `[..., K, 2K]` with `"class-and-domain"`.
 
         Raises:
-            TypeError: prototypes that are no floating-point tensor, or a discriminator in half precision.
+            TypeError: prototypes that are not a floating-point tensor, or a discriminator in half precision.
             ValueError: another shape or device.
         """
         check_floating("prototypes", prototypes)
@@ -167,7 +167,7 @@ class ClassPixelDiscriminator(nn.Module):
         spectral_norm: divide each kernel by its largest singular value.
 
     Raises:
-        TypeError: a count that is no int, widths that are no sequence, or a spectral_norm that is no bool.
+        TypeError: a count that is not an int, widths that are not a sequence, or a spectral_norm that is not a bool.
         ValueError: a count below 1.
 
     Example:
@@ -202,7 +202,7 @@ class ClassPixelDiscriminator(nn.Module):
             Logits `[B, 2K, H, W]` float32; the losses take them as `.movedim(1, -1)`.
 
         Raises:
-            TypeError: features that are no floating-point tensor, or a discriminator in half precision.
+            TypeError: features that are not a floating-point tensor, or a discriminator in half precision.
             ValueError: another shape or device.
         """
         check_floating("features", features)

@@ -54,7 +54,7 @@ def domain_accuracy(
         `DomainAccuracy`, two float32 scalars on the logits' device; nan where nothing takes part.
 
     Raises:
-        TypeError: logits that are no floating-point tensor, or a weight that is neither bool nor floating point.
+        TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
         ValueError: a weight of another shape or device.
 
     Example:
@@ -88,7 +88,7 @@ def class_domain_accuracy(
         `DomainAccuracy`, two float32 scalars on the logits' device; nan where nothing takes part.
 
     Raises:
-        TypeError: logits that are no floating-point tensor, or a weight that is neither bool nor floating point.
+        TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
         ValueError: logits with an odd last dimension, or a weight of another shape or device.
 
     Example:
@@ -120,8 +120,8 @@ def gradient_norm(loss: Tensor, features: Tensor) -> Tensor:
         A scalar in the dtype of `features`, at least float32.
 
     Raises:
-        TypeError: a loss or features that are no floating-point tensor.
-        ValueError: a loss that is no scalar or does not depend on features. A loss in which nothing takes part does
+        TypeError: a loss or features that are not a floating-point tensor.
+        ValueError: a loss that is not a scalar or does not depend on features. A loss in which nothing takes part does
             depend on them: its norm is 0.
         RuntimeError: a network that is checkpointed with `use_reentrant=True` or compiled with donated buffers.
 
@@ -153,7 +153,7 @@ def prototype_distance(source_means: Tensor, target_means: Tensor, *, weight: Op
         with fewer than two that do.
 
     Raises:
-        TypeError: means that are no floating-point tensors, or a weight that is neither bool nor floating point.
+        TypeError: means that are not floating-point tensors, or a weight that is neither bool nor floating point.
         ValueError: shapes or devices that do not belong together.
 
     Example:

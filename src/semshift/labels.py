@@ -33,7 +33,7 @@ def check_labels(labels: Tensor, num_classes: int, *, ignore_index: Optional[int
         ignore_index: id of pixels without a class; None if there is none.
 
     Raises:
-        TypeError: labels of another dtype, or a count that is no int.
+        TypeError: labels of another dtype, or a count that is not an int.
         ValueError: a label out of range, with how many of which there are; or `num_classes` over 255 with the
             default `ignore_index`.
 
@@ -63,7 +63,7 @@ def remap_labels(labels: Tensor, table: Union[Mapping[int, int], Tensor], *, def
         Labels of the same shape and dtype. Widen uint8 first where a new id does not fit.
 
     Raises:
-        TypeError: labels or a table of another dtype, or an id in the table or a default that is no int.
+        TypeError: labels or a table of another dtype, or an id in the table or a default that is not an int.
         ValueError: a label that the table lacks, an empty table or one of another shape, or a new id that the dtype
             of the labels cannot hold.
 
@@ -135,7 +135,7 @@ def resize_labels(
         `[B, h, w]` in the dtype of `labels`.
 
     Raises:
-        TypeError: labels of another dtype, or a min_share that is no number.
+        TypeError: labels of another dtype, or a min_share that is not a number.
         ValueError: a wrong shape, size, resample or share; on the CPU, a label out of range.
 
     Example:
@@ -187,7 +187,7 @@ def class_shares(
         `[B, K, h, w]` float32.
 
     Raises:
-        TypeError: labels of another dtype, or an align_corners that is no bool.
+        TypeError: labels of another dtype, or an align_corners that is not a bool.
         ValueError: a wrong shape, size or resample; on the CPU, a label out of range.
 
     Example:

@@ -4,7 +4,7 @@ Every function takes logits, never probabilities, positive for source, and the b
 every objective but `wasserstein`, which is blind to an offset that both domains share. Weights say which elements take
 part: where the weight is 0, neither the loss nor its gradient sees the logit, whatever it holds; where nothing takes
 part, the loss is 0 with gradient 0. A weight that is negative or not finite is an error on the CPU and not looked for
-elsewhere, since looking would wait for the device.
+elsewhere, since checking would force a device sync.
 
 Half-precision logits are widened to float32 and the result alone goes back: a float16 sum overflows beyond 65504, and
 one in bfloat16 stops counting at 256.
@@ -72,7 +72,7 @@ def discriminator_loss(
         A scalar in the logits' dtype.
 
     Raises:
-        TypeError: logits that are no floating-point tensor, or a weight that is neither bool nor floating point.
+        TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
         ValueError: a weight of another shape or device, one that is negative or not finite, or an unknown objective.
 
     Example:
@@ -111,7 +111,7 @@ def confusion_loss(logits: Tensor, *, objective: Objective = "bce", weight: Opti
         A scalar in the logits' dtype.
 
     Raises:
-        TypeError: logits that are no floating-point tensor, or a weight that is neither bool nor floating point.
+        TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
         ValueError: a weight of another shape or device, one that is negative or not finite, or an unknown objective.
 
     Example:
@@ -159,7 +159,7 @@ def class_discriminator_loss(
         A scalar in the logits' dtype.
 
     Raises:
-        TypeError: logits that are no floating-point tensor, or a weight that is neither bool nor floating point.
+        TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
         ValueError: shapes or devices that do not belong together, or a weight that is negative or not finite.
 
     Example:
@@ -189,7 +189,7 @@ def class_confusion_loss(
         A scalar in the logits' dtype.
 
     Raises:
-        TypeError: logits that are no floating-point tensor, or a weight that is neither bool nor floating point.
+        TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
         ValueError: shapes or devices that do not belong together, or a weight that is negative or not finite.
 
     Example:
@@ -212,7 +212,7 @@ def entropy_map(probabilities: Tensor) -> Tensor:
         `[B, K, *S]` in the dtype of `probabilities`.
 
     Raises:
-        TypeError: probabilities that are no floating-point tensor.
+        TypeError: probabilities that are not a floating-point tensor.
         ValueError: another shape; on the CPU, a value outside [0, 1], as of logits passed by mistake.
 
     Example:
@@ -248,8 +248,8 @@ def r1_penalty(logits: Tensor, inputs: Tensor, *, sample_dims: int = 1, weight: 
         A scalar, float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError: logits or inputs that are no floating-point tensor, a sample_dims that is no int, or a weight that
-            is neither bool nor floating point.
+        TypeError: logits or inputs that are not a floating-point tensor, a sample_dims that is not an int, or a weight
+            that is neither bool nor floating point.
         ValueError: logits that do not depend on inputs, a number of dimensions that inputs do not have, or a weight
             of another shape or device, negative or not finite.
 
@@ -291,7 +291,7 @@ def reverse_gradient(features: Tensor, *, scale: float = 1.0) -> Tensor:
         A tensor equal to `features`.
 
     Raises:
-        TypeError: features that are no floating-point tensor, or a scale that is no number.
+        TypeError: features that are not a floating-point tensor, or a scale that is not a number.
         ValueError: a scale that is negative or not finite.
 
     Example:
@@ -361,7 +361,7 @@ def _taking_part(values: Tensor, weight: Optional[Tensor], *, trailing: int = 0)
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     if weight is None:
         return values, None
-    # Cast before it is compared: a weight that the cast takes to 0 takes no part.
+    # Cast before it is compared: a weight that the cast takes to 0 counts as 0.
     weight = weight.to(values.dtype)
     # Anything may stand where the weight is 0, and 0 * nan would be nan, in the value or in the gradient.
     here = (weight > 0).reshape(*weight.shape, *[1] * trailing)

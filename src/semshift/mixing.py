@@ -50,7 +50,7 @@ def pseudo_labels(logits: Tensor, *, threshold: float = 0.968) -> PseudoLabels:
         `[B, *S]` bool.
 
     Raises:
-        TypeError: logits that are no floating-point tensor, or a threshold that is no number.
+        TypeError: logits that are not a floating-point tensor, or a threshold that is not a number.
         ValueError: another shape, a threshold outside [0, 1], or on the CPU, logits without probabilities, such as
             nan; on CUDA the network is not sure of those.
 
@@ -103,7 +103,7 @@ def class_mix(
 
     Args:
         labels: of the source, `[B, *S]`, uint8, int8, int16, int32 or int64, in `[0, num_classes)` or `ignore_index`.
-            On CUDA any other label is never chosen, since to look would wait for the device: see
+            On CUDA any other label is never chosen, since checking would force a device sync: see
             `check_labels`.
         num_classes: K, at least 1.
         ignore_index: id of pixels without a class, None if there is none. The default is refused with more than 255
@@ -118,7 +118,7 @@ def class_mix(
         `[B, *S]` bool, on the device of `labels`.
 
     Raises:
-        TypeError: labels of another dtype, a count that is no int, or keys that are not floating point.
+        TypeError: labels of another dtype, a count that is not an int, or keys that are not floating point.
         ValueError: labels without dimensions of pixels, keys of another shape or beside a generator, or on the CPU a
             label out of range or a key that is not finite.
 

@@ -22,7 +22,7 @@ __all__ = ["ClassSums", "class_sums", "weighted_class_sums"]
 
 @dataclass(frozen=True, eq=False)
 class ClassSums:
-    """What pooling returns: a value to be added to others, then divided.
+    """Sums and mass of each class: add first, divide last.
 
     Args:
         sums: `[(B,) K, C]` float32 (float64 for float64 features), the features of each class added up.
@@ -90,13 +90,13 @@ def class_sums(
     """Add up the features under each class's pixels.
 
     `.means` of the result are the class prototypes of Wang et al. 2020 (arXiv 2004.00794), section 3:
-    `v_k = sum_i [y_i = k] f_i / sum_i [y_i = k]`. A pixel whose label is `ignore_index` takes no part, whatever its
+    `v_k = sum_i [y_i = k] f_i / sum_i [y_i = k]`. A pixel whose label is `ignore_index` is ignored, whatever its
     features hold. Sums are kept in float32 at least, counts in int64.
 
     Args:
         features: `[B, C, *S]`, float16, bfloat16, float32 or float64, any strides; differentiable, twice in eager mode.
         labels: `[B, *S']`, uint8, int8, int16, int32 or int64, in `[0, num_classes)` or `ignore_index`. On CUDA any
-            other label takes no part, since to look would wait for the device: see `check_labels`.
+            other label is ignored, since checking would force a device sync: see `check_labels`.
         num_classes: K, at least 1.
         ignore_index: id of pixels without a class, None if there is none. The default is refused with more than 255
             classes.
@@ -113,7 +113,7 @@ def class_sums(
         dtype of the sums.
 
     Raises:
-        TypeError: features or labels of another dtype, or a flag that is no bool.
+        TypeError: features or labels of another dtype, or a flag that is not a bool.
         ValueError: shapes that do not belong together, labels of another size with `resample=None`, labels whose
             aspect ratio is that of a transposed map, an unknown option, or on the CPU a label out of range.
 
@@ -181,7 +181,7 @@ def weighted_class_sums(features: Tensor, weights: Tensor, *, per_image: bool = 
         either argument is).
 
     Raises:
-        TypeError: features or weights of another dtype, or a per_image that is no bool.
+        TypeError: features or weights of another dtype, or a per_image that is not a bool.
         ValueError: shapes or devices that do not belong together.
 
     Example:

@@ -53,7 +53,7 @@ class PrototypeBank(nn.Module):
         momentum: m, in [0, 1); 0 remembers the last update of a class alone.
 
     Raises:
-        TypeError: a count that is no int, or a momentum that is no number.
+        TypeError: a count that is not an int, or a momentum that is not a number.
         ValueError: a count below 1, or a momentum outside [0, 1).
 
     Example:
@@ -111,7 +111,7 @@ class PrototypeBank(nn.Module):
                 precision.
             ValueError: another shape or device; on the CPU, sums of a present class that are not finite in the
                 bank's dtype, or a mass that is negative or not finite; the bank is then as it was. Elsewhere, where
-                to look would wait for the device, such a class keeps its value, and so it does in a compiled graph.
+                checking would wait for the device, such a class keeps its value, and so it does in a compiled graph.
         """
         state = self._state()
         self._check(pooled)

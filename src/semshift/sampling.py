@@ -44,7 +44,7 @@ class MixedBatchSampler:
             independently with replacement, in proportion. See `rare_class_weights`.
 
     Raises:
-        TypeError: no mapping, a name that is no str, a count that is no int, or weights that are no numbers.
+        TypeError: no mapping, a name that is not a str, a count that is not an int, or weights that are no numbers.
         ValueError: an empty domain, names that do not agree, a count out of range, or weights that are no weights.
 
     Example:
@@ -209,7 +209,7 @@ def collate_by_domain(samples: Sequence[Any], per_batch: Mapping[str, int]) -> d
         A domain's name to its samples under `torch.utils.data.default_collate`.
 
     Raises:
-        TypeError: a count that is no int.
+        TypeError: a count that is not an int.
         ValueError: another number of samples, or a count below 1.
 
     Example:
@@ -244,7 +244,7 @@ def rare_class_weights(
         `float64 [N]`, summing to 1; 0 for images without any class.
 
     Raises:
-        TypeError: counts or a temperature that are no numbers, or a min_pixels that is no int.
+        TypeError: counts or a temperature that are no numbers, or a min_pixels that is not an int.
         ValueError: another shape, counts that are negative, all 0 or all below `min_pixels`, a temperature that is
             not positive, or a min_pixels below 1.
 
