@@ -1,4 +1,4 @@
-"""Print what each program here adds to its loop; with `--write PAGE`, bring the diffs of a page up to date."""
+"""Print what each program here adds to its loop; with `--write PAGE`, update the diffs of a page."""
 
 import argparse
 import difflib
@@ -11,7 +11,7 @@ _BLOCK = re.compile(r"(<!-- diff of (\w+)\.py[^\n]*-->\n+)```diff\n.*?^```", fla
 
 
 def versions(source: str) -> tuple[str, str]:
-    """A program without its marked lines, and with them but for those that watch it."""
+    """A program without its marked lines, and with those that are added; the lines that log are in neither."""
     before, after = [], []
     for line in source.splitlines():
         code = line.strip()
@@ -28,7 +28,7 @@ def versions(source: str) -> tuple[str, str]:
 
 
 def diff(source: str) -> str:
-    """The unified diff between the two, each piece under the function that it stands in."""
+    """The unified diff between the two; each piece is titled by the function around it."""
     before, after = (version.splitlines() for version in versions(source))
     lines: list[str] = []
     for line in list(difflib.unified_diff(before, after, n=2, lineterm=""))[2:]:
@@ -42,7 +42,7 @@ def diff(source: str) -> str:
 
 
 def updated(page: str) -> str:
-    """A page with its diffs as the programs have them."""
+    """The page with up-to-date diffs of the programs."""
 
     def block(match: re.Match[str]) -> str:
         program = Path(__file__).with_name(f"{match[2]}.py")

@@ -1,4 +1,4 @@
-"""Features by a forward hook, for models that one may not edit, with semantic-level alignment added.
+"""Features from a forward hook, for models that you may not edit, with semantic-level alignment added.
 
 Stand-ins with the module structure of torchvision, segmentation-models-pytorch and mmsegmentation; `LAYER` names the
 layer in each. One backward and one optimiser serve the segmenter and the discriminator. Lines that end in `# +` are
@@ -73,7 +73,7 @@ class SegmentationModelsPytorch(nn.Module):
 
 
 class Mmsegmentation(nn.Module):
-    """As `mmseg.models.EncoderDecoder`: with `mode="tensor"` it gives logits at the features' size."""
+    """As `mmseg.models.EncoderDecoder`: with `mode="tensor"` it returns logits at the features' size."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -69,7 +69,7 @@ def train(steps: int = 100, **options: Any) -> tuple[Module, list[dict[str, Tens
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet, **options)
     with warnings.catch_warnings():
-        # Lightning would have more worker processes than so few images are worth.
+        # Lightning asks for more worker processes, which so few images do not need.
         warnings.simplefilter("ignore")
         trainer.fit(module, loaders)
     return module, module.figures

@@ -1,4 +1,4 @@
-"""A pipeline of three data sets with worker processes, changed over to `MixedBatchSampler`, and resumed.
+"""A pipeline of three data sets with worker processes, moved to `MixedBatchSampler`, and resumed.
 
 Lines that end in `# +` are added, comments that begin with `# - ` are the lines that they replace.
 """
@@ -22,7 +22,7 @@ PER_BATCH = {"source": 2, "labelled": 1, "unlabelled": 2}
 
 
 class Blocks(data.Dataset[dict[str, Any]]):
-    """Images of coloured blocks and labels, as from a folder; an image is drawn from its number."""
+    """Images of coloured blocks and labels, as from a folder; the number of an image is its seed."""
 
     def __init__(self, domain: str, count: int) -> None:
         self.domain, self.count = domain, count
@@ -31,7 +31,7 @@ class Blocks(data.Dataset[dict[str, Any]]):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """An image, its number, and its labels but for the unlabelled."""
+        """An image and its number; its labels too, except in the unlabelled domain."""
         generator = torch.Generator().manual_seed(index)
         labels = torch.randint(0, CLASSES, (4, 6), generator=generator)
         labels = labels.repeat_interleave(8, 0).repeat_interleave(8, 1)

@@ -1,9 +1,8 @@
 """AdaptSegNet's structure in a single pass with gradient reversal, with semantic-level alignment added.
 
-As in `adaptsegnet.py`, but nothing is frozen and nothing is detached: one loss, one backward, and the gradient turns
-round between the segmenter and its discriminators (Ganin and Lempitsky 2015, arXiv 1409.7495). The alignment needs no
-reversal: its two losses share no gradient, so the same backward serves both. Lines that end in `# +`
-are added, `# check` logs what they do.
+As in `adaptsegnet.py`, but with one loss and one backward: a layer between the segmenter and its discriminators
+reverses the gradient (Ganin and Lempitsky 2015, arXiv 1409.7495). The alignment needs no reversal: its two losses share
+no gradient, so the same backward serves both. Lines that end in `# +` are added, `# check` logs what they do.
 """
 
 from typing import Any
@@ -26,7 +25,7 @@ def load(domain: str, count: int = 1) -> tuple[Tensor, Tensor]:
 
 
 class Segmenter(nn.Module):
-    """A backbone with an output level on each of its last two stages, that gives its features too."""
+    """A backbone with an output level on each of its last two stages; it returns its features too."""
 
     def __init__(self) -> None:
         super().__init__()

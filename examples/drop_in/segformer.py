@@ -27,7 +27,7 @@ def load(domain: str, count: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def loader(domain: str, count: int) -> DataLoader[dict[str, Tensor]]:
-    """What a processor gives: `pixel_values` and `labels`."""
+    """Batches as from an image processor: `pixel_values` and `labels`."""
     images, labels = load(domain, count)
     return DataLoader([{"pixel_values": i, "labels": y} for i, y in zip(images, labels)], batch_size=4)  # type: ignore[arg-type]  # because a list will do
 
