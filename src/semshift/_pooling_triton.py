@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+__all__ = ["add_up", "spread", "takes"]
+
 # Partial sums are at most this share of what is read.
 _SHARE = 64
 _PROGRAMS = 1024
-FEW = 256
+_FEW = 256
 
 
 def takes(features: Tensor) -> bool:
@@ -48,7 +50,7 @@ def add_up(
     }
     blocks_c = max(1, triton.cdiv(channels, block_c))
     labels = labels.contiguous()
-    if num_classes > FEW:
+    if num_classes > _FEW:
         # The accumulator lies as the features do.
         by_pixel = features.stride(1) == 1
         sums = features.new_zeros((*rows, channels) if by_pixel else (channels, *rows), dtype=torch.float32)
