@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in one command: tests, compute-sanitizer, tables. Results go to $OUT (gpu-results if not set).
-# It needs torch, triton, pytest and hypothesis; semshift is taken from this checkout.
+# It needs torch, triton, pytest, hypothesis and the extra `examples`; semshift is taken from this checkout.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-gpu-results}
@@ -16,16 +16,16 @@ step() {
 
 every_kernel='
 import torch
-from semshift.pooling import class_sums
+import semshift
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for shape, classes in (((2, 65, 33, 65), 19), ((1, 3, 129, 127), 300), ((2, 19, 5, 7), 150)):
         for layout in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(shape, device="cuda").to(dtype).to(memory_format=layout).requires_grad_()
             labels = torch.randint(0, classes, (shape[0], *shape[2:]), device="cuda")
             for per_image in (False, True):
-                class_sums(x, labels, classes, ignore_index=0, per_image=per_image).means.sum().backward()
+                semshift.class_sums(x, labels, classes, ignore_index=0, per_image=per_image).means.sum().backward()
             x.detach()[0, 0, 0, 0] = float("inf")
-            class_sums(x.detach(), labels, classes, ignore_index=0)
+            semshift.class_sums(x.detach(), labels, classes, ignore_index=0)
 torch.cuda.synchronize()
 '
 nvidia-smi --query-gpu=name,driver_version --format=csv | tee "$out/device.txt"

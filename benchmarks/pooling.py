@@ -245,7 +245,7 @@ def bilinear(args: argparse.Namespace) -> dict[str, Any]:
         return whole(way, large, labels, num_classes, ignore)
 
     def line() -> Pooled:
-        pooled = semshift.class_sums(features, labels, num_classes, ignore_index=ignore, resample="bilinear")
+        pooled = semshift.class_sums(features, labels, num_classes, ignore_index=ignore)
         return pooled.sums, pooled.mass
 
     runs: dict[str, Callable[[], Pooled]] = {
