@@ -113,7 +113,7 @@ def main() -> None:
     # Of pairs, since what slows the machine down lasts longer than one.
     more = [1e3 * (b - a) for a, b in zip(seconds["without"], seconds["with"])]
     percent = [100 * (b / a - 1) for a, b in zip(seconds["without"], seconds["with"])]
-    low, middle, high = statistics.quantiles(percent, n=4)
+    low, middle, high = statistics.quantiles(percent, n=4) if len(percent) > 1 else 3 * percent
     print(
         f"\n{args.images} source and {args.images} labelled target images a step, {size[0]} x {size[1]}, width "
         f"{args.width}; {classes} classes take part; medians over {len(percent)} pairs\n"

@@ -39,6 +39,12 @@ def said(capsys):
     return last
 
 
+def line_of(capsys, path):
+    """The line on standard error that names the file."""
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    return next(line for line in lines if str(path) in line)
+
+
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory, config):
     """A run of six steps, stopped after four, with checkpoints of the second and the fourth."""
@@ -338,7 +344,7 @@ def test_other_images(folders, said, tmp_path, monkeypatch):
 def test_settings_that_do_not_parse(out, run, capsys, whole):
     (out / "settings.yaml").write_bytes(b"steps: [\xff")
     assert run("--resume") == 0
-    mentions(capsys.readouterr().err.splitlines()[0], out / "settings.yaml", "damaged")
+    mentions(line_of(capsys, out / "settings.yaml"), "damaged")
     assert (out / "settings.yaml").read_text() == (whole / "settings.yaml").read_text()
     assert same_run(out, whole)
 
@@ -366,7 +372,7 @@ def test_a_history_cut_in_a_line(out, run, capsys, whole):
         file.truncate()
         file.write(b"\xff\x00")
     assert run("--resume") == 0
-    mentions(capsys.readouterr().err.splitlines()[0], out / "history.jsonl", "1 damaged")
+    mentions(line_of(capsys, out / "history.jsonl"), "1 damaged")
     assert rows(out) == rows(whole)
 
 
@@ -380,7 +386,7 @@ def test_a_damaged_checkpoint(damage, out, run, capsys, whole):
     changed = data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :]
     newest.write_bytes({"cut": data[:-1], "changed": changed, "zeros": bytes(len(data)), "empty": b""}[damage])
     assert run("--resume") == 0
-    mentions(capsys.readouterr().err.splitlines()[0], newest, "damaged")
+    mentions(line_of(capsys, newest), "damaged")
     # Out of the way of those that are kept.
     assert newest.with_suffix(".damaged").exists()
     assert state(out)["resumed_from"] == (2,)
