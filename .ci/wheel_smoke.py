@@ -8,9 +8,6 @@ import sys
 import torch
 
 import semshift
-from semshift.discriminators import PrototypeDiscriminator, frozen
-from semshift.losses import confusion_loss
-from semshift.pooling import class_sums
 
 if importlib.util.find_spec("pytest") or importlib.util.find_spec("matplotlib"):
     sys.exit("expected an empty environment, got one with pytest or matplotlib")
@@ -19,10 +16,20 @@ if importlib.metadata.version("semshift") != semshift.__version__:
 
 features = torch.randn(2, 16, 9, 17, requires_grad=True)
 labels = torch.randint(0, 5, (2, 65, 129))
-pooled = class_sums(features, labels, 5, resample="bilinear")
-confusion_loss(frozen(PrototypeDiscriminator(16, 5))(pooled.means), weight=pooled.present).backward()
-if features.grad is None or not features.grad.abs().sum() > 0:
-    sys.exit("expected a gradient at the features, got none")
+align = semshift.SemanticAlignment(16, 5)
+losses = align(torch.randn(2, 16, 9, 17), labels, features, labels.flip(0))
+(losses.confusion + losses.discriminator).backward()
+for name, grad in (("features", features.grad), *((name, each.grad) for name, each in align.named_parameters())):
+    if grad is None or not grad.abs().sum() > 0:
+        sys.exit(f"expected a gradient at {name}, got none")
+
+# The same by hand.
+pooled = semshift.class_sums(features, labels, 5)
+discriminator = semshift.frozen(semshift.PrototypeDiscriminator(16, 5))
+semshift.confusion_loss(discriminator(pooled.means), weight=pooled.present).backward()
+missing = [name for name in semshift.__all__ if not hasattr(semshift, name)]
+if missing:
+    sys.exit(f"expected every public name at semshift, got none for {missing}")
 
 # The import, on top of torch: median of five processes.
 probe = "import torch, time, sys; before = set(sys.modules); t = time.perf_counter(); import semshift; "
