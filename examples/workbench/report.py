@@ -20,12 +20,12 @@ __all__ = ["Prototypes", "Shown", "draw_report"]
 
 _SEGMENTATION, _GLOBAL, _AUXILIARY, _SEMANTIC = "#222222", "#0072B2", "#56B4E9", "#D55E00"
 _ADVERSARIAL = {
-    "loss/global": ("global, segmenter's", _GLOBAL, "-"),
-    "loss/global_critic": ("global, discriminator's", _GLOBAL, ":"),
-    "loss/auxiliary": ("auxiliary, segmenter's", _AUXILIARY, "-"),
-    "loss/auxiliary_critic": ("auxiliary, discriminator's", _AUXILIARY, ":"),
-    "loss/semantic": ("semantic, segmenter's", _SEMANTIC, "-"),
-    "loss/semantic_critic": ("semantic, discriminator's", _SEMANTIC, ":"),
+    "loss/global": ("global confusion", _GLOBAL, "-"),
+    "loss/global_critic": ("global discriminator", _GLOBAL, ":"),
+    "loss/auxiliary": ("auxiliary confusion", _AUXILIARY, "-"),
+    "loss/auxiliary_critic": ("auxiliary discriminator", _AUXILIARY, ":"),
+    "loss/semantic": ("semantic confusion", _SEMANTIC, "-"),
+    "loss/semantic_critic": ("semantic discriminator", _SEMANTIC, ":"),
 }
 _DISCRIMINATORS = {"global": _GLOBAL, "auxiliary": _AUXILIARY, "semantic": _SEMANTIC}
 
@@ -270,7 +270,7 @@ def _draw_curves(page: _Page, history: Sequence[Mapping[str, float | None]]) -> 
         # Room above the curves, so that the legend hides none.
         low, high = losses.get_ylim()
         losses.set_ylim(low, high + 0.45 * (high - low))
-        losses.legend(fontsize=9.5, loc="upper right", ncols=2, columnspacing=1.2)
+        losses.legend(fontsize=9.5, loc="upper right", ncols=2, columnspacing=1.0, handlelength=1.5)
         _steps(losses, last)
 
     present = [
