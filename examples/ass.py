@@ -63,7 +63,7 @@ class Settings:
                 raise ValueError(f"expected {name} in 1 to {most}, got {getattr(self, name)}")
 
 
-# Data: street scenes in two looks. The source is labelled, and of the target a few images are.
+# Data: street scenes in two looks. All source images are labelled, and a few target images.
 
 
 class Domain(Dataset[tuple[Tensor, Tensor]]):
