@@ -228,7 +228,9 @@ def entropy_map(probabilities: Tensor) -> Tensor:
         if low < 0 or high > 1 + 8 * torch.finfo(probabilities.dtype).eps:
             raise ValueError(f"expected probabilities in [0, 1], got {low if low < 0 else high}")
     smallest = torch.finfo(probabilities.dtype).tiny
-    return -probabilities * probabilities.clamp(min=smallest).log() / math.log(probabilities.shape[1])
+    # Not clamp, whose gradient at the limit itself differs between versions of PyTorch.
+    positive = torch.where(probabilities < smallest, smallest, probabilities)
+    return -probabilities * positive.log() / math.log(probabilities.shape[1])
 
 
 def r1_penalty(logits: Tensor, inputs: Tensor, *, sample_dims: int = 1, weight: Optional[Tensor] = None) -> Tensor:
