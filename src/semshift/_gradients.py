@@ -4,8 +4,12 @@ import torch
 from torch import Tensor
 
 from semshift._checks import check_floating
+from semshift.distributed import all_reduce_sum
 
-__all__ = ["gradient_at"]
+__all__ = ["gradient_at", "norm_over_ranks"]
+
+# The largest power of two that float16 holds, which loses gradients below 6e-8.
+_SCALE = 2.0**15
 
 
 def gradient_at(features: Tensor, loss: Tensor, name: str = "loss") -> Tensor:
@@ -28,6 +32,30 @@ def gradient_at(features: Tensor, loss: Tensor, name: str = "loss") -> Tensor:
             f"use_reentrant=False)"
         )
     return gradient
+
+
+def norm_over_ranks(features: Tensor, loss: Tensor, name: str) -> Tensor:
+    """The Euclidean norm of a loss's gradient at the features of all ranks, float32."""
+
+    def squares(scale: float) -> Tensor:
+        gradient = gradient_at(features, loss * scale, name).detach()
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
+        return all_reduce_sum(gradient.square().sum())
+
+    total = squares(1.0)
+    if _through_float16(features):
+        # Scaled, small gradients survive in float16; where that overflows, the plain ones do not vanish.
+        scaled = squares(_SCALE)
+        total = torch.where(scaled.isfinite(), scaled, total)
+    return total.sqrt().float()
+
+
+def _through_float16(features: Tensor) -> bool:
+    device = features.device.type
+    if features.dtype == torch.float16 or not torch.amp.is_autocast_available(device):
+        return features.dtype == torch.float16
+    # Features that a layer norm left in float32, whose head runs in float16.
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
 
 def _way_out(message: str) -> str:

@@ -23,7 +23,7 @@ from semshift._checks import (
     check_number,
     check_option,
 )
-from semshift._gradients import gradient_at
+from semshift._gradients import norm_over_ranks
 from semshift.discriminators import FCDiscriminator, PrototypeDiscriminator
 from semshift.distributed import all_reduce_sum
 from semshift.health import prototype_distance
@@ -31,9 +31,6 @@ from semshift.losses import Objective, entropy_map
 from semshift.pooling import ClassSums, class_sums
 
 __all__ = ["AlignmentLosses", "GlobalAlignment", "SemanticAlignment", "balanced_weight"]
-
-# The largest power of two that float16 holds, which loses gradients below 6e-8.
-_SCALE = 2.0**15
 
 
 class AlignmentLosses(NamedTuple):
@@ -391,34 +388,10 @@ def balanced_weight(loss: Tensor, confusion: Tensor, features: Tensor, ratio: fl
     # A comparison with the largest float, since an int may be larger.
     if not 0 <= check_number("ratio", ratio) <= sys.float_info.max:
         raise ValueError(f"expected ratio to be finite and not negative, got {ratio}")
-    task = _norm_over_ranks(features, loss, "loss")
-    adversarial = _norm_over_ranks(features, confusion, "confusion")
+    task = norm_over_ranks(features, loss, "loss")
+    adversarial = norm_over_ranks(features, confusion, "confusion")
     vanishes = (task == 0) | (adversarial == 0)
     return torch.where(vanishes, 0.0, float(ratio) * task / torch.where(vanishes, 1.0, adversarial))
-
-
-def _norm_over_ranks(features: Tensor, loss: Tensor, name: str) -> Tensor:
-    """The Euclidean norm of a loss's gradient at the features of all ranks, float32."""
-
-    def squares(scale: float) -> Tensor:
-        gradient = gradient_at(features, loss * scale, name).detach()
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
-        return all_reduce_sum(gradient.square().sum())
-
-    total = squares(1.0)
-    if _through_float16(features):
-        # Scaled, small gradients survive in float16; where that overflows, the plain ones do not vanish.
-        scaled = squares(_SCALE)
-        total = torch.where(scaled.isfinite(), scaled, total)
-    return total.sqrt().float()
-
-
-def _through_float16(features: Tensor) -> bool:
-    device = features.device.type
-    if features.dtype == torch.float16 or not torch.amp.is_autocast_available(device):
-        return features.dtype == torch.float16
-    # Features that a layer norm left in float32, whose head runs in float16.
-    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
 
 def _over_ranks(pooled: ClassSums) -> tuple[ClassSums, ClassSums]:
