@@ -203,6 +203,7 @@ def cut_at(step, monkeypatch):
     ],
     ids=["ass", "ass-workers", "ass-plus-each-step"],
 )
+@pytest.mark.slow
 def test_cut_twice_and_resumed_is_uninterrupted(method, workers, cuts, run, tmp_path, monkeypatch):
     """In the middle of a step, by an end without warning; then with another number of workers; then once more."""
     assert run("--method", method, out=tmp_path / "whole") == 0

@@ -176,6 +176,7 @@ def test_an_image_cut_short(folders, said, tmp_path, config):
         assert re.search(r"/source/images/\d\.png\b", line)
 
 
+@pytest.mark.slow
 def test_an_image_that_vanishes(folders, said, tmp_path, monkeypatch):
     when(monkeypatch, 2, lambda: shutil.rmtree(tmp_path / "data/target/images"))
     assert main(["train", *folders, "--out", str(tmp_path / "run")]) == 2
@@ -185,6 +186,7 @@ def test_an_image_that_vanishes(folders, said, tmp_path, monkeypatch):
     assert state(tmp_path / "run")["step"] == 2
 
 
+@pytest.mark.slow
 def test_an_image_that_never_comes(folders, said, tmp_path):
     """A pipe that nobody writes to, as a file on a file server that has gone."""
     for image in (tmp_path / "data/source/images").iterdir():

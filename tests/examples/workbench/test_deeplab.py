@@ -424,6 +424,7 @@ def test_groups_of_the_optimiser(network, name):
     assert len(build_optimiser(dataclasses.replace(settings, optimiser=one), segmenter).param_groups) == 1
 
 
+@pytest.mark.slow
 def test_from_the_command_line_with_weights(tmp_path, capsys):
     """Two steps from a file of weights, and an evaluation without the file; what is frozen is as in the file."""
     state = DeepLabV2(2, depth=50).state_dict()
@@ -458,6 +459,7 @@ def test_from_the_command_line_with_weights(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("weight", "discriminators"), [(0.5, {"global", "auxiliary", "semantic"}), (0, {"global", "semantic"})]
 )
+@pytest.mark.slow
 def test_the_second_level_has_losses_of_its_own(weight, discriminators, tmp_path):
     network = dataclasses.replace(TINY.network, auxiliary=True)
     how = dataclasses.replace(TINY.global_adversary, start=0.0, ramp=0.0, auxiliary_weight=weight)

@@ -313,6 +313,7 @@ def arguments(preset, root, out, init, *more):
         pytest.param("gta5-cityscapes", "ass-plus", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_two_steps_evaluation_and_resume(root, init, tmp_path, capsys, monkeypatch, preset, method):
     out = tmp_path / "run"
     how = ["--method", method, *(["--self_training.start", "0"] if method == "ass-plus" else [])]

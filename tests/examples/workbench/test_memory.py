@@ -98,6 +98,7 @@ def test_within_an_eighth_of_what_lives_at_once(changes, tmp_path, monkeypatch):
     assert 7 / 8 * live.peak < sum(estimate) < 9 / 8 * live.peak
 
 
+@pytest.mark.slow
 def test_at_full_size():
     """DeepLab-v2 on ResNet-101 as AdaptSegNet runs it, without a tensor of that size being made."""
     settings = dataclasses.replace(

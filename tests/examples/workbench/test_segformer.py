@@ -204,6 +204,7 @@ def test_bad_settings(network, words):
         check(dataclasses.replace(tiny("none"), network=network))
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(folder, tmp_path, monkeypatch, capsys):
     """With dropout, whose draws are a function of the step."""
     settings = tiny(folder)

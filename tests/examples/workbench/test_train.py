@@ -364,6 +364,7 @@ def test_double_precision_is_evaluated_as_it_was_trained(tmp_path, monkeypatch):
     assert seen == [torch.float64]
 
 
+@pytest.mark.slow
 def test_any_id_may_be_ignored(folders):
     """Of files, and where a crop leaves the image, which it does at a scale below 1."""
     arguments = ["train", "--config", str(folders / "settings.yaml"), "--data-root", str(folders / "data")]
@@ -394,6 +395,7 @@ def test_an_image_cut_short_ends_the_run_and_keeps_the_checkpoint(folders, capsy
     assert checkpoint(out)["step"] == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_classes_is_told_in_a_line(folders, capsys):
     """By evaluation and by resuming, neither of which loses anything."""
     out, root = folders / "run", ["--data-root", str(folders / "data")]
@@ -478,6 +480,7 @@ def test_options_come_over_the_preset(tmp_path, capsys):
     assert (settings["steps"], settings["labelled"], settings["data"]["size"]) == (1, 2, [32, 32])
 
 
+@pytest.mark.slow
 def test_demo(tmp_path, capsys):
     config = tmp_path / "settings.yaml"
     data = {"size": [32, 32], "scenes": {"source": 4, "target": 4, "validation": 2, "test": 2}}

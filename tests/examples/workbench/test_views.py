@@ -92,6 +92,7 @@ def test_the_segmenter_is_confused_on_the_unlabelled_alone():
     assert outputs["labelled"].logits.grad is None
 
 
+@pytest.mark.slow
 def test_against_matters_in_training(tmp_path):
     weights = {}
     for against in ("source", "labelled", "both"):

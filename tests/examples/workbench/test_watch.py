@@ -49,6 +49,7 @@ def told(out):
     return {row["kind"]: row for row in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
 
 
+@pytest.mark.slow
 def test_a_discriminator_that_does_not_learn_is_at_chance(tmp_path, capsys):
     train(with_discriminators(learning_rate=1e-12), tmp_path)
     shown = capsys.readouterr().err
