@@ -11,7 +11,7 @@ one in bfloat16 stops counting at 256.
 """
 
 import math
-from typing import Any, Literal, Optional, TypeAlias
+from typing import Any, Literal, Optional, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ Example:
     tensor(0.)
 """
 
+_OBJECTIVES = get_args(Objective)
+
 
 def discriminator_loss(
     source_logits: Tensor,
@@ -79,7 +81,7 @@ def discriminator_loss(
         >>> semshift.discriminator_loss(torch.tensor([2.0]), torch.tensor([-3.0]), objective="hinge")
         tensor(0.)
     """
-    check_option("objective", objective, ("bce", "least-squares", "hinge", "wasserstein"))
+    check_option("objective", objective, _OBJECTIVES)
     check_floating("source_logits", source_logits)
     check_floating("target_logits", target_logits)
     check_weight("source_weight", source_weight, "source_logits", source_logits, source_logits.shape)
@@ -118,7 +120,7 @@ def confusion_loss(logits: Tensor, *, objective: Objective = "bce", weight: Opti
         >>> semshift.confusion_loss(torch.tensor([0.0, float("nan")]), weight=torch.tensor([True, False]))
         tensor(0.6931)
     """
-    check_option("objective", objective, ("bce", "least-squares", "hinge", "wasserstein"))
+    check_option("objective", objective, _OBJECTIVES)
     check_floating("logits", logits)
     check_weight("weight", weight, "logits", logits, logits.shape)
     wide, weight = _taking_part(logits, weight)
