@@ -21,9 +21,9 @@ from timing import head, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from examples.workbench import checkpoints
+from examples.workbench.training import checkpoints
 from examples.workbench.settings import Data, SceneSettings, Settings
-from examples.workbench.train import train
+from examples.workbench.training.train import train
 
 NEVER = 10**9
 

@@ -16,7 +16,7 @@ from docs.drawings.shifts import draw_shifts
 from docs.drawings.tutorial import draw_discriminators, draw_health, draw_predictions, draw_scenes
 from examples import ass
 from examples.workbench.__main__ import STUDIES
-from examples.workbench.study import draw_curves, draw_study, read_study, recorded
+from examples.workbench.studies.study import draw_curves, draw_study, read_study, recorded
 
 __all__ = ["DRAWINGS", "FIGURES", "main"]
 

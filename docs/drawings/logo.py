@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from examples.workbench.checkpoints import write_whole
+from examples.workbench.files import write_whole
 
 __all__ = ["draw_logo"]
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 import semshift
 from examples.scenes import CLASSES, draw
-from examples.workbench.style import STYLE, class_colours, save_figure
+from examples.workbench.files import save_figure
+from examples.workbench.reporting.style import STYLE, class_colours
 
 __all__ = ["draw_modes", "draw_pooling", "draw_transpose"]
 
@@ -65,9 +66,9 @@ def draw_transpose(path: Path) -> None:
     f = torch.tensor([1.0, 3.0, 2.0, 5.0, 4.0, 1.0])
     mask = torch.zeros(pixels)
     mask[9:14] = 1
-    upsampled = F.interpolate(f[None, None, None], size=(1, pixels), mode="bilinear")[0, 0, 0]
+    upsample = F.interpolate(f[None, None, None], size=(1, pixels), mode="bilinear")[0, 0, 0]
     shares = semshift.class_shares(1 - mask[None, None].long(), (1, cells), 2, resample="bilinear")[0, 0, 0]
-    left, right = float(mask @ upsampled), float(shares @ f)
+    left, right = float(mask @ upsample), float(shares @ f)
     at, centres = np.arange(pixels) + 0.5, (np.arange(cells) + 0.5) * pixels / cells
     with matplotlib.rc_context(_LARGE):
         figure = Figure(figsize=(9, 4.4), layout="constrained")
@@ -77,8 +78,8 @@ def draw_transpose(path: Path) -> None:
             axes.set_axisbelow(True)
         up, down = panels
         up.set_title("bring f to the labels")
-        up.bar(at[mask.numpy() > 0], upsampled[mask > 0].numpy(), 0.8, color=_ORANGE, label="f at a pixel of the class")
-        up.plot(at, upsampled.numpy(), ".-", color=_BLUE, label="f, up-sampled")
+        up.bar(at[mask.numpy() > 0], upsample[mask > 0].numpy(), 0.8, color=_ORANGE, label="f at a pixel of the class")
+        up.plot(at, upsample.numpy(), ".-", color=_BLUE, label="f, up-sampled")
         up.plot(centres, f.numpy(), "o", color=_BLUE, markersize=9, label="f")
         up.set_xlabel(f"pixels: {pixels} values in each channel\nsum of the orange bars: {left:.5g}")
         down.set_title("bring the class to f")

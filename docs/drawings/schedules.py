@@ -6,7 +6,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 import semshift
-from examples.workbench.style import STYLE, save_figure
+from examples.workbench.files import save_figure
+from examples.workbench.reporting.style import STYLE
 
 __all__ = ["SHOWN", "draw_schedules"]
 

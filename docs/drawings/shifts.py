@@ -12,7 +12,8 @@ from torch import Tensor
 
 import semshift
 from examples.scenes import CLASSES, Scenes, Severity
-from examples.workbench.style import STYLE, class_colours, save_figure
+from examples.workbench.files import save_figure
+from examples.workbench.reporting.style import STYLE, class_colours
 
 __all__ = ["draw_shifts"]
 

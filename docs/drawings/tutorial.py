@@ -17,7 +17,8 @@ from torch import Tensor
 
 import semshift
 from docs.pages import read_blocks
-from examples.workbench.style import STYLE, class_colours, save_figure
+from examples.workbench.files import save_figure
+from examples.workbench.reporting.style import STYLE, class_colours
 
 __all__ = ["draw_discriminators", "draw_health", "draw_predictions", "draw_scenes"]
 

@@ -13,25 +13,19 @@ import jsonargparse
 from lightning_fabric import Fabric
 from torch import distributed as dist
 
-from examples.workbench import checkpoints, faults, runs, signals
-from examples.workbench.build import (
-    Segmenter,
-    build_discriminator,
-    build_segmenter,
-    discriminator_settings,
-    dtype_of,
-    load_init,
-)
-from examples.workbench.checks import check, check_accelerator
-from examples.workbench.compare import compare, comparison_table
-from examples.workbench.data import InputError
-from examples.workbench.data_check import check_data
-from examples.workbench.evaluate import Scores, evaluate, illustrate, score_table
-from examples.workbench.images import open_images
-from examples.workbench.memory import estimate_memory
+from examples.workbench import errors as faults
+from examples.workbench.data.check import check_data
+from examples.workbench.data.images import open_images
+from examples.workbench.errors import InputError
+from examples.workbench.networks.build import Segmenter, build_segmenter, dtype_of, load_init
+from examples.workbench.reporting.scores import Scores, evaluate, illustrate, score_table
 from examples.workbench.settings import METHODS, Settings
-from examples.workbench.study import draw_curves, draw_study, read_study, recorded, run_study, study_table
-from examples.workbench.train import train
+from examples.workbench.studies.compare import compare, comparison_table
+from examples.workbench.studies.study import draw_curves, draw_study, read_study, recorded, run_study, study_table
+from examples.workbench.training import checkpoints, signals
+from examples.workbench.training import run_folder as runs
+from examples.workbench.training.learners import build_discriminator, discriminator_settings
+from examples.workbench.training.train import train
 
 __all__ = ["main"]
 
@@ -66,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
             raise InputError(f"expected a command, one of {', '.join(commands)}, got {arguments[0]}")
         if arguments[0] != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError(f"expected train on several ranks, got {arguments[0]}, which takes one process")
-        with signals.at_once():
+        with signals.stop_at_once():
             commands[arguments[0]](arguments[1:])
     except (InputError, argparse.ArgumentError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -79,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
         print(signals.Stopped(signal.SIGINT), file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
-        line = faults.told(error)
+        line = faults.describe_machine_error(error)
         if line is None:
             raise
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
@@ -148,7 +142,7 @@ def _demo(arguments: Sequence[str]) -> None:
         run = dataclasses.replace(settings, method=method)
         metrics = train(run, out / method, data_root=data_root, resume=options.resume)
         scores[method] = metrics["miou"]
-        segmenters.append((method, _load(run, checkpoints.newest(out / method))))
+        segmenters.append((method, _load(run, checkpoints.newest_checkpoint(out / method))))
     illustrate(
         out / "report.png",
         settings,
@@ -156,7 +150,7 @@ def _demo(arguments: Sequence[str]) -> None:
         title=f"{settings.method} with {settings.labelled} labelled target images, against source-only",
         before=segmenters[0],
         after=segmenters[1],
-        history=runs.read_history(out / settings.method),
+        history=run_folder.read_history(out / settings.method),
     )
     for method, miou in scores.items():
         print(f"mIoU {method}: {100 * miou:.1f}")
@@ -190,7 +184,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     if options.subset is not None and options.subset not in subsets:
         raise InputError(f"expected --subset to be one of {sorted(subsets)}, got {options.subset}")
     scores = evaluate(
-        _load(settings, out / checkpoints.BEST if options.best else checkpoints.newest(out)),
+        _load(settings, out / checkpoints.BEST if options.best else checkpoints.newest_checkpoint(out)),
         getattr(open_images(settings, _path(options.data_root)), options.split),
         classes=settings.data.classes,
         size=settings.data.size,
@@ -323,7 +317,7 @@ def _load(settings: Settings, checkpoint: Path) -> Segmenter:
     segmenter = build_segmenter(settings)
     taught = "self-training" in METHODS[settings.method] and settings.self_training.final == "teacher"
     weights = checkpoints.load_weights(checkpoint, teacher=taught)
-    checkpoints.refuse_unfit(segmenter.state_dict(), weights, checkpoint)
+    checkpoints.check_weights_fit(segmenter.state_dict(), weights, checkpoint)
     segmenter.load_state_dict(weights)
     return segmenter.to(Fabric(accelerator=settings.accelerator, devices=1).device, dtype_of(settings)).eval()
 

@@ -1,28 +1,19 @@
-"""The trainer's settings."""
+"""The workbench's settings: each field is an option of the command line and a line of a settings file."""
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from examples.scenes import CLASSES, Severity
-from examples.workbench.data import Augmentation
-from examples.workbench.folders import Folder
+from examples.workbench.ranges import BelowOne, ImageExtent, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
 
-__all__ = [
-    "MAY_CHANGE",
-    "METHODS",
-    "Data",
-    "GlobalAdversary",
-    "Network",
-    "Optimiser",
-    "SceneSettings",
-    "SelfTraining",
-    "SemanticAdversary",
-    "Settings",
-    "as_plain",
-]
+__all__ = ["MAY_CHANGE", "METHODS", "Augmentation", "Data", "Folder", "GlobalSettings", "LayoutName", "NetworkSettings"]
+__all__ += ["OptimiserSettings", "SceneSettings", "SelfTraining", "SemanticSettings", "Settings", "as_plain", "flatten"]
 
 Method = Literal["source-only", "labelled-only", "joint", "global", "semantic", "ass", "ass-plus", "oracle"]
+LayoutName = Literal["index", "gta5", "synthia", "cityscapes"]
 Objective = Literal["bce", "least-squares", "hinge", "wasserstein"]
 
 METHODS: dict[str, frozenset[str]] = {
@@ -39,7 +30,7 @@ METHODS: dict[str, frozenset[str]] = {
 
 
 MAY_CHANGE = frozenset({"log_every", "save_every", "validate_every", "data.workers", "data.timeout"})
-"""Settings that a run may go on with others of: its weights do not depend on them."""
+"""Settings that may differ when a run resumes: its weights do not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +42,50 @@ class SceneSettings:
         target: number of target training images, of which `labelled` keep their masks.
         validation: number of target images to choose settings on.
         test: number of target images to report on.
-        severity: how far the target's look lies from the source's.
+        severity: how much the target's appearance differs from the source's.
     """
 
-    source: int = 200
-    target: int = 200
-    validation: int = 60
-    test: int = 100
+    source: PositiveInt = 200
+    target: PositiveInt = 200
+    validation: PositiveInt = 60
+    test: PositiveInt = 100
     severity: Severity = field(default_factory=Severity)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The two folders of a split.
+
+    Args:
+        images: folder of images below the data root.
+        labels: folder of their label files below the data root.
+        layout: how the files are named and what their ids mean. `index` is `NAME.jpg` or `NAME.png` with index masks
+            `NAME.png` that hold the ids of `data.classes`. The others are the data sets as distributed; their ids
+            become those of `data.classes` by the classes' names.
+    """
+
+    images: str
+    labels: str
+    layout: LayoutName = "index"
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Augmentation of training images, the same for every domain and every method.
+
+    Args:
+        scale: smallest and largest factor of the scaling, before a crop of the network's size is taken.
+        flip: probability of mirroring.
+        colour: largest change of brightness, contrast and saturation, a factor from 1 - colour to 1 + colour.
+    """
+
+    scale: tuple[Positive, Positive] = (0.75, 1.5)
+    flip: Share = 0.5
+    colour: BelowOne = 0.2
+
+    def __post_init__(self) -> None:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"expected data.augmentation.scale with the smaller factor first, got {list(self.scale)}")
 
 
 @dataclass(frozen=True)
@@ -68,7 +95,7 @@ class Data:
     Args:
         classes: names in the order of their ids.
         size: height and width of the images that the network sees, each at least 32.
-        source_size: those of the source images, where they are others; not for the built-in scenes.
+        source_size: those of the source images, where they differ; not for the built-in scenes.
         source: labelled source images.
         target: target training images; the labelled ones are drawn from them.
         validation: labelled target images to choose settings on.
@@ -76,14 +103,14 @@ class Data:
         ignore_index: id of pixels that have no class.
         subsets: named lists of classes over which `evaluate` can average.
         scenes: the built-in scenes.
-        augmentation: what is done to training images, the same for every domain and method.
+        augmentation: of training images.
         workers: processes that load images; the images do not depend on it.
-        timeout: seconds to wait for a batch of the workers before the run ends as one that hangs; 0 waits for ever.
+        timeout: seconds to wait for a batch of the workers before the run ends with an error; 0 waits for ever.
     """
 
     classes: list[str] = field(default_factory=lambda: list(CLASSES))
-    size: tuple[int, int] = (64, 96)
-    source_size: tuple[int, int] | None = None
+    size: tuple[ImageExtent, ImageExtent] = (64, 96)
+    source_size: tuple[ImageExtent, ImageExtent] | None = None
     source: Folder | None = None
     target: Folder | None = None
     validation: Folder | None = None
@@ -92,16 +119,35 @@ class Data:
     subsets: dict[str, list[str]] = field(default_factory=dict)
     scenes: SceneSettings = field(default_factory=SceneSettings)
     augmentation: Augmentation = field(default_factory=Augmentation)
-    workers: int = 0
-    timeout: int = 600
+    workers: NonNegativeInt = 0
+    timeout: NonNegativeInt = 600
+
+    def __post_init__(self) -> None:
+        k = len(self.classes)
+        if not 2 <= k <= 255 or len(set(self.classes)) < k:
+            raise ValueError(f"expected data.classes to be 2 to 255 different names, got {self.classes}")
+        if not k <= self.ignore_index <= 255:
+            raise ValueError(
+                f"expected data.ignore_index between the number of classes, {k}, and 255, got {self.ignore_index}"
+            )
+        for name, members in self.subsets.items():
+            if not members or not set(members) <= set(self.classes):
+                raise ValueError(f"expected data.subsets.{name} to list names of data.classes, got {members}")
+        if self.source is None and self.source_size is not None:
+            raise ValueError(f"expected data.source_size with data.source only, got {list(self.source_size)}")
+
+    @property
+    def source_crop(self) -> tuple[int, int]:
+        """Height and width of the source images that the network sees."""
+        return self.source_size or self.size
 
 
 @dataclass(frozen=True)
-class Network:
-    """The segmenter: a small one to be trained from nothing, the paper's, or a transformer; these want trained weights.
+class NetworkSettings:
+    """The segmenter: a small one trained from random weights, or one that starts from trained weights.
 
     Args:
-        name: `small`, `deeplab-v2` or `segformer`.
+        name: `small`, `deeplab-v2` (the paper's) or `segformer`.
         width: of small: channels of the first stage, a multiple of 8.
         feature_layer: the layer whose prototypes are aligned; deeplab-v2 has its `encoder` only.
         config: of segformer: a `config.json` of Transformers; by default B0's, or the one in `init`.
@@ -110,163 +156,184 @@ class Network:
         origin: of deeplab-v2: where its weights come from, which decides stride placement and preprocessing.
         auxiliary: of deeplab-v2: a second classifier, on the stage before the last, for the loss on two levels.
         init: weights to start from; of deeplab-v2: a file with a state dict with torchvision's names; of segformer: a
-            folder that `save_pretrained` wrote, whose `config.json` is read whenever the network is built.
-        init_classifier: take the classifier from `init` too, where it has one.
+            folder written by `save_pretrained`, whose `config.json` is read whenever the network is built.
+        init_classifier: load the classifier from `init` too, where it has one.
         frozen_batch_norm: of deeplab-v2: keep the statistics, weights and biases of `init`.
     """
 
     name: Literal["small", "deeplab-v2", "segformer"] = "small"
-    width: int = 16
+    width: PositiveInt = 16
     feature_layer: Literal["encoder", "decoder"] = "encoder"
     config: str | None = None
     depth: Literal[101, 50] = 101
-    aspp_dilations: tuple[int, ...] = (6, 12, 18, 24)
+    aspp_dilations: tuple[PositiveInt, ...] = (6, 12, 18, 24)
     origin: Literal["torchvision", "caffe"] = "torchvision"
     auxiliary: bool = False
     init: str | None = None
     init_classifier: bool = True
     frozen_batch_norm: bool = False
 
+    def __post_init__(self) -> None:
+        if self.width % 8:
+            raise ValueError(f"expected network.width to be a multiple of 8, got {self.width}")
+        if not self.aspp_dilations:
+            raise ValueError("expected network.aspp_dilations to be one or more dilations, got none")
+        if self.name == "small" and self.init is not None:
+            raise ValueError(f"expected network.init with deeplab-v2 and segformer only, got {self.init} with small")
+        for option in ("frozen_batch_norm", "auxiliary"):
+            if self.name != "deeplab-v2" and getattr(self, option):
+                raise ValueError(f"expected network.{option} with deeplab-v2 only, got it with {self.name}")
+        if self.config is not None and (self.name != "segformer" or self.init is not None):
+            raise ValueError(
+                f"expected network.config with segformer and without network.init only, got {self.config} with "
+                f"{self.name} and {self.init or 'none'}"
+            )
+        if self.name == "deeplab-v2" and self.feature_layer != "encoder":
+            raise ValueError(f"expected network.feature_layer encoder of deeplab-v2, got {self.feature_layer}")
+
 
 @dataclass(frozen=True)
-class Optimiser:
-    """How the segmenter learns.
+class OptimiserSettings:
+    """The segmenter's optimiser.
 
     Args:
         name: `sgd` has momentum 0.9.
         learning_rate: at step 0, decaying as (1 - step / decay_steps) ** power.
-        decay_steps: at which it would be 0, not before the run's last; by default the run's.
-        classifier_factor: by which the learning rate of the last layer is multiplied.
+        decay_steps: at which it would be 0, not before the run's last step; by default the run's steps.
+        classifier_factor: factor on the learning rate of the last layer.
         weight_decay: as the optimiser defines it.
         power: of the decay; 0 keeps the rate.
         auxiliary_weight: of the auxiliary classifier's cross-entropy.
-        images: labelled images of a domain in a step, over all ranks.
-        unlabelled: unlabelled target images in a step, over all ranks.
+        batch_size: labelled images of each domain in a step, over all ranks.
+        unlabelled_batch_size: unlabelled target images in a step, over all ranks.
     """
 
     name: Literal["sgd", "adamw"] = "adamw"
-    learning_rate: float = 3e-3
-    decay_steps: int | None = None
-    classifier_factor: float = 1.0
-    weight_decay: float = 1e-4
-    power: float = 0.9
-    auxiliary_weight: float = 0.1
-    images: int = 4
-    unlabelled: int = 4
+    learning_rate: Positive = 3e-3
+    decay_steps: PositiveInt | None = None
+    classifier_factor: Positive = 1.0
+    weight_decay: NonNegative = 1e-4
+    power: NonNegative = 0.9
+    auxiliary_weight: NonNegative = 0.1
+    batch_size: PositiveInt = 4
+    unlabelled_batch_size: PositiveInt = 4
 
 
 @dataclass(frozen=True)
-class GlobalAdversary:
-    """The discriminator D_g over the segmenter's output, and its weight in the segmenter's loss.
+class GlobalSettings:
+    """Global alignment: the discriminator D_g over the segmenter's output, and its weight in the segmenter's loss.
 
     Args:
-        weight: lambda_g once the ramp is over; 0 does without this discriminator.
-        auxiliary_weight: that of a discriminator of its own over the auxiliary classifier's output, where there is one.
+        weight: lambda_g after the ramp; 0 disables global alignment.
+        auxiliary_weight: that of a second discriminator, over the auxiliary classifier's output where there is one.
         start: share of the steps before the weight leaves zero; the discriminator learns meanwhile.
         ramp: share of the steps over which the weight rises.
-        objective: of both sides.
+        objective: of both losses.
         learning_rate: of Adam with betas (0.9, 0.99).
-        power: of its decay, which is over the segmenter's steps; 0 keeps the rate.
+        power: of its decay, over the segmenter's steps; 0 keeps the rate.
         every: the discriminator learns at each step divisible by this.
         r1: weight of the gradient penalty on source inputs.
         spectral_norm: on every convolution.
-        base_channels: of the first layer.
-        inputs: class probabilities (AdaptSegNet), their entropy map (ADVENT), or `balanced`: probabilities over the
-            shares that the domain's labels give the classes.
-        against: whose outputs the unlabelled target's are to be taken for: those on `source` images (the paper), on
-            `labelled` target images, or on `both`.
+        base_channels: channels of the first layer.
+        inputs: class probabilities (AdaptSegNet), their entropy map (ADVENT), or `balanced`: probabilities divided by
+            the class shares that the domain's labels have shown.
+        against: the reference whose outputs the unlabelled target's should resemble: `source` images (the paper),
+            `labelled` target images, or `both`.
     """
 
-    weight: float = 0.03
-    auxiliary_weight: float = 0.006
-    start: float = 0.2
-    ramp: float = 0.2
+    weight: NonNegative = 0.03
+    auxiliary_weight: NonNegative = 0.006
+    start: Share = 0.2
+    ramp: Share = 0.2
     objective: Objective = "bce"
-    learning_rate: float = 5e-4
-    power: float = 0.0
-    every: int = 1
-    r1: float = 0.0
+    learning_rate: Positive = 5e-4
+    power: NonNegative = 0.0
+    every: PositiveInt = 1
+    r1: NonNegative = 0.0
     spectral_norm: bool = False
-    base_channels: int = 16
+    base_channels: PositiveInt = 16
     inputs: Literal["probabilities", "entropy", "balanced"] = "probabilities"
     against: Literal["source", "labelled", "both"] = "source"
 
 
 @dataclass(frozen=True)
-class SemanticAdversary:
-    """The discriminator D_s over class prototypes, and its weight in the segmenter's loss.
+class SemanticSettings:
+    """Semantic alignment: the discriminator D_s over class prototypes, and its weight in the segmenter's loss.
 
     Args:
-        weight: lambda_s once the ramp is over; 0 does without this discriminator.
+        weight: lambda_s after the ramp; 0 disables semantic alignment.
         start: share of the steps before the weight leaves zero; the discriminator learns meanwhile.
         ramp: share of the steps over which the weight rises.
-        objective: of both sides; class-and-domain has a cross-entropy of its own and knows `bce` only.
+        objective: of both losses; class-and-domain has a cross-entropy of its own and supports `bce` only.
         learning_rate: of Adam with betas (0.9, 0.99).
-        power: of its decay, which is over the segmenter's steps; 0 keeps the rate.
+        power: of its decay, over the segmenter's steps; 0 keeps the rate.
         every: the discriminator learns at each step divisible by this.
         r1: weight of the gradient penalty on source prototypes.
         spectral_norm: on every layer.
         hidden_channels: widths of the discriminator's hidden layers.
         conditioning: how the discriminator knows the class.
-        per_image: one prototype per image and class, as in the paper; else per batch and class.
+        per_image: one prototype for each image and class, as in the paper; else for each batch and class.
         resample: how labels meet the feature grid.
     """
 
-    weight: float = 0.01
-    start: float = 0.2
-    ramp: float = 0.2
+    weight: NonNegative = 0.01
+    start: Share = 0.2
+    ramp: Share = 0.2
     objective: Objective = "bce"
-    learning_rate: float = 5e-4
-    power: float = 0.0
-    every: int = 1
-    r1: float = 0.0
+    learning_rate: Positive = 5e-4
+    power: NonNegative = 0.0
+    every: PositiveInt = 1
+    r1: NonNegative = 0.0
     spectral_norm: bool = False
-    hidden_channels: tuple[int, ...] = (256, 256)
+    hidden_channels: tuple[PositiveInt, ...] = (256, 256)
     conditioning: Literal["none", "per-class", "class-and-domain"] = "per-class"
     per_image: bool = True
     resample: Literal["nearest", "majority", "area", "bilinear"] = "bilinear"
 
+    def __post_init__(self) -> None:
+        if self.conditioning == "class-and-domain" and (self.objective != "bce" or self.r1 > 0):
+            raise ValueError(
+                "expected semantic_alignment.objective bce and r1 0 with semantic_alignment.conditioning "
+                f"class-and-domain, got {self.objective} and {self.r1}"
+            )
+
 
 @dataclass(frozen=True)
 class SelfTraining:
-    """What `ass-plus` adds: a teacher, the running mean of the segmenter's weights, and what it is good for.
+    """The additions of `ass-plus`: a teacher, which is the running mean of the segmenter's weights, and its uses.
 
     Args:
-        weight: of the cross-entropy on unlabelled target images, whose labels are the teacher's.
-        start: share of the steps before the weight leaves zero; nothing of the teacher is used before.
+        weight: of the cross-entropy on unlabelled target images with the teacher's labels.
+        start: share of the steps before the weight leaves zero.
         ramp: share of the steps over which the weight rises.
-        momentum: by how much a step's weights move the teacher: (1 - momentum).
+        momentum: a step moves the teacher by (1 - momentum) of the difference.
         threshold: probability above which the teacher is sure of a pixel.
-        weighted_by: `image`: a teacher's labels count by the share of the image's pixels that it is sure of (DACS);
-            `pixel`: those of which it is sure count, the others do not (FixMatch).
+        weighted_by: `image`: the teacher's labels are weighted by the share of the image's pixels that it is sure of
+            (DACS); `pixel`: only the pixels that it is sure of count (FixMatch).
         mixed_from: whose classes, with their labels, are pasted onto the unlabelled images; `nothing` pastes none.
-        rare_classes: draw labelled images, of both domains, by the rare classes that they hold.
-        rare_class_temperature: the smaller, the rarer the classes that are drawn for.
-        source_fade: share of the steps, the last ones, over which the source's cross-entropy falls to nothing: where
-            its labels mean something else than the target's, the target's have the last word.
-        bank: show the semantic discriminator running prototypes of the classes that an image lacks.
-        soft_pooling: align prototypes of the unlabelled images too, pooled by the teacher's probabilities.
+        rare_classes: draw labelled images, of both domains, by the rare classes in them.
+        rare_class_temperature: the smaller, the more the draws favour the rarest classes.
+        source_fade: share of the steps, at the end, over which the weight of the source's cross-entropy falls to 0:
+            for pairs whose source labels differ in meaning from the target's.
         final: whose weights are evaluated.
     """
 
-    weight: float = 1.0
-    start: float = 0.2
-    ramp: float = 0.2
-    momentum: float = 0.99
-    threshold: float = 0.9
+    weight: NonNegative = 1.0
+    start: Share = 0.2
+    ramp: Share = 0.2
+    momentum: BelowOne = 0.99
+    threshold: BelowOne = 0.9
     weighted_by: Literal["image", "pixel"] = "image"
     mixed_from: Literal["source", "labelled", "both", "nothing"] = "both"
     rare_classes: bool = True
-    rare_class_temperature: float = 0.1
-    source_fade: float = 0.0
-    bank: bool = True
-    soft_pooling: bool = True
+    rare_class_temperature: Positive = 0.1
+    source_fade: Share = 0.0
     final: Literal["teacher", "segmenter"] = "teacher"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A run.
+    """The settings of a run.
 
     Args:
         method: what is trained; `ass` is the paper's.
@@ -275,44 +342,72 @@ class Settings:
         seed: of the network, the draws, the augmentation and the built-in scenes.
         log_every: steps between two rows of the log.
         save_every: steps between two checkpoints.
-        validate_every: steps between two looks at the validation images, of which the best network is kept; 0 looks
-            at the end of the run only.
+        validate_every: steps between two evaluations on the validation images, of which the best network is kept; 0
+            evaluates at the end of the run only.
         precision: as Lightning Fabric names it; with bf16-mixed the discriminators stay in float32.
         accelerator: as Lightning Fabric names it.
         data: the domains.
         network: the segmenter.
-        optimiser: how it learns.
-        global_adversary: the global discriminator and its weight.
-        semantic_adversary: the semantic discriminator and its weight.
-        self_training: what `ass-plus` adds.
+        optimiser: of the segmenter.
+        global_alignment: the global discriminator and its weight.
+        semantic_alignment: the semantic discriminator and its weight.
+        self_training: the additions of `ass-plus`.
     """
 
     method: Method = "ass"
-    labelled: int = 4
-    steps: int = 800
-    seed: int = 0
-    log_every: int = 20
-    save_every: int = 200
-    validate_every: int = 0
+    labelled: PositiveInt = 4
+    steps: PositiveInt = 800
+    seed: NonNegativeInt = 0
+    log_every: PositiveInt = 20
+    save_every: PositiveInt = 200
+    validate_every: NonNegativeInt = 0
     precision: Literal["64-true", "32-true", "bf16-mixed"] = "32-true"
-    accelerator: str = "cpu"
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
     data: Data = field(default_factory=Data)
-    network: Network = field(default_factory=Network)
-    optimiser: Optimiser = field(default_factory=Optimiser)
-    global_adversary: GlobalAdversary = field(default_factory=GlobalAdversary)
-    semantic_adversary: SemanticAdversary = field(default_factory=SemanticAdversary)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
+    global_alignment: GlobalSettings = field(default_factory=GlobalSettings)
+    semantic_alignment: SemanticSettings = field(default_factory=SemanticSettings)
     self_training: SelfTraining = field(default_factory=SelfTraining)
+
+    def __post_init__(self) -> None:
+        data, decay = self.data, self.optimiser.decay_steps
+        if self.global_alignment.against == "both" and data.source_crop != data.size:
+            raise ValueError(
+                "expected data.source_size as data.size with global_alignment.against both, got "
+                f"{list(data.source_crop)} and {list(data.size)}"
+            )
+        if decay is not None and decay < self.steps:
+            raise ValueError(f"expected optimiser.decay_steps of at least the {self.steps} steps, got {decay}")
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """What the method trains with, see `METHODS`."""
+        return METHODS[self.method]
+
+    @property
+    def alignments(self) -> dict[str, GlobalSettings | SemanticSettings]:
+        """Settings of the method's alignments that have a weight, by name; `auxiliary` is the second level's."""
+        g, s = self.global_alignment, self.semantic_alignment
+        chosen: dict[str, GlobalSettings | SemanticSettings] = {}
+        if "global" in self.parts and g.weight > 0:
+            chosen["global"] = g
+        if "global" in self.parts and self.network.auxiliary and g.auxiliary_weight > 0:
+            chosen["auxiliary"] = dataclasses.replace(g, weight=g.auxiliary_weight)
+        if "semantic" in self.parts and s.weight > 0:
+            chosen["semantic"] = s
+        return chosen
 
 
 def as_plain(settings: Settings) -> dict[str, Any]:
-    """The settings as dicts, lists and scalars, fit for YAML and for a checkpoint that holds no code."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return value
-
-    result: dict[str, Any] = plain(dataclasses.asdict(settings))
+    """The settings as dicts, lists and scalars, fit for YAML and for a checkpoint without code."""
+    result: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
     return result
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of dotted names, as the command line writes them."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from examples.workbench import checkpoints, runs
-from examples.workbench.data import InputError
-from examples.workbench.faults import MachineError
+from examples.workbench.training import checkpoints, run_folder as runs
+from examples.workbench.errors import InputError
+from examples.workbench.errors import MachineError
 from tests.errors import mentions, refuses
 from tests.reliability.tiny import equal, rows, same_run, state, steps
 
@@ -33,7 +33,7 @@ def small(tmp_path_factory):
 def loaded(out):
     """What a reader gets; None where the damage is noticed."""
     try:
-        return checkpoints._read(checkpoints.newest(out))
+        return checkpoints._read(checkpoints.newest_checkpoint(out))
     except InputError:
         return None
 
@@ -70,7 +70,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(tmp_path, capsy
     newest.write_bytes(newest.read_bytes()[:-1])
     checkpoints.set_aside_damaged(tmp_path)
     progress = checkpoints.load_checkpoint(tmp_path, networks, {}, {})
-    mentions(capsys.readouterr().err, newest, "damaged")
+    mentions(capsys.readouterr().err, newest_checkpoint, "damaged")
     assert (progress.step, progress.resumed_from) == (1, (1,))
     assert equal(dict(networks["segmenter"].state_dict()), before)
     # Out of the way, so that it counts for none of the three that are kept, but not thrown away.
@@ -164,13 +164,13 @@ def test_a_checkpoint_holds_all_that_a_run_needs(run, tmp_path):
     assert sorted(found) == ["best", "pixels", "resumed_from", "run", "stateful", "step"]
     assert sorted(found["pixels"]) == ["labelled", "source"]
     assert sorted(found["stateful"]) == [
-        "global critic",
-        "global critic optimiser",
+        "global alignment",
+        "global alignment optimiser",
         "labelled bank",
         "optimiser",
         "segmenter",
-        "semantic critic",
-        "semantic critic optimiser",
+        "semantic alignment",
+        "semantic alignment optimiser",
         "source bank",
         "teacher",
     ]
@@ -184,7 +184,7 @@ class Cut(Exception):  # noqa: N818
 
 def cut_at(step, monkeypatch):
     """Let the run end as it writes its row of this step, the step done and no checkpoint of it there."""
-    append = runs.append_history
+    append = run_folder.append_history
 
     def ends(out, row):
         if row["step"] == step:

@@ -17,8 +17,8 @@ import torch
 import yaml
 from PIL import Image
 
-from examples.workbench import checkpoints, runs
-from examples.workbench import train as train_module
+from examples.workbench.training import checkpoints, run_folder as runs
+from examples.workbench.training import train as train_module
 from examples.workbench.__main__ import main
 from tests.errors import mentions
 from tests.reliability.tiny import TINY, end_all, kill_the_second_rank, rows, same_run, state, steps
@@ -46,9 +46,9 @@ def line_of(capsys, path):
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory, config):
+def has_checkpoint(tmp_path_factory, config):
     """A run of six steps, stopped after four, with checkpoints of the second and the fourth."""
-    out = tmp_path_factory.mktemp("begun") / "run"
+    out = tmp_path_factory.mktemp("has_checkpoint") / "run"
     with pytest.MonkeyPatch.context() as patch:
         when(patch, 4, lambda: os.kill(os.getpid(), signal.SIGKILL), instead=KeyboardInterrupt)
         assert main(["train", "--config", str(config), "--out", str(out)]) == 130
@@ -65,14 +65,14 @@ def whole(tmp_path_factory, config):
 
 
 @pytest.fixture
-def out(begun, tmp_path):
+def out(has_checkpoint, tmp_path):
     """A copy of the run that was stopped, to be spoilt and resumed."""
-    return Path(shutil.copytree(begun, tmp_path / "run"))
+    return Path(shutil.copytree(has_checkpoint, tmp_path / "run"))
 
 
 def when(patch, step, act, instead=None):
     """Have something happen in the middle of a step, once its row is written."""
-    append = runs.append_history
+    append = run_folder.append_history
 
     def happens(out, row):
         append(out, row)
@@ -242,7 +242,7 @@ def test_no_memory(start, tmp_path):
 def test_two_processes_on_one_run(start, tmp_path):
     out = tmp_path / "run"
     first = start("--steps", 100000)
-    first.until(lambda: checkpoints.begun(out))
+    first.until(lambda: checkpoints.has_checkpoint(out))
     second = start("--steps", 100000, "--resume", log=tmp_path / "second.txt")
     assert second.wait() == 3
     mentions(second.log.read_text(), "error", "one process", out)

@@ -9,26 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from examples.workbench import runs
-from examples.workbench.settings import (
-    Data,
-    GlobalAdversary,
-    Network,
-    Optimiser,
-    SceneSettings,
-    SemanticAdversary,
-    Settings,
-)
-from examples.workbench.train import train
+from examples.workbench.training import run_folder as runs
+from examples.workbench.settings import Data, GlobalSettings, NetworkSettings, OptimiserSettings, SceneSettings, SemanticSettings, Settings
+from examples.workbench.training.train import train
 
 # Everything that a run of ASS has, and of each thing as little as there may be.
 TINY = Settings(
     labelled=2,
     data=Data(size=(32, 32), scenes=SceneSettings(source=4, target=4, validation=1, test=1)),
-    network=Network(width=8),
-    optimiser=Optimiser(name="sgd", learning_rate=1e-3, images=1, unlabelled=1),
-    global_adversary=GlobalAdversary(base_channels=4),
-    semantic_adversary=SemanticAdversary(hidden_channels=(16,), resample="nearest"),
+    network=NetworkSettings(width=8),
+    optimiser=OptimiserSettings(name="sgd", learning_rate=1e-3, images=1, unlabelled=1),
+    global_alignment=GlobalSettings(base_channels=4),
+    semantic_alignment=SemanticSettings(hidden_channels=(16,), resample="nearest"),
 )
 # Less than one image of 32 x 32 in float32, and its label, for each step between the quarters that are compared.
 MIB = 8
@@ -38,7 +30,7 @@ def grown(out: Path, *, steps: int) -> dict[str, float]:
     """What a run of so many steps holds in its last quarter beyond its second: the median of each figure."""
     settings = dataclasses.replace(TINY, steps=steps, log_every=max(1, steps // 200), save_every=500)
     train(settings, out)
-    rows = runs.read_history(out)
+    rows = run_folder.read_history(out)
     quarters = rows[len(rows) // 4 : len(rows) // 2], rows[-len(rows) // 4 :]
     names = ("machine/memory_mib", "machine/open_files", "machine/threads")
     second, last = ({name: statistics.median(row[name] for row in rows) for name in names} for rows in quarters)

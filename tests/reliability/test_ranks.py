@@ -13,23 +13,17 @@ import torch
 from torch import distributed as dist
 
 import semshift
-from examples.workbench import step as step_module
-from examples.workbench import train as train_module
+from examples.workbench.training import step as step_module
+from examples.workbench.training import train as train_module
 from examples.workbench.__main__ import main
-from examples.workbench.build import build_discriminator, build_segmenter
-from examples.workbench.data import InputError, TrainingSet
-from examples.workbench.ranks import first_alone, norm_over_ranks, share, start, whole_batch_norm
-from examples.workbench.self_training import soft_weights, taught, taught_cross_entropy
-from examples.workbench.settings import (
-    Data,
-    Network,
-    Optimiser,
-    SceneSettings,
-    SelfTraining,
-    SemanticAdversary,
-    Settings,
-)
-from examples.workbench.views import count_pixels, global_view, gradient_penalty, semantic_view, supervised_loss
+from examples.workbench.networks.build import build_segmenter
+from examples.workbench.training.learners import build_discriminator
+from examples.workbench.data.loading import TrainingSet
+from examples.workbench.errors import InputError
+from examples.workbench.training.ranks import run_on_first_rank, norm_over_ranks, share, start, synchronise_batch_norm
+from examples.workbench.training.self_training import soft_weights, taught, taught_cross_entropy
+from examples.workbench.settings import Data, NetworkSettings, OptimiserSettings, SceneSettings, SelfTraining, SemanticSettings, Settings
+from examples.workbench.training.views import count_pixels, global_view, gradient_penalty, semantic_view, supervised_loss
 from tests.errors import mentions, refuses
 from tests.reliability.tiny import rows, same_run, state
 
@@ -47,8 +41,8 @@ SETTINGS = Settings(
     log_every=1,
     save_every=3,
     data=Data(size=SIZE, scenes=SceneSettings(source=7, target=6, validation=2, test=3)),
-    network=Network(width=8),
-    optimiser=Optimiser(images=IMAGES, unlabelled=IMAGES),
+    network=NetworkSettings(width=8),
+    optimiser=OptimiserSettings(images=IMAGES, unlabelled=IMAGES),
     self_training=SelfTraining(start=0.0, threshold=0.2),
 )
 
@@ -80,15 +74,15 @@ def batch(case):
 
 CASES = ["plain", "a class on one rank", "no labelled pixel on a rank", "no labelled pixel at all"]
 SEMANTIC = {
-    "per image": SemanticAdversary(),
-    "per batch": SemanticAdversary(per_image=False),
-    "class and domain": SemanticAdversary(per_image=False, conditioning="class-and-domain"),
+    "per image": SemanticSettings(),
+    "per batch": SemanticSettings(per_image=False),
+    "class and domain": SemanticSettings(per_image=False, conditioning="class-and-domain"),
 }
 
 
 def one_step(case, semantic, rank=0, ranks=1):
     """Every term of a step with its gradients, from a rank's share of the images."""
-    settings = dataclasses.replace(SETTINGS, semantic_adversary=SEMANTIC[semantic])
+    settings = dataclasses.replace(SETTINGS, semantic_alignment=SEMANTIC[semantic])
     mine = slice(rank * IMAGES // ranks, (rank + 1) * IMAGES // ranks)
     parts = {name: {key: value[mine] for key, value in part.items()} for name, part in batch(case).items()}
     segmenter = build_segmenter(settings).double()
@@ -290,7 +284,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     for name in ("one then two", "two then one", "two"):
         histories_agree(rows(tmp_path / "one"), rows(tmp_path / name), rtol=1e-9)
         ours, theirs = (state(tmp_path / run)["stateful"] for run in (name, "one"))
-        for part in ("segmenter", "teacher", "source bank", "labelled bank", "global critic", "semantic critic"):
+        for part in ("segmenter", "teacher", "source bank", "labelled bank", "global alignment", "semantic alignment"):
             torch.testing.assert_close(dict(ours[part]), dict(theirs[part]), rtol=1e-9, atol=1e-12)
 
 
@@ -298,13 +292,13 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
 
 
 def test_shares():
-    whole = dataclasses.replace(SETTINGS, optimiser=Optimiser(images=6, unlabelled=12))
+    whole = dataclasses.replace(SETTINGS, optimiser=OptimiserSettings(images=6, unlabelled=12))
     assert share(whole, 1) == whole
     assert share(whole, 3).optimiser == dataclasses.replace(whole.optimiser, images=2, unlabelled=4)
-    with refuses(InputError, "optimiser.images", "4 ranks", 6):
+    with refuses(InputError, "optimiser.batch_size", "4 ranks", 6):
         share(whole, 4)
-    with refuses(InputError, "optimiser.unlabelled", "3 ranks", 4):
-        share(dataclasses.replace(SETTINGS, optimiser=Optimiser(images=3, unlabelled=4)), 3)
+    with refuses(InputError, "optimiser.unlabelled_batch_size", "3 ranks", 4):
+        share(dataclasses.replace(SETTINGS, optimiser=OptimiserSettings(images=3, unlabelled=4)), 3)
 
 
 def test_one_process_is_the_first_and_only_rank():
@@ -313,7 +307,7 @@ def test_one_process_is_the_first_and_only_rank():
     norm = torch.tensor(3.0)
     assert norm_over_ranks(norm, 1) is norm
     with pytest.raises(InputError, match=r"^refused$"):
-        first_alone(fabric, functools.partial(refuse, "refused"))
+        run_on_first_rank(fabric, functools.partial(refuse, "refused"))
 
 
 def refuse(message):
@@ -326,8 +320,8 @@ class SeveralRanks:
 
 def test_batch_norm_that_learns_has_no_whole_batch_statistics_on_the_cpu():
     with refuses(InputError, "batch norm", "network.frozen_batch_norm", "cpu"):
-        whole_batch_norm(torch.nn.Sequential(torch.nn.BatchNorm2d(4)), SeveralRanks)
-    whole_batch_norm(torch.nn.Sequential(torch.nn.BatchNorm2d(4).eval(), torch.nn.GroupNorm(2, 4)), SeveralRanks)
+        synchronise_batch_norm(torch.nn.Sequential(torch.nn.BatchNorm2d(4)), SeveralRanks)
+    synchronise_batch_norm(torch.nn.Sequential(torch.nn.BatchNorm2d(4).eval(), torch.nn.GroupNorm(2, 4)), SeveralRanks)
 
 
 @pytest.mark.parametrize("command", ["demo", "evaluate", "compare", "study"])

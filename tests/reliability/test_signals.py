@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from examples.workbench import checkpoints, runs, signals
-from examples.workbench import train as train_module
+from examples.workbench.training import checkpoints, run_folder as runs, signals
+from examples.workbench.training import train as train_module
 from tests.errors import mentions
 from tests.reliability.tiny import end_all, kill_the_second_rank, rows, same_run, state, steps
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 def signal_at(step, signum, monkeypatch):
     """Let the signal arrive while the step is under way."""
-    append = runs.append_history
+    append = run_folder.append_history
 
     def arrives(out, row):
         append(out, row)
@@ -70,7 +70,7 @@ def test_sent_to_one_rank_all_stop_after_the_same_step(config, tmp_path):
             assert agent.wait(300) == 1
         finally:
             end_all(agent)
-    last = runs.read_history(out)[-1]["step"] + 1
+    last = run_folder.read_history(out)[-1]["step"] + 1
     assert state(out)["step"] == last
     log = (tmp_path / "log.txt").read_text()
     assert f"stopped by SIGTERM: {out} has a checkpoint of step {last}, --resume goes on from it" in log
@@ -98,7 +98,7 @@ def test_the_second_stops_at_once(at, run, tmp_path, monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    append, flush = runs.append_history, checkpoints._flush
+    append, flush = run_folder.append_history, checkpoints._flush
 
     def append_and_stop(out, row):
         append(out, row)
@@ -120,7 +120,7 @@ def test_the_second_stops_at_once(at, run, tmp_path, monkeypatch, capsys):
 
 
 def test_before_and_after_the_steps_a_signal_stops_at_once(run, tmp_path, monkeypatch):
-    from examples.workbench import train as train_module
+    from examples.workbench.training import train as train_module
 
     evaluate = train_module.evaluate
 
@@ -140,13 +140,13 @@ def test_before_and_after_the_steps_a_signal_stops_at_once(run, tmp_path, monkey
 
 
 def test_signals_that_come_between_two_looks_are_not_lost():
-    with signals.held() as heard:
+    with signals.defer_signals() as pending:
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert signals.agreed(heard, "cpu") == (True, 0)
-        assert signals.agreed(heard, "cpu") == (False, 0)
+        assert signals.agree_on_signals(pending, "cpu") == (True, 0)
+        assert signals.agree_on_signals(pending, "cpu") == (False, 0)
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.agreed(heard, "cpu") == (True, signal.SIGTERM)
+        assert signals.agree_on_signals(pending, "cpu") == (True, signal.SIGTERM)
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_those_that_load_images_may_be_gone_first(run, tmp_path, monkeypatch, ca
     batches = train_module.batches
 
     def broken(*arguments, **named):
-        for step, batch in batches(*arguments, **named):
+        for step, batch in load_batches(*arguments, **named):
             if step == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
                 raise error
@@ -187,7 +187,7 @@ def test_the_command_line_ends_with_these_statuses(config, tmp_path):
         while steps(out) < 2:
             assert process.poll() is None
         process.send_signal(signal.SIGUSR1)
-        while not checkpoints.begun(out):
+        while not checkpoints.has_checkpoint(out):
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         _, printed = process.communicate()

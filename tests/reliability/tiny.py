@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from examples.workbench import checkpoints, runs
+from examples.workbench.training import checkpoints, run_folder as runs
 
 TINY = {
     "labelled": 2,
@@ -18,8 +18,8 @@ TINY = {
     "data": {"size": [32, 32], "scenes": {"source": 6, "target": 6, "validation": 2, "test": 2}},
     "network": {"width": 8},
     "optimiser": {"images": 2, "unlabelled": 2},
-    "global_adversary": {"base_channels": 4},
-    "semantic_adversary": {"hidden_channels": [8]},
+    "global_alignment": {"base_channels": 4},
+    "semantic_alignment": {"hidden_channels": [8]},
 }
 
 
@@ -31,12 +31,12 @@ def steps(out):
 
 def rows(out):
     """The history, but for what differs between two runs of the same settings."""
-    return [{n: v for n, v in row.items() if not n.startswith("machine/")} for row in runs.read_history(out)]
+    return [{n: v for n, v in row.items() if not n.startswith("machine/")} for row in run_folder.read_history(out)]
 
 
 def state(out):
     """The newest checkpoint of a run."""
-    return torch.load(checkpoints.newest(out), weights_only=True)
+    return torch.load(checkpoints.newest_checkpoint(out), weights_only=True)
 
 
 def equal(a, b):

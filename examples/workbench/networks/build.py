@@ -1,0 +1,55 @@
+"""The segmenter of a run, from its settings."""
+
+from pathlib import Path
+
+import torch
+
+from examples.workbench.networks.deeplab import DeepLabV2, load_pretrained
+from examples.workbench.networks.segformer import SegFormer, load_segformer
+from examples.workbench.networks.segmentation import Pretrained
+from examples.workbench.networks.small import SmallSegmenter
+from examples.workbench.settings import Settings
+
+__all__ = ["Segmenter", "build_segmenter", "dtype_of", "load_init"]
+
+Segmenter = SmallSegmenter | DeepLabV2 | SegFormer
+
+
+def dtype_of(settings: Settings) -> torch.dtype:
+    """Of weights and images; autocast has its own."""
+    return torch.float64 if settings.precision == "64-true" else torch.float32
+
+
+def build_segmenter(settings: Settings) -> Segmenter:
+    """The segmenter with its first weights, which depend on the seed alone: every method starts from the same.
+
+    Those of `network.init` are not among them: `load_init` loads them over these, once.
+    """
+    torch.manual_seed(settings.seed)
+    network, classes = settings.network, len(settings.data.classes)
+    if network.name == "small":
+        return SmallSegmenter(classes, width=network.width, feature_layer=network.feature_layer)
+    if network.name == "segformer":
+        config = network.init or network.config
+        return SegFormer(classes, config=Path(config) if config else None, feature_layer=network.feature_layer)
+    return DeepLabV2(
+        classes,
+        depth=network.depth,
+        aspp_dilations=network.aspp_dilations,
+        origin=network.origin,
+        freeze_batch_norm=network.frozen_batch_norm,
+        auxiliary=network.auxiliary,
+    )
+
+
+def load_init(settings: Settings, segmenter: Segmenter) -> Pretrained | None:
+    """Load `network.init` into the segmenter; None where there is none.
+
+    Raises:
+        InputError: it is not fit for the network.
+    """
+    network = settings.network
+    if network.init is None or isinstance(segmenter, SmallSegmenter):
+        return None
+    load = load_segformer if isinstance(segmenter, SegFormer) else load_pretrained
+    return load(segmenter, Path(network.init), classifier=network.init_classifier)  # type: ignore[arg-type]

@@ -1,0 +1,83 @@
+"""A small encoder-decoder that trains in minutes on a CPU."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from examples.workbench.networks.segmentation import Segmentation
+
+__all__ = ["SmallSegmenter"]
+
+
+class SmallSegmenter(nn.Module):
+    """Four encoder stages to stride 8, a decoder with skips to stride 2, group norm throughout.
+
+    Group norm, because the three domains of a step go through the network one after another: batch norm would
+    normalise each by its own statistics and hide part of the shift that the discriminators are to see.
+
+    Args:
+        num_classes: K, at least 2.
+        width: channels of the first stage, a multiple of 8; the last stage has four times as many.
+        feature_layer: which features are returned for pooling: `"encoder"` is the last stage (`4 * width`
+            channels, stride 8), the paper's choice; `"decoder"` is the layer under the classifier (`width`
+            channels, stride 2).
+    """
+
+    def __init__(
+        self, num_classes: int, *, width: int = 24, feature_layer: Literal["encoder", "decoder"] = "encoder"
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"expected num_classes of at least 2, got {num_classes}")
+        if width < 8 or width % 8:
+            raise ValueError(f"expected width to be a positive multiple of 8, got {width}")
+        if feature_layer not in ("encoder", "decoder"):
+            raise ValueError(f"expected feature_layer to be 'encoder' or 'decoder', got {feature_layer!r}")
+        self.feature_layer = feature_layer
+        self.feature_channels = 4 * width if feature_layer == "encoder" else width
+        self.stem = _convolution(3, width, stride=2)
+        self.stage4 = nn.Sequential(_convolution(width, 2 * width, stride=2), _Residual(2 * width))
+        self.stage8 = nn.Sequential(
+            _convolution(2 * width, 4 * width, stride=2),
+            _Residual(4 * width),
+            _Residual(4 * width, dilation=2),
+            _Residual(4 * width, dilation=4),
+        )
+        self.up4 = _convolution(6 * width, 2 * width)
+        self.up2 = _convolution(3 * width, width)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, images: Tensor) -> Segmentation:
+        """Segment images `[B, 3, H, W]`: features and logits `[B, K, H/2, W/2]`."""
+        at2 = self.stem(images)
+        at4 = self.stage4(at2)
+        at8 = self.stage8(at4)
+        decoded = self.up4(torch.cat([_upsample(at8, at4), at4], dim=1))
+        decoded = self.up2(torch.cat([_upsample(decoded, at2), at2], dim=1))
+        features = at8 if self.feature_layer == "encoder" else decoded
+        return Segmentation(features, self.classifier(decoded))
+
+    def classifier_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the last layer."""
+        return list(self.classifier.parameters())
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int, dilation: int = 1) -> None:
+        super().__init__()
+        self.first = _convolution(channels, channels, dilation=dilation)
+        self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(8, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.second(self.first(x)))
+
+
+def _convolution(inputs: int, outputs: int, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
+    return nn.Sequential(convolution, nn.GroupNorm(8, outputs), nn.ReLU())
+
+
+def _upsample(x: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)

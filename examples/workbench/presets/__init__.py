@@ -1,0 +1,1 @@
+"""Settings that come with the workbench, one file for each pair of domains."""

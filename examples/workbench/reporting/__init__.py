@@ -1,0 +1,1 @@
+"""Scores of a segmenter, and the pictures of a run."""

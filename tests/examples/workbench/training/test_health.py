@@ -1,0 +1,273 @@
+"""Health of a run: the figures against ones counted by hand, each collapse caused in a run, once describe_machine_error, never twice."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from examples.scenes import Severity
+from examples.workbench.training import run_folder as runs
+from examples.workbench.training import train as train_module
+from examples.workbench.settings import Augmentation
+from examples.workbench.settings import Folder
+from examples.workbench.networks.segmentation import Segmentation
+from examples.workbench.settings import Data, NetworkSettings, OptimiserSettings, SceneSettings, Settings
+from examples.workbench.training.train import train
+from examples.workbench.training.health import compact, feature_figures, findings, machine_figures, term_figures, window
+
+# Libraries under the trainer warn of things that are not ours to mend.
+pytestmark = pytest.mark.filterwarnings("default")
+
+# Twenty rows: ten in which the discriminators begin to learn, and ten that are judged.
+TINY = Settings(
+    steps=20,
+    labelled=2,
+    log_every=1,
+    save_every=100,
+    data=Data(size=(32, 32), scenes=SceneSettings(source=2, target=2, validation=1, test=1)),
+    network=NetworkSettings(width=8),
+    optimiser=OptimiserSettings(images=2, unlabelled=2),
+)
+
+
+def with_discriminators(settings=TINY, **changes):
+    """Without a wait and a rise of the weights, which would leave too little of twenty steps."""
+    changes = {"start": 0.0, "ramp": 0.0} | changes
+    return dataclasses.replace(
+        settings,
+        global_alignment=dataclasses.replace(settings.global_alignment, **changes),
+        semantic_alignment=dataclasses.replace(settings.semantic_alignment, **changes),
+    )
+
+
+def describe_machine_error(out):
+    path = out / "warnings.jsonl"
+    return {row["kind"]: row for row in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+
+
+@pytest.mark.slow
+def test_a_discriminator_that_does_not_learn_is_at_chance(tmp_path, capsys):
+    train(with_discriminators(learning_rate=1e-12), tmp_path)
+    shown = capsys.readouterr().err
+    for name in ("global", "semantic"):
+        row = describe_machine_error(tmp_path)[f"{name} chance"]
+        assert row["step"] == 19
+        assert f"raise {name}_adversary.learning_rate (now 1e-12)" in row["warning"]
+        assert f"warning: {row['warning']}" in shown
+
+
+@pytest.mark.slow
+def test_a_weight_too_high_dominates_and_one_too_low_is_silent(tmp_path):
+    train(with_discriminators(weight=1000.0), tmp_path / "high")
+    train(with_discriminators(weight=1e-7), tmp_path / "low")
+    high, low = describe_machine_error(tmp_path / "high"), describe_machine_error(tmp_path / "low")
+    for name in ("global", "semantic"):
+        assert high[f"{name} dominates"]["warning"].endswith(f"lower {name}_adversary.weight (now 1000)")
+        assert low[f"{name} silent"]["warning"].endswith(f"raise {name}_adversary.weight (now 1e-07)")
+        assert not {f"{name} silent", f"{name} certain"} & high.keys()
+        assert not {f"{name} dominates", f"{name} certain"} & low.keys()
+
+
+@pytest.mark.slow
+def test_a_discriminator_that_is_far_ahead_is_certain(tmp_path):
+    scenes = SceneSettings(source=2, target=2, validation=1, test=1, severity=Severity(1, 1, 1, 1, 1, 1))
+    data = dataclasses.replace(TINY.data, scenes=scenes, augmentation=Augmentation((1.0, 1.0), 0.0, 0.0))
+    settings = dataclasses.replace(TINY, method="semantic", steps=24, data=data)
+    train(with_discriminators(settings, learning_rate=3e-3, weight=1e-3), tmp_path)
+    (row,) = describe_machine_error(tmp_path).values()
+    assert row["kind"] == "semantic certain"
+    assert "lower semantic_alignment.learning_rate (now 0.003)" in row["warning"]
+    assert "raise semantic_alignment.weight (now 0.001)" in row["warning"]
+
+
+@pytest.mark.slow
+def test_a_discriminator_that_sees_no_class_is_idle(tmp_path):
+    rng = np.random.default_rng(0)
+    for domain, ids in (("source", (0, 1)), ("target", (255,))):
+        for kind in ("images", "labels"):
+            (tmp_path / domain / kind).mkdir(parents=True)
+        for i in range(2):
+            label = rng.choice(ids, (32, 32)).astype(np.uint8)
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)).save(
+                tmp_path / domain / "images" / f"{i}.png"
+            )
+            Image.fromarray(label).save(tmp_path / domain / "labels" / f"{i}.png")
+    source, target = (Folder(f"{domain}/images", f"{domain}/labels") for domain in ("source", "target"))
+    data = Data(classes=["a", "b"], size=(32, 32), source=source, target=target, validation=source, test=source)
+    settings = dataclasses.replace(TINY, method="semantic", data=data)
+    train(with_discriminators(settings), tmp_path / "run", data_root=tmp_path)
+    (row,) = describe_machine_error(tmp_path / "run").values()
+    assert row["kind"] == "semantic idle"
+    assert "look at the labels (--check) and at data.classes" in row["warning"]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_warns_of_a_kind_no_second_time(tmp_path, capsys, monkeypatch):
+    settings = dataclasses.replace(with_discriminators(weight=1000.0), method="semantic", steps=22, save_every=15)
+    train(settings, tmp_path / "whole")
+    whole = describe_machine_error(tmp_path / "whole")
+    assert whole["semantic dominates"]["step"] == 19
+    capsys.readouterr()
+
+    def cut(row):
+        if row["step"] == 20:
+            raise KeyboardInterrupt
+        return compact(row)
+
+    monkeypatch.setattr(train_module, "compact", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, tmp_path / "cut")
+    monkeypatch.undo()
+    assert capsys.readouterr().err.count("decides what they become") == 1
+    # Steps 15 to 20 come again, and with them what was warned of.
+    assert train(settings, tmp_path / "cut", resume=True)["resumed_from"] == [15]
+    assert "decides what they become" not in capsys.readouterr().err
+    assert (tmp_path / "cut" / "warnings.jsonl").read_text() == (tmp_path / "whole" / "warnings.jsonl").read_text()
+    histories = [
+        [
+            {name: value for name, value in row.items() if not name.startswith("machine/")}
+            for row in run_folder.read_history(tmp_path / name)
+        ]
+        for name in ("whole", "cut")
+    ]
+    assert histories[0] == histories[1]
+
+
+def rows(count=20, *, first=0, **changed):
+    """Of a healthy semantic discriminator, each figure as said."""
+    healthy = {"weight/semantic": 0.01, "gradient/semantic": 0.02, "gradient/segmentation": 0.4}
+    healthy |= {"accuracy/semantic_source": 0.8, "accuracy/semantic_target": 0.7}
+    changed = {name.replace("__", "/"): value for name, value in changed.items()}
+    return [{"step": first + step, **healthy, **changed} for step in range(count)]
+
+
+SEMANTIC = dataclasses.replace(with_discriminators(), method="semantic")
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind"),
+    [
+        ({}, None),
+        ({"accuracy__semantic_source": 0.98, "accuracy__semantic_target": 0.98}, "certain"),
+        # One domain alone is no certainty: all may be taken for it, which is chance.
+        ({"accuracy__semantic_source": 1.0}, None),
+        ({"accuracy__semantic_source": 1.0, "accuracy__semantic_target": 0.1}, "chance"),
+        ({"accuracy__semantic_source": 0.56, "accuracy__semantic_target": 0.55}, None),
+        ({"accuracy__semantic_source": math.nan}, "idle"),
+        ({"gradient__semantic": 0.0003}, "silent"),
+        ({"gradient__semantic": 0.0005}, None),
+        ({"gradient__semantic": 0.81}, "dominates"),
+        ({"gradient__semantic": 0.79}, None),
+        # Nothing to compare with.
+        ({"gradient__segmentation": 0.0}, None),
+        # The weight has not risen yet.
+        ({"gradient__semantic": 0.0, "weight__semantic": 0.0049}, None),
+    ],
+)
+def test_where_the_bars_are(changed, kind):
+    expected = set() if kind is None else {f"semantic {kind}"}
+    assert findings(rows(**changed), SEMANTIC).keys() == expected
+
+
+def test_what_is_over_or_short_is_not_warned_of():
+    wrong = {"accuracy__semantic_source": 1.0, "accuracy__semantic_target": 1.0}
+    assert findings(rows(**wrong), SEMANTIC)
+    assert not findings(rows(19, **wrong), SEMANTIC)
+    assert not findings(rows(15, **wrong) + rows(5, first=15), SEMANTIC)
+    # A wrong row among right ones.
+    assert not findings([*rows(19), *rows(1, first=19, gradient__semantic=100.0)], SEMANTIC)
+    # Rows without an accuracy, where the discriminator learns at some steps only, are no evidence of one.
+    some = [row if row["step"] % 2 else {n: v for n, v in row.items() if "acc" not in n} for row in rows(**wrong)]
+    assert not findings(some, SEMANTIC)
+
+
+def test_the_sign_of_wasserstein_logits_is_not_judged():
+    how = dataclasses.replace(SEMANTIC.semantic_alignment, objective="wasserstein")
+    wrong = rows(accuracy__semantic_source=1.0, accuracy__semantic_target=1.0)
+    assert not findings(wrong, dataclasses.replace(SEMANTIC, semantic_alignment=how))
+
+
+def test_the_window_is_a_tenth_of_the_run_and_ten_rows_at_least():
+    assert window(dataclasses.replace(TINY, steps=800, log_every=20)) == 10
+    assert window(dataclasses.replace(TINY, steps=150_000, log_every=100)) == 150
+    long = dataclasses.replace(SEMANTIC, steps=150)
+    wrong = {"accuracy__semantic_source": 1.0, "accuracy__semantic_target": 1.0}
+    assert not findings(rows(29, **wrong), long)
+    assert findings(rows(30, **wrong), long)
+
+
+def test_the_auxiliary_term_is_judged_by_its_own_gradient_and_weight():
+    network = NetworkSettings(name="deeplab-v2", auxiliary=True)
+    settings = dataclasses.replace(SEMANTIC, network=network)
+    how = dataclasses.replace(settings.global_alignment, weight=0.0, auxiliary_weight=0.25)
+    settings = dataclasses.replace(settings, method="global", global_alignment=how)
+    of_it = {"weight/auxiliary": 0.25, "gradient/auxiliary": 3.0, "gradient/auxiliary_segmentation": 1.0}
+    found = findings([row | of_it | {"gradient/segmentation": 100.0} for row in rows()], settings)
+    assert found.keys() == {"auxiliary dominates"}
+    assert found["auxiliary dominates"].endswith("lower global_alignment.auxiliary_weight (now 0.25)")
+
+
+def test_figures_of_the_features():
+    generator = torch.Generator().manual_seed(1)
+    settings = dataclasses.replace(TINY, data=Data(classes=["a", "b", "c", "d"], size=(32, 32)))
+    outputs, batch = {}, {}
+    for domain in ("source", "labelled"):
+        features = torch.randn(2, 5, 4, 4, generator=generator, requires_grad=True)
+        outputs[domain] = Segmentation(features, features)
+        label = torch.randint(0, 3, (2, 4, 4), generator=generator)
+        label[0, 0, 0] = 255
+        batch[domain] = {"label": label}
+    # Class 2 is missing from the target, class 3 from both.
+    batch["labelled"]["label"][batch["labelled"]["label"] == 2] = 1
+    loss = (3 * outputs["labelled"].features).sum() + (4 * outputs["source"].features).sum()
+    figures = feature_figures(outputs, batch, loss, settings)
+    means = {
+        domain: [outputs[domain].features.detach().movedim(1, -1)[batch[domain]["label"] == k].mean(0) for k in (0, 1)]
+        for domain in outputs
+    }
+    middle = [(means["source"][k] + means["labelled"][k]) / 2 for k in (0, 1)]
+    unit = (middle[0] - middle[1]).norm()
+    apart = [float((means["source"][k] - means["labelled"][k]).norm() / unit) for k in (0, 1)]
+    expected = {
+        "gradient/segmentation": 5 * math.sqrt(2 * 5 * 4 * 4),
+        "present/source": 0.75,
+        "present/labelled": 0.5,
+        "distance/mean": sum(apart) / 2,
+        "class_distance/a": apart[0],
+        "class_distance/b": apart[1],
+    }
+    assert figures == pytest.approx(expected, rel=1e-5)
+    alone = {"source": batch["source"], "unlabelled": {"image": None}}
+    figures = feature_figures({"source": outputs["source"]}, alone, loss, settings)
+    assert figures.keys() == {"gradient/segmentation", "present/source"}
+
+
+def test_figures_of_the_machine():
+    figures = machine_figures(120, 60.0, torch.device("cpu"))
+    assert figures["machine/images_per_second"] == 2
+    held = np.ones(2**25)
+    more = machine_figures(120, 60.0, torch.device("cpu"))
+    if "machine/memory_mib" in figures:
+        assert more["machine/memory_mib"] - figures["machine/memory_mib"] == pytest.approx(held.nbytes / 2**20, abs=8)
+
+
+def test_a_row_in_one_line():
+    row = rows(1)[0] | {"loss/segmentation": 1.234, "loss/semantic": 0.69, "loss/semantic_discriminator": 0.5}
+    row |= {"distance/mean": 0.5, "machine/images_per_second": 80.2, "machine/memory_mib": 500.3}
+    assert compact(row) == ("segmentation 1.23, semantic 0.69 acc 0.80/0.70 grad 5%, apart 0.50, 80 img/s, 500 MiB")
+    assert compact({"loss/segmentation": 1.234, "loss/self-training": 2.0}) == "segmentation 1.23, self-training 2.00"
+
+
+def test_a_terms_gradient_is_over_all_that_it_reaches():
+    one, other = (Segmentation(torch.zeros(1, 1, 1, 1, requires_grad=True), torch.zeros(())) for _ in range(2))
+    term = 3 * one.features.sum() + 4 * other.features.sum()
+    assert term_figures("semantic", term, 0.5, [one, other]) == {
+        "loss/semantic": 0.0,
+        "weight/semantic": 0.5,
+        "gradient/semantic": 2.5,
+    }
+    assert term_figures("semantic", term, 0.5, [one])["gradient/semantic"] == 1.5
