@@ -27,5 +27,5 @@ else:
     ImageExtent = _restrict("ImageExtent", int, (">=", 32))
     Positive = _restrict("Positive", float, (">", 0), ("<", _INFINITY))
     NonNegative = _restrict("NonNegative", float, (">=", 0), ("<", _INFINITY))
-    Share = _restrict("Share", float, (">=", 0), ("<=", 1))
+    Share = _restrict("ClosedUnitInterval", float, (">=", 0), ("<=", 1))
     BelowOne = _restrict("BelowOne", float, (">=", 0), ("<", 1))

@@ -386,6 +386,11 @@ class Settings:
         return METHODS[self.method]
 
     @property
+    def segments_unlabelled(self) -> bool:
+        """Whether the segmenter sees the unlabelled images as they are, for their output maps."""
+        return not {"global", "auxiliary"}.isdisjoint(self.alignments)
+
+    @property
     def alignments(self) -> dict[str, GlobalSettings | SemanticSettings]:
         """Settings of the method's alignments that have a weight, by name; `auxiliary` is the second level's."""
         g, s = self.global_alignment, self.semantic_alignment

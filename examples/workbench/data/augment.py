@@ -8,7 +8,7 @@ from torch import Tensor
 from examples.scenes import Sample
 from examples.workbench.settings import Augmentation
 
-__all__ = ["augment", "fit", "image_tensor"]
+__all__ = ["augment", "resize_image", "image_tensor"]
 
 
 def augment(

@@ -12,8 +12,9 @@ import semshift
 from examples.scenes import Sample
 from examples.workbench.data.layouts import LAYOUTS, id_table
 from examples.workbench.errors import InputError
+from examples.workbench.settings import Folder
 
-__all__ = ["Folder", "FolderPair"]
+__all__ = ["FolderPair"]
 
 
 class FolderPair:

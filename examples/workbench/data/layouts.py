@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-__all__ = ["LAYOUTS", "Layout", "LayoutName", "id_table"]
+from examples.workbench.settings import LayoutName
+
+__all__ = ["LAYOUTS", "Layout", "id_table"]
 
 
 class Layout(NamedTuple):

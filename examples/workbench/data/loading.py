@@ -17,7 +17,7 @@ from examples.workbench.data.samples import Samples
 from examples.workbench.errors import InputError
 from examples.workbench.settings import Augmentation
 
-__all__ = ["TrainingSet", "batches"]
+__all__ = ["TrainingSet", "load_batches"]
 
 
 class TrainingSet(Dataset[dict[str, Tensor]]):

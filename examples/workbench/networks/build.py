@@ -6,13 +6,11 @@ import torch
 
 from examples.workbench.networks.deeplab import DeepLabV2, load_pretrained
 from examples.workbench.networks.segformer import SegFormer, load_segformer
-from examples.workbench.networks.segmentation import Pretrained
+from examples.workbench.networks.segmentation import Pretrained, Segmenter
 from examples.workbench.networks.small import SmallSegmenter
 from examples.workbench.settings import Settings
 
-__all__ = ["Segmenter", "build_segmenter", "dtype_of", "load_init"]
-
-Segmenter = SmallSegmenter | DeepLabV2 | SegFormer
+__all__ = ["build_segmenter", "dtype_of", "load_init"]
 
 
 def dtype_of(settings: Settings) -> torch.dtype:

@@ -1,13 +1,15 @@
 """DeepLab-v2 (Chen et al. 2016, arXiv 1606.00915) on a ResNet (He et al. 2016)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.workbench.networks.segmentation import Segmentation
+from examples.workbench.errors import InputError
+from examples.workbench.networks.segmentation import Pretrained, Segmentation, Segmenter
 
 __all__ = ["BACKBONE", "DeepLabV2", "Origin", "preprocessing"]
 
@@ -18,7 +20,7 @@ BACKBONE = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")
 """What the names of the backbone's parameters begin with."""
 
 
-class DeepLabV2(nn.Module):
+class DeepLabV2(Segmenter):
     """A ResNet at stride 8 under a classifier that sums dilated convolutions.
 
     Takes the trainer's images, `(rgb / 255 - 0.5) / 0.25`, and turns them into what the weights were made for: where
@@ -216,7 +218,7 @@ def load_pretrained(model: DeepLabV2, file: Path, *, classifier: bool = True) ->
     own = model.state_dict()
     wanted = [name for name in own if classifier or name.startswith(BACKBONE)]
     missing = [name for name in own if name not in weights or name not in wanted]
-    backbone = [name for name in missing if name.startswith(BACKBONE) and not name.endswith(_COUNTER)]
+    backbone = [name for name in missing if name.startswith(BACKBONE) and not name.endswith(".num_batches_tracked")]
     if backbone:
         raise InputError(
             f"expected {file} to hold all of the backbone of depth {model.depth}, got no {_some(backbone)}"
@@ -256,7 +258,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], str]:
     if not isinstance(state, dict) or not all(_is_entry(*item) for item in state.items()):
         raise InputError(f"expected {file} to be a state dict, names to tensors, got {_contents(state)}")
     prefix = ""
-    for part in _PREFIXES:
+    for part in ("module.", "Scale."):
         if state and all(name.startswith(prefix + part) for name in state):
             prefix += part
     return {name[len(prefix) :]: tensor for name, tensor in state.items()}, prefix

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from examples.workbench.errors import InputError
 from examples.workbench.networks.deeplab import preprocessing
-from examples.workbench.networks.segmentation import Pretrained, Segmentation
+from examples.workbench.networks.segmentation import Pretrained, Segmentation, Segmenter
 
 if TYPE_CHECKING:
     from transformers import SegformerConfig
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["SegFormer", "load_segformer"]
 
 
-class SegFormer(nn.Module):
+class SegFormer(Segmenter):
     """A hierarchical transformer at strides 4 to 32 under a decoder at stride 4.
 
     Takes the trainer's images, `(rgb / 255 - 0.5) / 0.25`, and normalises them by ImageNet's mean and deviation, as

@@ -1,10 +1,13 @@
 """What every segmenter returns, and what became of a file of weights."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["Pretrained", "Segmentation"]
+__all__ = ["Pretrained", "Segmentation", "Segmenter", "upsample"]
 
 _COUNTER = ".num_batches_tracked"
 
@@ -24,7 +27,7 @@ class Pretrained(NamedTuple):
     """What became of a file of weights; every key is that of the model."""
 
     file: str
-    origin: Origin | Literal["segformer"]
+    origin: str
     """What the weights were taken for; it cannot be seen in them."""
     prefix: str
     """What all the file's keys began with, and was taken off."""
@@ -48,3 +51,20 @@ def _listed(names: Sequence[str]) -> str:
     weights = [name for name in names if not name.endswith(_COUNTER)]
     counters = [f"{len(names) - len(weights)} x {_COUNTER[1:]}"] if len(weights) < len(names) else []
     return ", ".join(weights + counters) or "nothing"
+
+
+class Segmenter(nn.Module):
+    """Base of the segmenters: `forward` maps images `[B, 3, H, W]` to a `Segmentation`."""
+
+    feature_channels: int
+    """Channels of the features."""
+
+    def classifier_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the last layer."""
+        raise NotImplementedError
+
+
+def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits `[B, K, *size]`, at least float32."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.interpolate(wide, size=list(size), mode="bilinear", align_corners=False)

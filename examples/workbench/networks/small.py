@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.workbench.networks.segmentation import Segmentation
+from examples.workbench.networks.segmentation import Segmentation, Segmenter
 
 __all__ = ["SmallSegmenter"]
 
 
-class SmallSegmenter(nn.Module):
+class SmallSegmenter(Segmenter):
     """Four encoder stages to stride 8, a decoder with skips to stride 2, group norm throughout.
 
     Group norm, because the three domains of a step go through the network one after another: batch norm would

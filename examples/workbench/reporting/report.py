@@ -1,21 +1,29 @@
 """One picture of a run: predictions before and after, the curves, and the prototypes of both domains."""
 
+import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor, nn
 
+import semshift
+from examples.workbench.data.samples import Samples, Subset
 from examples.workbench.files import save_figure
 from examples.workbench.reporting.prototypes import draw_prototypes
-from examples.workbench.reporting.style import STYLE, class_colours
+from examples.workbench.reporting.scores import _each, _network_input, predict
+from examples.workbench.reporting.style import IGNORED, STRIPE, STYLE, class_colours
+from examples.workbench.settings import Settings
 
 __all__ = ["Prototypes", "Shown", "draw_report"]
 
@@ -54,7 +62,7 @@ class Prototypes(NamedTuple):
     """`float [K, C]`."""
 
 
-def draw_report(
+def _draw(
     path: Path,
     *,
     title: str,
@@ -358,3 +366,96 @@ def _shorten(name: str, limit: int) -> str:
         return name
     head = limit // 3
     return f"{name[:head]}…{name[head + 1 - limit :]}"
+
+
+@torch.no_grad()
+def prototypes(
+    segmenter: nn.Module,
+    source: Samples,
+    target: Samples,
+    *,
+    num_classes: int,
+    sizes: tuple[tuple[int, int], tuple[int, int]],
+    ignore_index: int,
+) -> Prototypes:
+    """Prototypes of two domains, each pooled over all its images: sums are added, then divided once.
+
+    `sizes` are those at which the segmenter sees source and target images.
+    """
+
+    def pool(samples: Samples, size: tuple[int, int]) -> np.ndarray:
+        pooled = functools.reduce(
+            operator.add,
+            (
+                semshift.class_sums(
+                    (features := segmenter(_network_input(segmenter, sample, size)).features),
+                    torch.from_numpy(sample.label)[None].to(features.device),
+                    num_classes,
+                    ignore_index=ignore_index,
+                )
+                for sample in _each(samples)
+            ),
+        )
+        means: Tensor = torch.where(pooled.present[:, None], pooled.means, torch.nan)
+        result: np.ndarray = means.cpu().numpy()
+        return result
+
+    return Prototypes(pool(source, sizes[0]), pool(target, sizes[1]))
+
+
+def draw_report(
+    path: Path,
+    settings: Settings,
+    source_images: Samples,
+    validation: Samples,
+    *,
+    title: str,
+    before: tuple[str, nn.Module],
+    after: tuple[str, nn.Module],
+    history: Sequence[Mapping[str, float]],
+    shown: int = 4,
+    pooled: int = 40,
+) -> None:
+    """Draw the report of two segmenters, each with its name, on the validation images.
+
+    Args:
+        path: of the picture.
+        settings: of the run.
+        title: of the picture.
+        before: name and segmenter to compare with.
+        after: name and segmenter that the report is about.
+        history: rows of the log.
+        shown: number of validation images that are shown.
+        pooled: number of images of each domain whose prototypes are drawn.
+    """
+    data = settings.data
+    spread = np.linspace(0, len(validation) - 1, min(shown, len(validation))).round().astype(int)
+    rows = []
+    for i in spread:
+        sample = validation[int(i)]
+        predictions = [predict(segmenter, sample, data.size) for _, segmenter in (before, after)]
+        rows.append(Shown(sample.name, sample.image, sample.label, *predictions))
+    source, target = (Subset(part, range(min(pooled, len(part)))) for part in (source_images, validation))
+    drawn = [
+        prototypes(
+            segmenter,
+            source,
+            target,
+            num_classes=len(data.classes),
+            sizes=(data.source_size or data.size, data.size),
+            ignore_index=data.ignore_index,
+        )
+        for _, segmenter in (before, after)
+    ]
+    _draw(
+        path,
+        title=title,
+        before_name=before[0],
+        after_name=after[0],
+        shown=rows,
+        classes=data.classes,
+        history=history,
+        before=drawn[0],
+        after=drawn[1],
+        ignore_index=data.ignore_index,
+    )

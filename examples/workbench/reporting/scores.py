@@ -1,7 +1,5 @@
 """Evaluation: one confusion matrix over a whole set, intersection over union per class, prototypes per domain."""
 
-import functools
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,20 +14,15 @@ from tqdm import tqdm
 
 import semshift
 from examples.scenes import Sample
-from examples.workbench.data.augment import resize_image, image_tensor
-from examples.workbench.data.images import Images
+from examples.workbench.data.augment import image_tensor, resize_image
 from examples.workbench.data.samples import Samples, Subset
 from examples.workbench.errors import InputError
-from examples.workbench.reporting.report import Prototypes, Shown, draw_report
-from examples.workbench.settings import Settings
 
 __all__ = [
     "Scores",
     "evaluate",
-    "illustrate",
     "mean_iou",
     "predict",
-    "prototypes",
     "save_masks",
     "score_table",
     "subset_means",
@@ -109,99 +102,6 @@ def evaluate(
     union = counts.sum(0) + counts.sum(1) - intersection
     iou = {name: float(intersection[k] / union[k]) if union[k] > 0 else None for k, name in enumerate(classes)}
     return Scores(iou, mean_iou(iou, classes))
-
-
-@torch.no_grad()
-def prototypes(
-    segmenter: nn.Module,
-    source: Samples,
-    target: Samples,
-    *,
-    num_classes: int,
-    sizes: tuple[tuple[int, int], tuple[int, int]],
-    ignore_index: int,
-) -> Prototypes:
-    """Prototypes of two domains, each pooled over all its images: sums are added, then divided once.
-
-    `sizes` are those at which the segmenter sees source and target images.
-    """
-
-    def pool(samples: Samples, size: tuple[int, int]) -> np.ndarray:
-        pooled = functools.reduce(
-            operator.add,
-            (
-                semshift.class_sums(
-                    (features := segmenter(_network_input(segmenter, sample, size)).features),
-                    torch.from_numpy(sample.label)[None].to(features.device),
-                    num_classes,
-                    ignore_index=ignore_index,
-                )
-                for sample in _each(samples)
-            ),
-        )
-        means: Tensor = torch.where(pooled.present[:, None], pooled.means, torch.nan)
-        result: np.ndarray = means.cpu().numpy()
-        return result
-
-    return Prototypes(pool(source, sizes[0]), pool(target, sizes[1]))
-
-
-def illustrate(
-    path: Path,
-    settings: Settings,
-    images: Images,
-    *,
-    title: str,
-    before: tuple[str, nn.Module],
-    after: tuple[str, nn.Module],
-    history: Sequence[Mapping[str, float]],
-    shown: int = 4,
-    pooled: int = 40,
-) -> None:
-    """Draw the report of two segmenters, each with its name, on the validation images.
-
-    Args:
-        path: of the picture.
-        settings: of the run.
-        images: of the run.
-        title: of the picture.
-        before: name and segmenter to compare with.
-        after: name and segmenter that the report is about.
-        history: rows of the log.
-        shown: number of validation images that are shown.
-        pooled: number of images of each domain whose prototypes are drawn.
-    """
-    data = settings.data
-    spread = np.linspace(0, len(images.validation) - 1, min(shown, len(images.validation))).round().astype(int)
-    rows = []
-    for i in spread:
-        sample = images.validation[int(i)]
-        predictions = [predict(segmenter, sample, data.size) for _, segmenter in (before, after)]
-        rows.append(Shown(sample.name, sample.image, sample.label, *predictions))
-    source, target = (Subset(part, range(min(pooled, len(part)))) for part in (images.source, images.validation))
-    drawn = [
-        prototypes(
-            segmenter,
-            source,
-            target,
-            num_classes=len(data.classes),
-            sizes=(data.source_size or data.size, data.size),
-            ignore_index=data.ignore_index,
-        )
-        for _, segmenter in (before, after)
-    ]
-    draw_report(
-        path,
-        title=title,
-        before_name=before[0],
-        after_name=after[0],
-        shown=rows,
-        classes=data.classes,
-        history=history,
-        before=drawn[0],
-        after=drawn[1],
-        ignore_index=data.ignore_index,
-    )
 
 
 def save_masks(folder: Path, masks: Mapping[str, np.ndarray]) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["IGNORED", "STRIPE", "STYLE", "class_colours", "save_figure"]
+__all__ = ["IGNORED", "STRIPE", "STYLE", "class_colours"]
 
 # Twelve colours at least 18 CIE Lab units from each other and from the grey of ignored pixels, in ordinary
 # sight and in all three kinds of colour blindness; a test recomputes that.

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from examples.workbench.errors import InputError
+from examples.workbench.files import write_whole
 from examples.workbench.settings import MAY_CHANGE
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
     "save_checkpoint",
     "save_weights",
     "set_aside_damaged",
-    "write_whole",
 ]
 
 BEFORE = Path("checkpoints/before.pt")
@@ -65,7 +65,6 @@ def save_checkpoint(
     out: Path,
     progress: Progress,
     stateful: Mapping[str, Stateful],
-    pixels: Mapping[str, Tensor],
     run: Mapping[str, Any],
 ) -> None:
     """Save all that a run needs to go on; loads with `weights_only=True`.
@@ -74,7 +73,6 @@ def save_checkpoint(
         out: the run folder; of its checkpoints the last `KEPT` stay.
         progress: how far the run has come.
         stateful: networks and optimisers by name.
-        pixels: of each class so far, by domain.
         run: what must be the same when the run goes on, such as its settings.
 
     Raises:
@@ -89,7 +87,7 @@ def save_checkpoint(
                     f"expected finite weights, got others in {key} of the {name} after step {progress.step - 1}: lower "
                     f"the learning rate or the weights of the adversarial losses; {out} keeps its last checkpoint"
                 )
-    state = {**progress._asdict(), "run": dict(run), "pixels": dict(pixels), "stateful": states}
+    state = {**progress._asdict(), "run": dict(run), "stateful": states}
     _save(out / f"checkpoints/step-{progress.step:08d}.pt", state)
     for path in _newest_first(out)[KEPT:]:
         path.unlink(missing_ok=True)
@@ -105,9 +103,7 @@ def has_checkpoint(out: Path) -> bool:
     return bool(_newest_first(out))
 
 
-def load_checkpoint(
-    out: Path, stateful: Mapping[str, Stateful], pixels: Mapping[str, Tensor], run: Mapping[str, Any]
-) -> Progress:
+def load_checkpoint(out: Path, stateful: Mapping[str, Stateful], run: Mapping[str, Any]) -> Progress:
     """Go on from the newest checkpoint that is whole, if there is any.
 
     Raises:
@@ -122,8 +118,6 @@ def load_checkpoint(
         check_weights_fit(stateful["segmenter"].state_dict(), state["stateful"]["segmenter"], path)
         for name, part in stateful.items():
             part.load_state_dict(state["stateful"][name])
-        for name, counts in pixels.items():
-            counts.copy_(state["pixels"][name])
         best = state["best"] and (state["best"][0], state["best"][1])
         if not isinstance(state["step"], int):
             raise TypeError(f"its step is {state['step']!r}")

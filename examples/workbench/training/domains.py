@@ -1,76 +1,46 @@
-"""The images of a run by domain: which of them its method trains on, and how many a step draws."""
+"""The domains that a method trains on, and how many images of each a step draws."""
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
+from tqdm import tqdm
 
-from examples.workbench.data.images import Images
-from examples.workbench.data.loading import TrainingSet
+import semshift
 from examples.workbench.data.samples import Samples, Subset
-from examples.workbench.settings import METHODS, Settings
-from examples.workbench.training.self_training import rare_classes
+from examples.workbench.settings import Settings
 
-__all__ = ["Domains", "choose_domains", "segments_unlabelled"]
-
-
-class Domains(NamedTuple):
-    """What the sampler draws from."""
-
-    training: TrainingSet
-    sizes: dict[str, int]
-    """Number of images of each domain."""
-    per_batch: dict[str, int]
-    """Number of images of each domain in a step, on this rank."""
-    weights: dict[str, np.ndarray]
-    """`[N]`, each image's share of the draws, of domains whose images are not drawn alike."""
+__all__ = ["batch_sizes", "choose_domains", "rare_class_draws"]
 
 
-def segments_unlabelled(settings: Settings, discriminators: Collection[str]) -> bool:
-    """Whether the segmenter itself sees the unlabelled images as they are: for their output maps, or to pool them."""
-    pools = "self-training" in METHODS[settings.method] and settings.self_training.soft_pooling
-    return any(name != "semantic" for name in discriminators) or (pools and "semantic" in discriminators)
-
-
-def choose_domains(
-    settings: Settings, images: Images, labelled: Sequence[int], *, discriminators: Collection[str], progress: bool
-) -> Domains:
-    """The domains that the method trains on: source, labelled and, where anything looks at them, unlabelled.
+def choose_domains(settings: Settings, source: Samples, target: Samples, labelled: Sequence[int]) -> dict[str, Samples]:
+    """Images of the domains that the method trains on: source, labelled and, where a loss needs them, unlabelled.
 
     Args:
-        settings: of the run, with this rank's share of a step's images.
-        images: of the run.
-        labelled: which of the target's training images keep their labels.
-        discriminators: names of those that the run has.
-        progress: show a bar while labels are read for their rare classes.
+        settings: of the run.
+        source: the source images.
+        target: all target training images.
+        labelled: which of them keep their labels.
     """
-    uses, plus, how = METHODS[settings.method], settings.self_training, settings.optimiser
-    taught = "self-training" in uses
-    unlabelled = segments_unlabelled(settings, discriminators) or (taught and plus.weight > 0)
-    per_batch = {
-        "source": how.images if "source" in uses else 0,
-        "labelled": how.images if "labelled" in uses else 0,
-        "unlabelled": how.unlabelled if unlabelled else 0,
-    }
-    per_batch = {domain: count for domain, count in per_batch.items() if count}
-    every: dict[str, Samples] = {
-        "source": images.source,
-        "labelled": Subset(images.target, labelled),
-        "unlabelled": images.target,
-    }
-    samples = {domain: every[domain] for domain in per_batch}
-    crops = {"source": settings.data.source_size or settings.data.size}
-    training = TrainingSet(
-        samples,
-        {domain: crops.get(domain, settings.data.size) for domain in samples},
-        settings.data.augmentation,
-        settings.seed,
-        ignore_index=settings.data.ignore_index,
-    )
-    weights = {
-        domain: rare_classes(samples[domain], settings, progress=domain if progress else None)
-        for domain in ("source", "labelled")
-        if taught and plus.rare_classes
-    }
-    sizes = {domain: len(of) for domain, of in samples.items()}
-    return Domains(training, sizes, per_batch, weights)
+    domains: dict[str, Samples] = {}
+    if "source" in settings.parts:
+        domains["source"] = source
+    if "labelled" in settings.parts:
+        domains["labelled"] = Subset(target, labelled)
+    if settings.segments_unlabelled or ("self-training" in settings.parts and settings.self_training.weight > 0):
+        domains["unlabelled"] = target
+    return domains
+
+
+def batch_sizes(settings: Settings, domains: Sequence[str]) -> dict[str, int]:
+    """Number of images of each domain in a step."""
+    how = settings.optimiser
+    return {domain: how.unlabelled_batch_size if domain == "unlabelled" else how.batch_size for domain in domains}
+
+
+def rare_class_draws(samples: Samples, settings: Settings, *, progress: str | None) -> np.ndarray:
+    """Weights by which images are drawn for the rare classes in them; reads the labels of all images."""
+    k = len(settings.data.classes)
+    counts = np.zeros((len(samples), k), np.int64)
+    for i in tqdm(range(len(samples)), desc=f"classes of {progress}", leave=False, disable=progress is None):
+        counts[i] = np.bincount(samples[i].label.ravel(), minlength=256)[:k]
+    return semshift.rare_class_weights(counts, temperature=settings.self_training.rare_class_temperature)

@@ -1,4 +1,4 @@
-"""Do the discriminators still matter? The health figures of a row of the log, and the warnings that they call for."""
+"""Health of the discriminators: the figures of a row of the log, and the warnings that follow from them."""
 
 import json
 import math
@@ -16,10 +16,9 @@ from tqdm import tqdm
 import semshift
 from examples.workbench.networks.segmentation import Segmentation
 from examples.workbench.settings import GlobalSettings, SemanticSettings, Settings
-from examples.workbench.training.learners import discriminator_settings
-from examples.workbench.training.ranks import norm_over_ranks
 
-__all__ = ["compact", "feature_figures", "findings", "machine_figures", "recent_rows", "term_figures", "warn", "window"]
+__all__ = ["alignment_figures", "feature_figures", "findings", "format_row", "machine_figures", "recent_rows", "warn"]
+__all__ += ["window"]
 
 Row = Mapping[str, float]
 
@@ -36,28 +35,26 @@ def feature_figures(
     *,
     ranks: int = 1,
 ) -> dict[str, float]:
-    """What the features of a step on all ranks, each of which calls it, tell beside the discriminators' own figures.
+    """Figures of the features of a step; every rank calls it.
 
     Args:
         outputs: of the segmenter, by domain, still in the graph.
         batch: with the labels of the labelled domains.
-        segmentation_loss: what `gradient/segmentation` is of.
+        segmentation_loss: of the step.
         settings: of the run.
-        ranks: how many there are.
+        ranks: number of ranks.
 
     Returns:
-        `gradient/segmentation` (and `gradient/auxiliary_segmentation`), at the features of all labelled images;
-        `present/DOMAIN`, the share of the classes that a domain's labels show; with two such domains `distance/mean`
-        and `class_distance/CLASS` between their prototypes, without classes that are not in both.
+        `gradient/segmentation` (and `gradient/auxiliary_segmentation`), the norm of the loss's gradient at the features
+        of all labelled images; `present/DOMAIN`, the share of the classes that a domain's labels show; with two such
+        domains `distance/mean` and `class_distance/CLASS` between their prototypes, of the classes in both.
     """
     labelled = [outputs[domain] for domain, part in batch.items() if "label" in part]
     levels = {"segmentation": [output.features for output in labelled]}
-    # The second level is not reached by the features of the first.
+    # The auxiliary logits do not depend on these features: their own level is the auxiliary logits.
     levels["auxiliary_segmentation"] = [output.auxiliary for output in labelled if output.auxiliary is not None]
     figures = {
-        f"gradient/{name}": math.hypot(
-            *(float(norm_over_ranks(semshift.gradient_norm(segmentation_loss, features), ranks)) for features in level)
-        )
+        f"gradient/{name}": math.hypot(*(_gradient_norm(segmentation_loss, features, ranks) for features in level))
         for name, level in levels.items()
         if level
     }
@@ -70,7 +67,7 @@ def feature_figures(
                 part["label"],
                 len(classes),
                 ignore_index=settings.data.ignore_index,
-                # The cheapest: it is done for every row, and a distance is not trained with.
+                # The cheapest: these distances are logged, not trained with.
                 resample="nearest",
             )
             pooled[domain] = semshift.ClassSums(semshift.all_reduce_sum(own.sums), semshift.all_reduce_sum(own.mass))
@@ -79,39 +76,41 @@ def feature_figures(
         source, target = pooled["source"], pooled["labelled"]
         both = source.present & target.present
         distances = semshift.prototype_distance(source.means, target.means, weight=both).tolist()
-        apart = {name: value for name, value in zip(classes, distances) if math.isfinite(value)}
-        if apart:
-            figures["distance/mean"] = statistics.fmean(apart.values())
-        figures |= {f"class_distance/{name}": value for name, value in apart.items()}
+        finite = {name: value for name, value in zip(classes, distances) if math.isfinite(value)}
+        if finite:
+            figures["distance/mean"] = statistics.fmean(finite.values())
+        figures |= {f"class_distance/{name}": value for name, value in finite.items()}
     return figures
 
 
-def term_figures(
-    name: str, term: Tensor, weight: float, reached: Sequence[Segmentation], *, ranks: int = 1
+def alignment_figures(
+    name: str, losses: semshift.AlignmentLosses, weight: float, reached: Segmentation, *, ranks: int = 1
 ) -> dict[str, float]:
-    """What a confusion loss is in a step on all ranks: its value, its weight, and its gradient at the features.
+    """Figures of an alignment in a step: losses, weight, accuracies, and the weighted gradient at the features.
 
     Args:
         name: `global`, `auxiliary` or `semantic`.
-        term: before its weight.
-        weight: at this step.
-        reached: outputs of the segmenter, still in the graph, of the domains that the term acts on.
-        ranks: how many there are.
+        losses: still in the graph.
+        weight: of the confusion loss at this step.
+        reached: the segmenter's output on the domain that the confusion loss acts on.
+        ranks: number of ranks.
     """
-    # The second level does not see the features of the first.
-    layer = "auxiliary" if name == "auxiliary" else "features"
-    norms = (float(norm_over_ranks(semshift.gradient_norm(term, getattr(output, layer)), ranks)) for output in reached)
+    features = reached.auxiliary if name == "auxiliary" else reached.features
+    assert features is not None
     return {
-        f"loss/{name}": float(term.detach()),
+        f"loss/{name}": float(losses.confusion.detach()),
         f"weight/{name}": weight,
-        f"gradient/{name}": weight * math.hypot(*norms),
+        f"gradient/{name}": weight * _gradient_norm(losses.confusion, features, ranks),
+        f"loss/{name}_discriminator": float(losses.discriminator.detach()),
+        f"accuracy/{name}_source": float(losses.figures["source_accuracy"]),
+        f"accuracy/{name}_target": float(losses.figures["target_accuracy"]),
     }
 
 
 def machine_figures(images: int, seconds: float, device: torch.device) -> dict[str, float]:
-    """How fast so many images went through, and what the process holds: memory, open files, threads, and on a GPU.
+    """Images per second, and the memory, open files and threads of the process; on a GPU its memory too.
 
-    The only figures of a row that differ between two runs of the same settings; their names begin with `machine/`.
+    Only these figures, named `machine/...`, differ between two runs of the same settings.
     """
     figures = {"machine/images_per_second": images / max(seconds, 1e-9)}
     process = Path("/proc/self")
@@ -125,16 +124,15 @@ def machine_figures(images: int, seconds: float, device: torch.device) -> dict[s
     return figures
 
 
-def compact(row: Row) -> str:
-    """A row in one line: losses, accuracy on source and target, gradient over the segmentation loss's, and the rest."""
+def format_row(row: Row) -> str:
+    """A row in one line: losses, accuracies on source and target, gradients relative to the segmentation loss's."""
     parts = [f"segmentation {row['loss/segmentation']:.2f}"]
     if "loss/self-training" in row:
         parts.append(f"self-training {row['loss/self-training']:.2f}")
     for name in ("global", "auxiliary", "semantic"):
         if f"loss/{name}" in row:
             part = f"{name} {row[f'loss/{name}']:.2f}"
-            if f"accuracy/{name}_source" in row:
-                part += f" acc {row[f'accuracy/{name}_source']:.2f}/{row[f'accuracy/{name}_target']:.2f}"
+            part += f" acc {row[f'accuracy/{name}_source']:.2f}/{row[f'accuracy/{name}_target']:.2f}"
             ratio = _ratio(row, name)
             parts.append(part if ratio is None else f"{part} grad {100 * ratio:.2g}%")
     if "distance/mean" in row:
@@ -146,29 +144,29 @@ def compact(row: Row) -> str:
 
 
 def window(settings: Settings) -> int:
-    """For how many rows of the log something must last before it is warned of: a tenth of the run, and ten at least."""
+    """Number of rows that a warning judges: a tenth of the run's, and at least ten."""
     return max(_ROWS, math.ceil(_SHARE * settings.steps / settings.log_every))
 
 
 def recent_rows(history: Sequence[Row], settings: Settings) -> deque[Row]:
-    """The last rows of a history that `findings` may need, to be added to."""
+    """The last rows of a history, as many as `findings` judges; new ones are appended to it."""
     return deque((row for row in history if "loss/segmentation" in row), maxlen=window(settings))
 
 
 def findings(rows: Sequence[Row], settings: Settings) -> dict[str, str]:
-    """What the last rows of the log, as many as `window` says, show to be wrong.
+    """Faults that the last `window` rows of the log show.
 
     Args:
         rows: of the log, in order; earlier ones do not matter.
         settings: of the run.
 
     Returns:
-        Kinds, such as `global certain`, to a sentence that says what to turn and which way.
+        Kinds, such as `global certain`, to a sentence that says which setting to change and how.
     """
     last = window(settings)
     found: dict[str, str] = {}
-    for name, how in discriminator_settings(settings).items():
-        # A discriminator begins with learning, and is to get ahead while the weight waits or begins to rise.
+    for name, how in settings.alignments.items():
+        # A discriminator starts untrained, and may get ahead while its weight is still rising.
         judged = [
             row
             for row in rows
@@ -182,15 +180,15 @@ def findings(rows: Sequence[Row], settings: Settings) -> dict[str, str]:
 
 
 def warn(out: Path, rows: Sequence[Row], settings: Settings) -> None:
-    """Tell of new `findings`, each kind once in the life of a run: `warnings.jsonl` in its folder holds those told."""
+    """Print new `findings`, each kind once in the life of a run; the run folder's `warnings.jsonl` keeps them."""
     found = findings(rows, settings)
     if not found:
         return
     path = out / "warnings.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    told = {json.loads(line)["kind"] for line in lines if line.endswith("}")}
+    known = {json.loads(line)["kind"] for line in lines if line.endswith("}")}
     for kind, words in found.items():
-        if kind not in told:
+        if kind not in known:
             with path.open("a") as file:
                 file.write(json.dumps({"step": rows[-1]["step"], "kind": kind, "warning": words}) + "\n")
             tqdm.write(f"warning: {words}", file=sys.stderr)
@@ -209,35 +207,34 @@ def _judge(name: str, how: GlobalSettings | SemanticSettings, rows: Sequence[Row
     )
     if len(judged) >= _ROWS and not (source and target):
         found["idle"] = (
-            f"the {name} discriminator has seen no class of one of the domains for {steps} steps: look at the labels "
-            f"(--check) and at data.classes, or raise labelled"
+            f"the {name} discriminator has seen no class of one of the domains for {steps} steps: check the labels "
+            f"(--check) and data.classes, or raise labelled"
         )
         return found
-    # With the Wasserstein objective the sign of a logit says nothing; only differences do.
+    # With the Wasserstein objective the sign of a logit means nothing; only differences do.
     if min(len(source), len(target)) >= _ROWS and how.objective != "wasserstein":
         right = statistics.fmean(source), statistics.fmean(target)
         came = f"accuracy {right[0]:.2f} on source and {right[1]:.2f} on target"
         if min(right) >= _CERTAIN:
             found["certain"] = (
-                f"the {name} discriminator has told the domains apart nearly without error for {steps} steps "
-                f"({came}), and nothing that the segmenter does moves it: lower {rate} or set {where}.spectral_norm "
-                f"to hold it back, or raise {weight} to have the segmenter answer"
+                f"the {name} discriminator has separated the domains almost without error for {steps} steps ({came}); "
+                f"the segmenter does not fool it: lower {rate}, set {where}.spectral_norm, or raise {weight}"
             )
         elif statistics.fmean(right) <= _CHANCE:
             found["chance"] = (
                 f"the {name} discriminator has been at chance for {steps} steps ({came}), and its gradient is noise: "
-                f"raise {rate}, or lower {weight} if the accuracy fell as that rose; where distance/mean is near 0, "
-                f"there is nothing left to tell"
+                f"raise {rate}, or lower {weight} if the accuracy fell as the weight rose; if distance/mean is near 0, "
+                f"the domains are aligned"
             )
 
     ratios = [ratio for row in rows if (ratio := _ratio(row, name)) is not None]
     if len(ratios) >= _ROWS:
         ratio = statistics.median(ratios)
-        came = f"the {name} term's gradient at the features has been {ratio:.2g} of the segmentation loss's"
+        came = f"the {name} loss's gradient at the features has been {ratio:.2g} of the segmentation loss's"
         if ratio < _SILENT:
-            found["silent"] = f"{came} for {steps} steps, and changes nothing: raise {weight}"
+            found["silent"] = f"{came} for {steps} steps, which changes nothing: raise {weight}"
         elif ratio > _DOMINATES:
-            found["dominates"] = f"{came} for {steps} steps, and decides what they become: lower {weight}"
+            found["dominates"] = f"{came} for {steps} steps, and outweighs it: lower {weight}"
     return found
 
 
@@ -247,3 +244,12 @@ def _ratio(row: Row, name: str) -> float | None:
     if f"gradient/{name}" not in row or not segmentation > 0:
         return None
     return row[f"gradient/{name}"] / segmentation
+
+
+def _gradient_norm(loss: Tensor, features: Tensor, ranks: int) -> float:
+    """Norm of a loss's gradient at the features of all ranks.
+
+    Every rank's loss is that of the whole batch, so a gradient holds it once for each rank.
+    """
+    norm = semshift.gradient_norm(loss, features)
+    return float(norm if ranks == 1 else torch.sqrt(semshift.all_reduce_sum((norm / ranks).square())))

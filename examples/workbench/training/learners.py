@@ -1,6 +1,5 @@
-"""The networks of a run, their optimisers and the weights of its losses, from its settings."""
+"""Everything that learns in a run: the segmenter, its teacher, the alignments, their optimisers and schedules."""
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -8,160 +7,131 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import semshift
-from examples.workbench.settings import METHODS, GlobalSettings, SelfTraining, SemanticSettings, Settings
-from examples.workbench.training.checkpoints import Stateful
+from examples.workbench.networks.segmentation import Segmenter
+from examples.workbench.settings import GlobalSettings, SelfTraining, SemanticSettings, Settings
 
-__all__ = [
-    "Learners",
-    "Schedules",
-    "Segmenter",
-    "discriminator_settings",
-    "build_discriminator",
-    "build_learners",
-    "build_optimiser",
-    "build_schedules",
-    "build_segmenter",
-    "dtype_of",
-    "load_init",
-    "source_schedule",
-    "weight_schedule",
-]
+__all__ = ["ClassCounts", "Learners", "build_alignment", "build_learners", "source_schedule", "weight_schedule"]
+
+Alignment = semshift.GlobalAlignment | semshift.SemanticAlignment
+
+
+class ClassCounts(nn.Module):
+    """Pixels of each class that the labels of source and labelled images have shown so far, over all ranks."""
+
+    counts: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(2, num_classes, dtype=torch.int64))
+
+    def add(self, domain: str, labels: Tensor) -> None:
+        """Count labels `[B, H, W]` in `[0, K)`, or larger for pixels without a class."""
+        k = self.counts.shape[1]
+        pixels = torch.bincount(labels.flatten().clamp(max=k), minlength=k + 1)[:k]
+        self.counts[0 if domain == "source" else 1] += semshift.all_reduce_sum(pixels)
+
+    def log_shares(self, domain: str) -> Tensor:
+        """Logarithm of the class shares `[K]` of source images, or of target images, labelled or not."""
+        # One pixel more, so that a class not seen yet has a share.
+        counts = self.counts[0 if domain == "source" else 1] + 1
+        return (counts / counts.sum()).log()
 
 
 @dataclass(frozen=True, eq=False)
 class Learners:
-    """What learns in a run; which of them exist is all that tells the methods apart."""
+    """The state of a run beside its step; the dicts are keyed by `segmenter` and the names of the alignments."""
 
-    discriminator_settings: dict[str, GlobalSettings | SemanticSettings]
-    """Settings of the discriminators, by their names."""
     segmenter: Segmenter
-    optimiser: torch.optim.Optimizer
-    discriminators: dict[str, nn.Module]
-    discriminator_optimisers: dict[str, torch.optim.Optimizer]
     teacher: AveragedModel | None
     """The running mean of the segmenter's weights."""
-    banks: dict[str, semshift.PrototypeBank]
-    """Running prototypes by domain."""
-    pixels: dict[str, Tensor]
-    """By domain, number of pixels int64 `[K]` of each class that its labels have shown so far."""
+    alignments: dict[str, Alignment]
+    class_counts: ClassCounts
+    optimisers: dict[str, torch.optim.Optimizer]
+    learning_rates: dict[str, semshift.Schedule]
+    weights: dict[str, semshift.Schedule]
+    """Of each alignment's confusion loss, of `self-training`, and of the `source`'s cross-entropy."""
 
-    def networks(self) -> dict[str, Stateful]:
-        """What an evaluation needs."""
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that an evaluation needs."""
         return {"segmenter": self.segmenter} | ({} if self.teacher is None else {"teacher": self.teacher})
 
-    def stateful(self) -> dict[str, Stateful]:
-        """What a checkpoint saves beside `pixels` and how far the run is; the settings and the step give the rest."""
-        stateful: dict[str, Stateful] = {**self.networks(), "optimiser": self.optimiser}
-        for name, discriminator in self.discriminators.items():
-            stateful[f"{name} alignment"] = discriminator
-            stateful[f"{name} alignment optimiser"] = self.discriminator_optimisers[name]
-        return stateful | {f"{domain} bank": bank for domain, bank in self.banks.items()}
+    def stateful(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """What a checkpoint saves."""
+        parts: dict[str, nn.Module | torch.optim.Optimizer] = {**self.networks(), "class counts": self.class_counts}
+        parts |= {f"{name} alignment": alignment for name, alignment in self.alignments.items()}
+        return parts | {f"{name} optimiser": optimiser for name, optimiser in self.optimisers.items()}
+
+    def set_learning_rates(self, step: int) -> None:
+        """Give every optimiser its learning rate of this step."""
+        for name, optimiser in self.optimisers.items():
+            for group in optimiser.param_groups:
+                group["lr"] = group.get("factor", 1.0) * self.learning_rates[name](step)
 
 
-@dataclass(frozen=True)
-class Schedules:
-    """What changes from step to step, each a function of the step."""
+def build_learners(settings: Settings, segmenter: Segmenter) -> Learners:
+    """The learners of a run, on the segmenter's device and in its dtype."""
+    like = next(segmenter.parameters())
+    how, plus, classes = settings.alignments, settings.self_training, len(settings.data.classes)
+    decay_steps = settings.optimiser.decay_steps or settings.steps
+    alignments = {name: build_alignment(name, settings, segmenter.feature_channels).to(like) for name in how}
+    optimisers: dict[str, torch.optim.Optimizer] = {"segmenter": _build_optimiser(settings, segmenter)}
+    rates: dict[str, semshift.Schedule] = {}
+    for name, each in {"segmenter": settings.optimiser, **how}.items():
+        rates[name] = semshift.Polynomial(each.learning_rate, 0.0, decay_steps, power=each.power)
+    for name, alignment in alignments.items():
+        optimisers[name] = torch.optim.Adam(alignment.parameters(), how[name].learning_rate, betas=(0.9, 0.99))
+    weights = {name: weight_schedule(each, settings.steps) for name, each in how.items()}
+    weights["source"] = source_schedule(settings)
+    teacher: AveragedModel | None = None
+    if "self-training" in settings.parts:
+        weights["self-training"] = weight_schedule(plus, settings.steps)
+        teacher = AveragedModel(segmenter, multi_avg_fn=get_ema_multi_avg_fn(plus.momentum))  # type: ignore[no-untyped-call]
+        teacher.eval()
+    counts = ClassCounts(classes).to(like.device)
+    return Learners(segmenter, teacher, alignments, counts, optimisers, rates, weights)
 
-    learning_rate: semshift.Schedule
-    discriminator_rates: dict[str, semshift.Schedule]
-    source_weight: semshift.Schedule
-    """Of the source's cross-entropy."""
-    weights: dict[str, semshift.Schedule]
-    """Of each confusion loss, and of self-training."""
+
+def build_alignment(name: str, settings: Settings, feature_channels: int) -> Alignment:
+    """The alignment called `global`, `auxiliary` or `semantic`; each has a seed of its own for its first weights."""
+    torch.manual_seed(settings.seed + {"global": 1, "semantic": 2, "auxiliary": 3}[name])
+    classes, g, s = len(settings.data.classes), settings.global_alignment, settings.semantic_alignment
+    if name != "semantic":
+        return semshift.GlobalAlignment(
+            classes,
+            inputs="entropy" if g.inputs == "entropy" else "probabilities",
+            base_channels=g.base_channels,
+            objective=g.objective,
+            spectral_norm=g.spectral_norm,
+        )
+    return semshift.SemanticAlignment(
+        feature_channels,
+        classes,
+        hidden_channels=s.hidden_channels,
+        conditioning=s.conditioning,
+        objective=s.objective,
+        spectral_norm=s.spectral_norm,
+        resample=s.resample,
+        per_image=s.per_image,
+        ignore_index=settings.data.ignore_index,
+    )
 
 
-def build_optimiser(settings: Settings, segmenter: Segmenter) -> torch.optim.Optimizer:
-    """The segmenter's optimiser; its second group, where there is one, is the classifier."""
+def _build_optimiser(settings: Settings, segmenter: Segmenter) -> torch.optim.Optimizer:
     how = settings.optimiser
     groups = [{"params": list(segmenter.parameters())}]
     if how.classifier_factor != 1:
         classifier = segmenter.classifier_parameters()
         chosen = set(map(id, classifier))
-        groups = [{"params": [p for p in segmenter.parameters() if id(p) not in chosen]}, {"params": classifier}]
+        groups = [{"params": [p for p in segmenter.parameters() if id(p) not in chosen]}]
+        groups.append({"params": classifier, "factor": how.classifier_factor})  # type: ignore[dict-item]
     if how.name == "adamw":
         return torch.optim.AdamW(groups, how.learning_rate, weight_decay=how.weight_decay)
     return torch.optim.SGD(groups, how.learning_rate, momentum=0.9, weight_decay=how.weight_decay)
 
 
-def discriminator_settings(settings: Settings) -> dict[str, GlobalSettings | SemanticSettings]:
-    """Settings of the method's discriminators that have a weight, by name; `auxiliary` is the second level's."""
-    uses, g = METHODS[settings.method], settings.global_alignment
-    auxiliary = dataclasses.replace(g, weight=g.auxiliary_weight if settings.network.auxiliary else 0.0)
-    candidates: list[tuple[str, str, GlobalSettings | SemanticSettings]] = [
-        ("global", "global", g),
-        ("auxiliary", "global", auxiliary),
-        ("semantic", "semantic", settings.semantic_alignment),
-    ]
-    return {name: how for name, use, how in candidates if use in uses and how.weight > 0}
-
-
-def build_discriminator(name: str, settings: Settings, segmenter: Segmenter) -> nn.Module:
-    """The discriminator called `global`, `auxiliary` or `semantic`, from a seed of its own."""
-    classes = len(settings.data.classes)
-    if name != "semantic":
-        torch.manual_seed(settings.seed + (1 if name == "global" else 3))
-        g = settings.global_alignment
-        return semshift.FCDiscriminator(classes, base_channels=g.base_channels, spectral_norm=g.spectral_norm)
-    torch.manual_seed(settings.seed + 2)
-    s = settings.semantic_alignment
-    return semshift.PrototypeDiscriminator(
-        segmenter.feature_channels,
-        classes,
-        hidden_channels=s.hidden_channels,
-        conditioning=s.conditioning,
-        spectral_norm=s.spectral_norm,
-    )
-
-
-def build_learners(settings: Settings, segmenter: Segmenter) -> Learners:
-    """The segmenter and what learns beside it, on its device."""
-    device, dtype = next(segmenter.parameters()).device, dtype_of(settings)
-    how, plus, classes = discriminator_settings(settings), settings.self_training, len(settings.data.classes)
-    discriminators = {name: build_discriminator(name, settings, segmenter).to(device, dtype) for name in how}
-    teacher: AveragedModel | None = None
-    if "self-training" in METHODS[settings.method]:
-        teacher = AveragedModel(segmenter, multi_avg_fn=get_ema_multi_avg_fn(plus.momentum))  # type: ignore[no-untyped-call]
-        teacher.eval()
-    both = ("source", "labelled")
-    banked = both if teacher is not None and plus.bank and "semantic" in discriminators else ()
-    return Learners(
-        discriminator_settings=how,
-        segmenter=segmenter,
-        optimiser=build_optimiser(settings, segmenter),
-        discriminators=discriminators,
-        discriminator_optimisers={
-            name: torch.optim.Adam(discriminator.parameters(), how[name].learning_rate, betas=(0.9, 0.99))
-            for name, discriminator in discriminators.items()
-        },
-        teacher=teacher,
-        banks={
-            domain: semshift.PrototypeBank(segmenter.feature_channels, classes).to(device, dtype) for domain in banked
-        },
-        pixels={domain: torch.zeros(classes, dtype=torch.int64, device=device) for domain in both},
-    )
-
-
-def build_schedules(settings: Settings) -> Schedules:
-    """The learning rates, and the weights of the losses."""
-    how, discriminators = settings.optimiser, discriminator_settings(settings)
-    decay_steps = how.decay_steps or settings.steps
-    weights = {name: weight_schedule(each, settings.steps) for name, each in discriminators.items()}
-    if "self-training" in METHODS[settings.method]:
-        weights["self-training"] = weight_schedule(settings.self_training, settings.steps)
-    return Schedules(
-        learning_rate=semshift.Polynomial(how.learning_rate, 0.0, decay_steps, power=how.power),
-        discriminator_rates={
-            name: semshift.Polynomial(each.learning_rate, 0.0, decay_steps, power=each.power)
-            for name, each in discriminators.items()
-        },
-        source_weight=source_schedule(settings),
-        weights=weights,
-    )
-
-
 def source_schedule(settings: Settings) -> semshift.Schedule:
-    """The weight of the source's cross-entropy: 1, and for `ass-plus` a straight fall at the end where it says so."""
-    fade = settings.self_training.source_fade if "self-training" in METHODS[settings.method] else 0.0
+    """Weight of the source's cross-entropy: 1, and with `source_fade` a linear fall to 0 at the end of `ass-plus`."""
+    fade = settings.self_training.source_fade if "self-training" in settings.parts else 0.0
     steps = round(fade * settings.steps)
     if not steps:
         return semshift.Constant(1.0)
@@ -170,7 +140,7 @@ def source_schedule(settings: Settings) -> semshift.Schedule:
 
 
 def weight_schedule(how: GlobalSettings | SemanticSettings | SelfTraining, steps: int) -> semshift.Schedule:
-    """The weight of a confusion loss or of self-training: zero at first, then a rise to its plateau."""
+    """Weight of a confusion loss or of self-training: 0 until `start`, then a sigmoid ramp to `weight`."""
     start, ramp = round(how.start * steps), round(how.ramp * steps)
     risen = semshift.Sigmoid(0.0, how.weight, ramp) if ramp else semshift.Constant(how.weight)
     return semshift.Then(semshift.Constant(0.0), start, risen) if start else risen

@@ -9,20 +9,40 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-import semshift
 from examples.workbench.errors import InputError, MachineError
 from examples.workbench.settings import Settings
 
-__all__ = ["run_on_first_rank", "norm_over_ranks", "seed_step", "split_batch", "launch_fabric", "synchronise_batch_norm"]
+__all__ = [
+    "run_on_first_rank",
+    "seed_step",
+    "split_batch",
+    "check_accelerator",
+    "launch_fabric",
+    "synchronise_batch_norm",
+]
+
+
+def check_accelerator(settings: Settings) -> None:
+    """Refuse an accelerator that this machine lacks, or that cannot compute in the settings' precision.
+
+    Raises:
+        InputError: naming it.
+    """
+    name = settings.accelerator
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
+        raise InputError(f"expected an accelerator that this machine has, such as --accelerator cpu, got {name}")
+    if name == "mps" and settings.precision == "64-true":
+        raise InputError("expected precision 32-true or bf16-mixed on mps, got 64-true")
 
 
 def launch_fabric(settings: Settings, *, loggers: Any = None) -> Fabric:
     """Join the other processes that torchrun has started; without it, this one is all there is."""
+    check_accelerator(settings)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks == 1:
         fabric = Fabric(accelerator=settings.accelerator, devices=1, precision=settings.precision, loggers=loggers)
@@ -55,10 +75,12 @@ def split_batch(settings: Settings, ranks: int) -> Settings:
         InputError: they do not divide by the number of ranks.
     """
     how = settings.optimiser
-    for name, images in (("images", how.images), ("unlabelled", how.unlabelled)):
+    for name, images in (("batch_size", how.batch_size), ("unlabelled_batch_size", how.unlabelled_batch_size)):
         if images % ranks:
             raise InputError(f"expected optimiser.{name} to be a multiple of the {ranks} ranks, got {images}")
-    optimiser = dataclasses.replace(how, images=how.images // ranks, unlabelled=how.unlabelled // ranks)
+    optimiser = dataclasses.replace(
+        how, batch_size=how.batch_size // ranks, unlabelled_batch_size=how.unlabelled_batch_size // ranks
+    )
     return dataclasses.replace(settings, optimiser=optimiser)
 
 
@@ -104,11 +126,3 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     # The first rank draws what one process would.
     key = (seed, step, rank) if rank else (seed, step)
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
-
-def norm_over_ranks(norm: Tensor, ranks: int) -> Tensor:
-    """The norm of a gradient by the images of all ranks, from its norm by a rank's own.
-
-    Every rank's loss is that of the whole batch, so each rank's gradient holds it once for each rank.
-    """
-    return norm if ranks == 1 else torch.sqrt(semshift.all_reduce_sum((norm / ranks).square()))

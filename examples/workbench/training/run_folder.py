@@ -16,14 +16,22 @@ from examples.workbench.data.images import Images
 from examples.workbench.errors import InputError, MachineError
 from examples.workbench.files import write_whole
 from examples.workbench.settings import Settings, as_plain
-from examples.workbench.training.checkpoints import has_checkpoint, check_same_run, set_aside_damaged
+from examples.workbench.training.checkpoints import check_same_run, has_checkpoint, set_aside_damaged
 
 try:
     import fcntl
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["append_history", "describe_run", "run_identity", "lock_folder", "prepare_folder", "read_history", "write_metrics"]
+__all__ = [
+    "append_history",
+    "describe_run",
+    "run_identity",
+    "lock_folder",
+    "prepare_folder",
+    "read_history",
+    "write_metrics",
+]
 
 
 def run_identity(settings: Settings, images: Images) -> dict[str, Any]:

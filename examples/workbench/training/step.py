@@ -1,166 +1,186 @@
 """One step of ASS and its simpler relatives, top to bottom as in the paper (Wang et al. 2020, arXiv 2004.00794)."""
 
 import math
-from collections.abc import Mapping
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
+from torch.nn import functional as F
 
 import semshift
 from examples.workbench.errors import InputError
+from examples.workbench.networks.segmentation import Segmentation, upsample
 from examples.workbench.settings import Settings
-from examples.workbench.training.domains import segments_unlabelled
-from examples.workbench.training.health import feature_figures, term_figures
-from examples.workbench.training.learners import Learners, Schedules
+from examples.workbench.training.health import alignment_figures, feature_figures
+from examples.workbench.training.learners import Learners
 from examples.workbench.training.ranks import seed_step
-from examples.workbench.training.self_training import soft_weights, taught, taught_cross_entropy
-from examples.workbench.training.views import (
-    View,
-    count_pixels,
-    global_view,
-    gradient_penalty,
-    semantic_view,
-    supervised_loss,
-)
+from examples.workbench.training.self_training import self_training_loss
 
 __all__ = ["learn"]
 
+Batch = dict[str, dict[str, Tensor]]
+
 
 def learn(
-    step: int,
-    batch: dict[str, dict[str, Tensor]],
-    learners: Learners,
-    schedules: Schedules,
-    settings: Settings,
-    fabric: Fabric,
-    *,
-    log: bool,
+    step: int, batch: Batch, learners: Learners, settings: Settings, fabric: Fabric, *, log: bool
 ) -> dict[str, float]:
-    """Learn from a batch: the segmenter first, then the discriminators.
+    """Learn from one batch: one backward for the segmenter and the discriminators, whose losses share no gradient.
 
-    PyTorch's generator is seeded by the run's seed and the step.
+    Over ranks every loss is that of the whole batch, with the same value on each rank.
 
     Args:
-        step: counted from 0.
-        batch: this rank's share, by domain: `image [B, 3, H, W]`; of source and labelled images `label [B, H, W]`
-            int64; of unlabelled ones `inside [B, H, W]` bool, which pixels are the image's own.
-        learners: what learns, in place, at the rates of the step.
-        schedules: their rates, and the weights of the losses.
+        step: counted from 0; with the run's seed it seeds PyTorch's generator.
+        batch: this rank's images by domain: `image [B, 3, H, W]`; `label [B, H, W]` int64 of source and labelled
+            images; `inside [B, H, W]` bool of unlabelled ones, which pixels lie inside the image.
+        learners: changed in place.
         settings: of the run.
-        fabric: the run's, for its precision and its ranks.
+        fabric: the run's, for its precision and ranks.
         log: return every figure, not only the segmentation loss.
 
     Returns:
         The step's row of the history.
 
     Raises:
-        InputError: the segmenter's loss is not finite; no network has learnt from it.
+        InputError: the loss is not finite; no network has learnt from it.
     """
-    segmenter, teacher, discriminators = learners.segmenter, learners.teacher, learners.discriminators
-    plus, weights, rank, ranks = settings.self_training, schedules.weights, fabric.global_rank, fabric.world_size
-    for group, factor in zip(learners.optimiser.param_groups, (1.0, settings.optimiser.classifier_factor)):
-        group["lr"] = factor * schedules.learning_rate(step)
-    for name, optimiser in learners.discriminator_optimisers.items():
-        optimiser.param_groups[0]["lr"] = schedules.discriminator_rates[name](step)
-    seed_step(settings.seed, step, rank)
+    segmenter, alignments, weights = learners.segmenter, learners.alignments, learners.weights
+    learners.set_learning_rates(step)
+    seed_step(settings.seed, step, fabric.global_rank)
 
-    # Segmenter: cross-entropy on every labelled image, and the discriminators, frozen, confused by the target.
     with fabric.autocast():
-        outputs = {
+        outputs: dict[str, Segmentation] = {
             domain: segmenter(part["image"])
             for domain, part in batch.items()
-            if domain != "unlabelled" or segments_unlabelled(settings, discriminators)
+            if domain != "unlabelled" or settings.segments_unlabelled
         }
-    segmentation_loss = torch.zeros((), device=fabric.device)
+
+    # Supervised: cross-entropy on source and labelled target images.
+    segmentation = torch.zeros((), device=fabric.device)
     for domain, part in batch.items():
         if "label" in part:
-            learners.pixels[domain].add_(count_pixels(part["label"], len(settings.data.classes)))
-            weight = schedules.source_weight(step) if domain == "source" else 1.0
-            supervised = supervised_loss(outputs[domain], part["label"], settings)
-            segmentation_loss = segmentation_loss + weight * supervised
-    # Past ASS: the teacher labels the unlabelled images, to be learnt from and to be pooled by.
-    self_training_loss, soft = None, None
-    if teacher is not None and "unlabelled" in batch and step >= round(plus.start * settings.steps):
-        with torch.no_grad(), fabric.autocast():
-            teacher_logits = teacher(batch["unlabelled"]["image"]).logits
-        if plus.weight > 0:
-            mixed = taught(batch, teacher_logits, settings, step, rank=rank)
-            with fabric.autocast():
-                logits = segmenter(mixed.image).logits
-            self_training_loss = taught_cross_entropy(logits, mixed)
-        if plus.soft_pooling and "semantic" in discriminators:
-            grid = outputs["unlabelled"].features.shape[-2:]
-            inside = batch["unlabelled"]["inside"]
-            soft = soft_weights(teacher_logits, inside, (grid[0], grid[1]), threshold=plus.threshold)
+            weight = weights["source"](step) if domain == "source" else 1.0
+            segmentation = segmentation + weight * _supervised_loss(outputs[domain], part["label"], settings)
+            if settings.global_alignment.inputs == "balanced":
+                learners.class_counts.add(domain, part["label"])
 
-    views: dict[str, View] = {}
+    # Global view: output maps of source and unlabelled images. Semantic view: prototypes of source and labelled images.
+    losses: dict[str, semshift.AlignmentLosses] = {}
     for name in ("global", "auxiliary"):
-        if name in discriminators:
-            views[name] = global_view(outputs, learners.pixels, settings, auxiliary=name == "auxiliary")
-    if "semantic" in discriminators:
-        views["semantic"] = semantic_view(
-            outputs, batch, learners.pixels, settings, banks=learners.banks, soft_weights=soft
+        if name in alignments:
+            reference, unlabelled = _output_maps(name, outputs, batch, learners, settings)
+            losses[name] = alignments[name](reference, unlabelled)
+    if "semantic" in alignments:
+        source, target = outputs["source"].features, outputs["labelled"].features
+        losses["semantic"] = alignments["semantic"](
+            source, batch["source"]["label"], target, batch["labelled"]["label"]
         )
-    terms = {
-        name: view.confusion_loss(semshift.frozen(discriminators[name])(view.target), weight=view.confusion_weight)
-        for name, view in views.items()
-    }
-    loss = segmentation_loss
-    for name, term in terms.items():
-        loss = loss + weights[name](step) * term
-    if self_training_loss is not None:
-        loss = loss + weights["self-training"](step) * self_training_loss
+    loss = segmentation
+    for name, of in losses.items():
+        loss = loss + weights[name](step) * of.confusion
+
+    # Beyond the paper: the teacher labels the unlabelled images.
+    self_training = None
+    if learners.teacher is not None:
+        self_training = self_training_loss(step, batch, segmenter, learners.teacher, settings, fabric)
+    if self_training is not None:
+        loss = loss + weights["self-training"](step) * self_training
+
     value = float(loss.detach())
     if not math.isfinite(value):
         raise InputError(
             f"expected a finite loss, got {value} at step {step}: lower the learning rate or the weights of the "
             "adversarial losses"
         )
-    row = {"step": step, "loss/segmentation": float(segmentation_loss.detach())}
+    row = {"step": step, "loss/segmentation": float(segmentation.detach())}
     if log:
-        row |= feature_figures(outputs, batch, segmentation_loss, settings, ranks=ranks)
-        if self_training_loss is not None:
-            row |= {
-                "loss/self-training": float(self_training_loss.detach()),
-                "weight/self-training": weights["self-training"](step),
-            }
-        for name, term in terms.items():
-            reached = ["labelled"] if name == "semantic" else ["unlabelled"]
-            reached += ["unlabelled"] if name == "semantic" and soft is not None else []
-            row |= term_figures(name, term, weights[name](step), [outputs[domain] for domain in reached], ranks=ranks)
-    learners.optimiser.zero_grad()
-    fabric.backward(loss)
-    semshift.average_gradients(segmenter.parameters())
-    learners.optimiser.step()
-    if teacher is not None:
-        teacher.update_parameters(segmenter)
+        row |= feature_figures(outputs, batch, segmentation, settings, ranks=fabric.world_size)
+        if self_training is not None:
+            row["loss/self-training"] = float(self_training.detach())
+            row["weight/self-training"] = weights["self-training"](step)
+        for name, of in losses.items():
+            reached = outputs["labelled" if name == "semantic" else "unlabelled"]
+            row |= alignment_figures(name, of, weights[name](step), reached, ranks=fabric.world_size)
 
-    # Discriminators: source against target, on detached inputs.
-    for name, view in views.items():
-        if step % learners.discriminator_settings[name].every == 0:
-            row |= _tell_apart(name, view, learners, log=log)
+    stepped = ["segmenter"]
+    for name, of in losses.items():
+        if step % settings.alignments[name].every == 0:
+            stepped.append(name)
+            loss = loss + of.discriminator
+            if settings.alignments[name].r1 > 0:
+                loss = loss + settings.alignments[name].r1 * _penalty(name, outputs, batch, learners, settings)
+    networks = (segmenter, *alignments.values())
+    for network in networks:
+        network.zero_grad()
+    fabric.backward(loss)
+    for network in networks:
+        semshift.average_gradients(network.parameters())
+    for name in stepped:
+        learners.optimisers[name].step()
+    if learners.teacher is not None:
+        learners.teacher.update_parameters(segmenter)
     return row
 
 
-def _tell_apart(name: str, view: View, learners: Learners, *, log: bool) -> Mapping[str, float]:
-    discriminator, optimiser = learners.discriminators[name], learners.discriminator_optimisers[name]
-    r1 = learners.discriminator_settings[name].r1
-    source = view.source.detach().requires_grad_(r1 > 0)
-    source_logits, target_logits = discriminator(source), discriminator(view.target.detach())
-    weighted = {"source_weight": view.source_weight, "target_weight": view.target_weight}
-    loss = view.discriminator_loss(source_logits, target_logits, **weighted)
-    if r1 > 0:
-        loss = loss + r1 * gradient_penalty(source_logits, source, view)
-    optimiser.zero_grad()
-    torch.autograd.backward(loss)
-    semshift.average_gradients(discriminator.parameters())
-    optimiser.step()
-    if not log:
-        return {}
-    accuracy = view.accuracy(source_logits, target_logits, **weighted)
-    return {
-        f"loss/{name}_discriminator": float(loss.detach()),
-        f"accuracy/{name}_source": float(accuracy.source),
-        f"accuracy/{name}_target": float(accuracy.target),
-    }
+def _supervised_loss(output: Segmentation, labels: Tensor, settings: Settings) -> Tensor:
+    """Mean cross-entropy over the labelled pixels of all ranks, plus that of the auxiliary classifier, weighted."""
+    ignore_index = settings.data.ignore_index
+    pixels = semshift.all_reduce_sum((labels != ignore_index).sum()).clamp(min=1)
+
+    def cross_entropy(logits: Tensor) -> Tensor:
+        wide = upsample(logits, labels.shape[-2:])
+        total = F.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="sum")
+        return semshift.all_reduce_sum(total) / pixels
+
+    loss = cross_entropy(output.logits)
+    if output.auxiliary is not None:
+        loss = loss + settings.optimiser.auxiliary_weight * cross_entropy(output.auxiliary)
+    return loss
+
+
+def _output_maps(
+    name: str, outputs: dict[str, Segmentation], batch: Batch, learners: Learners, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """Logits of the reference images (`against`) and of the unlabelled images, at the images' size.
+
+    With `balanced` inputs the class shares that a domain's labels have shown are divided out: where they differ between
+    the domains, correct maps would reveal the domain, and a segmenter that hides it would predict wrong classes.
+    """
+    how = settings.global_alignment
+
+    def output_map(domain: str) -> Tensor:
+        output = outputs[domain]
+        logits = output.logits if name == "global" else output.auxiliary
+        assert logits is not None  # an alignment called auxiliary exists only where the network has such logits
+        logits = upsample(logits, batch[domain]["image"].shape[-2:])
+        return logits - learners.class_counts.log_shares(domain)[:, None, None] if how.inputs == "balanced" else logits
+
+    reference = ("source", "labelled") if how.against == "both" else (how.against,)
+    return torch.cat([output_map(domain).detach() for domain in reference]), output_map("unlabelled")
+
+
+def _penalty(
+    name: str, outputs: dict[str, Segmentation], batch: Batch, learners: Learners, settings: Settings
+) -> Tensor:
+    """R1 penalty of a discriminator at its source inputs: the mean over those of all ranks that count."""
+    alignment = learners.alignments[name]
+    if isinstance(alignment, semshift.SemanticAlignment):
+        pooled = semshift.class_sums(
+            outputs["source"].features.detach(),
+            batch["source"]["label"],
+            len(settings.data.classes),
+            ignore_index=settings.data.ignore_index,
+            resample=alignment.resample,
+            per_image=alignment.per_image,
+        )
+        if not alignment.per_image:
+            pooled = semshift.ClassSums(semshift.all_reduce_sum(pooled.sums), semshift.all_reduce_sum(pooled.mass))
+        source, mask = pooled.means, pooled.present & alignment.seen[1]
+    else:
+        source = _output_maps(name, outputs, batch, learners, settings)[0].softmax(1)
+        source = semshift.entropy_map(source) if alignment.inputs == "entropy" else source
+        mask = torch.ones(len(source), dtype=torch.bool, device=source.device)
+    source = source.detach().requires_grad_()
+    penalty = semshift.r1_penalty(alignment.discriminator(source), source, sample_dims=mask.dim(), weight=mask)
+    count = mask.sum().to(penalty.dtype)
+    total = semshift.all_reduce_sum(count)
+    return semshift.all_reduce_sum(penalty * (count / torch.where(total > 0, total, 1.0)))

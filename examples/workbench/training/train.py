@@ -1,36 +1,78 @@
-"""Training from a run folder's beginning, or its last checkpoint, to its metrics; `step` has what the paper has."""
+"""Training: from an empty run folder, or its last checkpoint, to its metrics. `step.py` has what the paper has."""
 
 import contextlib
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+from torch import nn
 from tqdm import tqdm
 
 import semshift
 from examples.workbench.data.images import Images, open_images
-from examples.workbench.data.loading import load_batches
+from examples.workbench.data.loading import TrainingSet, load_batches
 from examples.workbench.data.samples import labelled_subset
 from examples.workbench.errors import InputError, MachineError
 from examples.workbench.networks.build import build_segmenter, dtype_of, load_init
-from examples.workbench.reporting.scores import Scores, evaluate, illustrate, subset_means
+from examples.workbench.reporting.report import draw_report
+from examples.workbench.reporting.scores import Scores, evaluate, subset_means
 from examples.workbench.settings import Settings
-from examples.workbench.training import checkpoints, signals
-from examples.workbench.training import run_folder as runs
-from examples.workbench.training.domains import choose_domains
-from examples.workbench.training.health import compact, machine_figures, recent_rows, warn
-from examples.workbench.training.learners import build_learners, build_schedules
-from examples.workbench.training.ranks import run_on_first_rank, share, start, synchronise_batch_norm
+from examples.workbench.training import checkpoints, run_folder, signals
+from examples.workbench.training.domains import batch_sizes, choose_domains, rare_class_draws
+from examples.workbench.training.health import format_row, machine_figures, recent_rows, warn
+from examples.workbench.training.learners import Learners, build_learners
+from examples.workbench.training.ranks import launch_fabric, run_on_first_rank, split_batch, synchronise_batch_norm
 from examples.workbench.training.step import learn
 
 __all__ = ["train"]
 
 VALIDATION = "miou/validation"
-"""What the history calls the mIoU of the looks at the validation images on the way."""
+"""The history's key of the mIoU on the validation images."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What stays the same over the steps of a run."""
+
+    settings: Settings
+    out: Path
+    images: Images
+    labelled: list[int]
+    fabric: Fabric
+    learners: Learners
+    training: TrainingSet
+    per_batch: dict[str, int]
+    """Images of each domain in a step, on this rank."""
+    draws: dict[str, np.ndarray]
+    """Weights of the draws, of domains whose images are not drawn uniformly."""
+    identity: Mapping[str, Any]
+
+    @property
+    def first(self) -> bool:
+        """Is this the rank that writes?"""
+        return bool(self.fabric.is_global_zero)
+
+    @property
+    def final(self) -> nn.Module:
+        """The network that is evaluated."""
+        teacher = self.learners.teacher
+        use_teacher = teacher is not None and self.settings.self_training.final == "teacher"
+        return teacher.module if teacher is not None and use_teacher else self.learners.segmenter
+
+    @property
+    def adaptation_start(self) -> int:
+        """The first step whose loss may hold more than cross-entropy: the report's `before`."""
+        starts = [how.start for how in self.settings.alignments.values()]
+        starts += [self.settings.self_training.start] if self.learners.teacher is not None else []
+        steps = self.settings.steps
+        return min([*(round(start * steps) for start in starts), steps - 1] if starts else [0])
 
 
 def train(
@@ -44,191 +86,231 @@ def train(
     """Train one method, evaluate it on the test images, and leave a run folder.
 
     Under torchrun every process calls it. Each takes its share of a step's images, all compute the losses of the whole
-    batch, gradients are averaged, and the first process writes what there is to write.
+    batch, gradients are averaged, and the first process writes the files.
 
     Args:
-        settings: the run.
+        settings: of the run.
         out: the run folder; one that holds a run is refused unless `resume`.
-        data_root: where the settings' folders lie; not needed for the built-in scenes.
-        resume: go on from the folder's last whole checkpoint; without any, start at step 0.
+        data_root: folder of the settings' image folders; not needed for the built-in scenes.
+        resume: continue from the folder's last undamaged checkpoint; without any, start at step 0.
         save_predictions: write the test set's index masks to `out/predictions`.
 
     Returns:
-        What stands in `out/metrics.json`.
+        The contents of `out/metrics.json`.
 
     Raises:
-        InputError: settings, images or the run folder are not fit for it, or the loss is no longer finite.
+        InputError: settings, images or the run folder cannot be used, or the loss is not finite.
         MachineError: the run folder cannot be written, or another process writes to it.
         Stopped: by a signal, after a step and its checkpoint.
     """
-    began = time.monotonic()
-    check(settings)
+    started = time.monotonic()
+    run = _prepare(settings, out, data_root, resume)
+    with run_folder.lock_folder(out) if run.first else contextlib.nullcontext():
+        progress = _train_steps(run)
+        return _finish(run, progress, started, save_predictions)
+
+
+def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool) -> _Run:
     images = open_images(settings, data_root)
-    plus = settings.self_training
     labelled = labelled_subset(
         len(images.target), len(images.target) if settings.method == "oracle" else settings.labelled
     )
-    fabric = start(settings, loggers=TensorBoardLogger(out, name="tensorboard", version=""))
-    rank, ranks, first = fabric.global_rank, fabric.world_size, fabric.is_global_zero
-    dtype = dtype_of(settings)
-    own = share(settings, ranks)
-    # Before the run folder is made, so that a bad file leaves none; a run that goes on has them in its checkpoint.
+    fabric = launch_fabric(settings, loggers=TensorBoardLogger(out, name="tensorboard", version=""))
+    own = split_batch(settings, fabric.world_size)
+    # Before the run folder is made, so that a bad file leaves none; a resumed run has its weights in its checkpoint.
     segmenter = build_segmenter(settings)
     synchronise_batch_norm(segmenter, fabric)
+    if settings.network.init is None and settings.network.frozen_batch_norm:
+        raise InputError("expected network.init, whose statistics network.frozen_batch_norm would keep, got none")
     if settings.network.init is not None and not checkpoints.has_checkpoint(out):
         loaded = load_init(settings, segmenter)
-        if first:
+        if fabric.is_global_zero:
             tqdm.write(str(loaded), file=sys.stderr)
-    names = [images.target.names[i] for i in labelled]
     run_on_first_rank(fabric, lambda: run_folder.prepare_folder(out, settings, resume=resume))
 
-    learners = build_learners(settings, segmenter.to(fabric.device, dtype))
-    networks, stateful, teacher = learners.networks(), learners.stateful(), learners.teacher
-    schedules = build_schedules(settings)
-    if first:
-        tqdm.write(str(estimate_memory(own, segmenter, learners.discriminators)), file=sys.stderr)
-    domains = choose_domains(own, images, labelled, discriminators=learners.discriminators, progress=first)
-    starts = [how.start for how in learners.discriminator_settings.values()]
-    starts += [plus.start] if teacher is not None else []
-    adaptation_starts = min(
-        [*(round(start * settings.steps) for start in starts), settings.steps - 1] if starts else [0]
+    data = settings.data
+    domains = choose_domains(settings, images.source, images.target, labelled)
+    draws = {}
+    if "self-training" in settings.parts and settings.self_training.rare_classes:
+        for domain in ("source", "labelled"):
+            progress = domain if fabric.is_global_zero else None
+            draws[domain] = rare_class_draws(domains[domain], settings, progress=progress)
+    crops = {domain: data.source_crop if domain == "source" else data.size for domain in domains}
+    return _Run(
+        settings=settings,
+        out=out,
+        images=images,
+        labelled=labelled,
+        fabric=fabric,
+        learners=build_learners(settings, segmenter.to(fabric.device, dtype_of(settings))),
+        training=TrainingSet(domains, crops, data.augmentation, settings.seed, ignore_index=data.ignore_index),
+        per_batch=batch_sizes(own, list(domains)),
+        draws=draws,
+        identity=run_folder.run_identity(settings, images),
     )
-    final = teacher.module if teacher is not None and plus.final == "teacher" else segmenter
 
-    def score(split: str, predictions: Path | None = None) -> Scores:
-        """Evaluate the network that counts, and leave it as it was."""
-        final.eval()
-        scores = evaluate(
-            final,
-            getattr(images, split),
-            classes=settings.data.classes,
-            size=settings.data.size,
-            ignore_index=settings.data.ignore_index,
-            predictions=predictions,
-            progress=split if first else None,
-            rank=rank,
-            world_size=ranks,
+
+def _load_progress(run: _Run) -> checkpoints.Progress:
+    """Load the last checkpoint, on every rank, and drop what the history has beyond it."""
+    out, fabric = run.out, run.fabric
+    progress = checkpoints.load_checkpoint(out, run.learners.stateful(), run.identity)
+    if fabric.broadcast(progress.step) != progress.step:
+        raise MachineError(
+            f"expected every rank to see the same checkpoints in {out}, got others on rank {fabric.global_rank}"
         )
-        final.train(final is segmenter)
-        return scores
+    names = [run.images.target.names[i] for i in run.labelled]
+    run_on_first_rank(fabric, lambda: run_folder.describe_run(out, run.settings, names))
+    run_on_first_rank(fabric, lambda: run_folder.read_history(out, before=progress.step))
+    return progress
 
+
+def _train_steps(run: _Run) -> checkpoints.Progress:
+    """Take all steps that are left, or stop after one of them by a signal."""
+    settings, out, fabric, learners, first = run.settings, run.out, run.fabric, run.learners, run.first
+    dtype = dtype_of(settings)
     bar = tqdm(total=settings.steps, desc=settings.method, unit="step", disable=not first)
-    with runs.lock_folder(out) if first else contextlib.nullcontext(), signals.defer_signals() as pending, bar:
-        run = run_folder.run_identity(settings, images)
-        progress = checkpoints.load_checkpoint(out, stateful, learners.pixels, run)
-        if fabric.broadcast(progress.step) != progress.step:
-            raise MachineError(f"expected every rank to see the same checkpoints in {out}, got others on rank {rank}")
-        run_on_first_rank(fabric, lambda: run_folder.describe_run(out, settings, names))
-        run_on_first_rank(fabric, lambda: run_folder.read_history(out, before=progress.step))
+    with signals.defer_signals() as pending, bar:
+        progress = _load_progress(run)
         recent = recent_rows(run_folder.read_history(out), settings)
         sampler = semshift.MixedBatchSampler(
-            domains.sizes,
-            domains.per_batch,
+            {domain: len(samples) for domain, samples in run.training.domains.items()},
+            run.per_batch,
             seed=settings.seed,
-            rank=rank,
-            world_size=ranks,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
             first_step=progress.step,
             steps=settings.steps - progress.step,
-            weights=domains.weights,
+            weights=run.draws,
         )
+
+        def save(done: int) -> checkpoints.Progress:
+            reached = progress._replace(step=done)
+            if first:
+                checkpoints.save_checkpoint(out, reached, learners.stateful(), run.identity)
+            return reached
+
         bar.initial = bar.n = progress.step
         since, done = (progress.step, time.monotonic()), progress.step
-        drawn = load_batches(domains.training, sampler, workers=settings.data.workers, timeout=settings.data.timeout)
-        for step, batch in signals.load_until_stopped(drawn, pending):
-            if step == adaptation_starts and first:
-                checkpoints.save_weights(out / checkpoints.BEFORE, {"segmenter": segmenter})
+        loaded = load_batches(run.training, sampler, workers=settings.data.workers, timeout=settings.data.timeout)
+        for step, batch in signals.load_until_stopped(loaded, pending):
+            if step == run.adaptation_start and first:
+                checkpoints.save_weights(out / checkpoints.BEFORE, {"segmenter": learners.segmenter})
             batch = fabric.to_device(batch)
             for part in batch.values():
                 part["image"] = part["image"].to(dtype)
             log = step % settings.log_every == 0 or step == settings.steps - 1
-            row = learn(step, batch, learners, schedules, settings, fabric, log=log)
+            row = learn(step, batch, learners, settings, fabric, log=log)
+            done = step + 1
             if log and first:
                 now = time.monotonic()
-                images_seen = (step + 1 - since[0]) * ranks * sum(domains.per_batch.values())
-                row |= machine_figures(images_seen, now - since[1], fabric.device)
-                since = (step + 1, now)
-                run_folder.append_history(out, row)
-                fabric.log_dict({name: value for name, value in row.items() if name != "step"}, step)
+                seen = (done - since[0]) * fabric.world_size * sum(run.per_batch.values())
+                row |= machine_figures(seen, now - since[1], fabric.device)
+                since = (done, now)
                 recent.append(row)
+                _log(run, row)
                 warn(out, recent, settings)
-                bar.set_postfix_str(compact(row), refresh=False)
+                bar.set_postfix_str(format_row(row), refresh=False)
             bar.update()
-            last = step + 1 == settings.steps
-            if settings.validate_every and ((step + 1) % settings.validate_every == 0 or last):
-                miou = score("validation").miou
-                if first:
-                    run_folder.append_history(out, {"step": step, VALIDATION: miou})
-                if progress.best is None or miou > progress.best[0]:
-                    progress = progress._replace(best=(miou, step + 1))
-                    if first:
-                        checkpoints.save_weights(out / checkpoints.BEST, networks, step=step + 1, miou=miou)
+            last = done == settings.steps
+            if settings.validate_every and (done % settings.validate_every == 0 or last):
+                progress = _validate(run, progress, done)
             write, stop = signals.agree_on_signals(pending, fabric.device)
-            if write or last or (step + 1) % settings.save_every == 0:
-                progress = progress._replace(step=step + 1)
-                if first:
-                    checkpoints.save_checkpoint(out, progress, stateful, learners.pixels, run)
+            if write or last or done % settings.save_every == 0:
+                progress = save(done)
             if stop:
-                raise signals.Stopped(stop, f"{out} has a checkpoint of step {step + 1}, --resume goes on from it")
-            done = step + 1
+                raise signals.Stopped(stop, f"{out} has a checkpoint of step {done}, --resume continues from it")
         if done < settings.steps:
             _, stop = signals.agree_on_signals(pending, fabric.device)
-            if first:
-                checkpoints.save_checkpoint(out, progress._replace(step=done), stateful, learners.pixels, run)
-            raise signals.Stopped(stop, f"{out} has a checkpoint of step {done}, --resume goes on from it")
+            save(done)
+            raise signals.Stopped(stop, f"{out} has a checkpoint of step {done}, --resume continues from it")
+    return progress
 
-    scores = {"test": score("test", out / "predictions" if save_predictions else None)}
-    # The published splits have one set for both.
+
+def _log(run: _Run, row: dict[str, float]) -> None:
+    run_folder.append_history(run.out, row)
+    run.fabric.log_dict({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
+
+
+def _validate(run: _Run, progress: checkpoints.Progress, done: int) -> checkpoints.Progress:
+    """Evaluate on the validation images, and keep the network if it is the best so far."""
+    miou = _score(run, "validation").miou
+    if run.first:
+        run_folder.append_history(run.out, {"step": done - 1, VALIDATION: miou})
+    if progress.best is not None and miou <= progress.best[0]:
+        return progress
+    if run.first:
+        checkpoints.save_weights(run.out / checkpoints.BEST, run.learners.networks(), step=done, miou=miou)
+    return progress._replace(best=(miou, done))
+
+
+def _score(run: _Run, split: str, predictions: Path | None = None) -> Scores:
+    """Evaluate the final network, and leave it in the mode it was in."""
+    data, network = run.settings.data, run.final
+    training = network.training
+    network.eval()
+    scores = evaluate(
+        network,
+        getattr(run.images, split),
+        classes=data.classes,
+        size=data.size,
+        ignore_index=data.ignore_index,
+        predictions=predictions,
+        progress=split if run.first else None,
+        rank=run.fabric.global_rank,
+        world_size=run.fabric.world_size,
+    )
+    network.train(training)
+    return scores
+
+
+def _finish(run: _Run, progress: checkpoints.Progress, started: float, save_predictions: bool) -> dict[str, Any]:
+    """Evaluate on the test images, draw the report and write the metrics."""
+    settings, out = run.settings, run.out
+    test = _score(run, "test", out / "predictions" if save_predictions else None)
+    # The published splits use one set for both.
     once = settings.data.validation is not None and settings.data.validation == settings.data.test
-    scores["validation"] = scores["test"] if once else score("validation")
-    final.eval()
-    if first:
-        _report(out, settings, images, scores["test"].miou, final, first_step=adaptation_starts, device=fabric.device)
+    validation = test if once else _score(run, "validation")
+    if run.first:
+        _report(run, test.miou)
     metrics = {
         "method": settings.method,
         "labelled": settings.labelled,
         "seed": settings.seed,
         "steps": settings.steps,
         "num_classes": len(settings.data.classes),
-        "miou": scores["test"].miou,
-        "iou": scores["test"].iou,
-        "subsets": subset_means(scores["test"].iou, settings.data.subsets),
-        "validation": scores["validation"]._asdict(),
+        "miou": test.miou,
+        "iou": test.iou,
+        "subsets": subset_means(test.iou, settings.data.subsets),
+        "validation": validation._asdict(),
         "best": progress.best and {"validation": progress.best[0], "step": progress.best[1]},
         "curve": [[row["step"] + 1, row[VALIDATION]] for row in run_folder.read_history(out) if VALIDATION in row],
         "resumed_from": list(progress.resumed_from),
-        "seconds": round(time.monotonic() - began, 1),
-        "device": str(fabric.device),
-        "ranks": ranks,
+        "seconds": round(time.monotonic() - started, 1),
+        "device": str(run.fabric.device),
+        "ranks": run.fabric.world_size,
         "versions": {"semshift": semshift.__version__, "torch": torch.__version__, "numpy": np.__version__},
     }
-    if first:
+    if run.first:
         run_folder.write_metrics(out, metrics)
     return metrics
 
 
-def _report(
-    out: Path,
-    settings: Settings,
-    images: Images,
-    miou: float,
-    final: torch.nn.Module,
-    *,
-    first_step: int,
-    device: torch.device,
-) -> None:
-    """Draw the report: the segmenter before `first_step`, before any confusion loss, beside the final one."""
-    before = build_segmenter(settings).to(device, next(final.parameters()).dtype).eval()
+def _report(run: _Run, miou: float) -> None:
+    """Draw the segmenter before adaptation beside the final network."""
+    settings, out, final = run.settings, run.out, run.final.eval()
+    before = build_segmenter(settings).to(next(final.parameters())).eval()
     try:
         before.load_state_dict(checkpoints.load_weights(out / checkpoints.BEFORE))
-        illustrate(
+        draw_report(
             out / "report.png",
             settings,
-            images,
-            title=f"{settings.method}: mIoU {100 * miou:.1f} on {len(images.test)} test images",
-            before=(f"step {first_step}", before),
+            run.images.source,
+            run.images.validation,
+            title=f"{settings.method}: mIoU {100 * miou:.1f} on {len(run.images.test)} test images",
+            before=(f"step {run.adaptation_start}", before),
             after=(f"step {settings.steps}", final),
             history=run_folder.read_history(out),
         )
     except InputError as error:
-        # The run is done, and a picture is not worth it.
+        # The training is done, and its metrics matter more than the picture.
         tqdm.write(f"no report: {error}", file=sys.stderr)
