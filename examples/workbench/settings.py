@@ -9,9 +9,6 @@ from typing import Any, Literal
 from examples.scenes import CLASSES, Severity
 from examples.workbench.ranges import BelowOne, ImageExtent, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
 
-__all__ = ["MAY_CHANGE", "METHODS", "Augmentation", "Data", "Folder", "GlobalSettings", "LayoutName", "NetworkSettings"]
-__all__ += ["OptimiserSettings", "SceneSettings", "SelfTraining", "SemanticSettings", "Settings", "as_plain", "flatten"]
-
 Method = Literal["source-only", "labelled-only", "joint", "global", "semantic", "ass", "ass-plus", "oracle"]
 LayoutName = Literal["index", "gta5", "synthia", "cityscapes"]
 Objective = Literal["bce", "least-squares", "hinge", "wasserstein"]
@@ -27,7 +24,6 @@ METHODS: dict[str, frozenset[str]] = {
     "oracle": frozenset({"labelled"}),
 }
 """What each method trains with: cross-entropy on a domain, discriminators, self-training. The oracle has all labels."""
-
 
 MAY_CHANGE = frozenset({"log_every", "save_every", "validate_every", "data.workers", "data.timeout"})
 """Settings that may differ when a run resumes: its weights do not depend on them."""
@@ -59,9 +55,8 @@ class Folder:
     Args:
         images: folder of images below the data root.
         labels: folder of their label files below the data root.
-        layout: how the files are named and what their ids mean. `index` is `NAME.jpg` or `NAME.png` with index masks
-            `NAME.png` that hold the ids of `data.classes`. The others are the data sets as distributed; their ids
-            become those of `data.classes` by the classes' names.
+        layout: `index` is `NAME.jpg` or `NAME.png` with index masks `NAME.png` of the ids of `data.classes`; the others
+            are data sets as distributed, whose ids become those of `data.classes` by the classes' names.
     """
 
     images: str
@@ -101,7 +96,7 @@ class Data:
         validation: labelled target images to choose settings on.
         test: labelled target images to report on.
         ignore_index: id of pixels that have no class.
-        subsets: named lists of classes over which `evaluate` can average.
+        subsets: named lists of classes that `evaluate` can average over.
         scenes: the built-in scenes.
         augmentation: of training images.
         workers: processes that load images; the images do not depend on it.
@@ -155,8 +150,8 @@ class NetworkSettings:
         aspp_dilations: of deeplab-v2: dilations of the convolutions that its classifier sums.
         origin: of deeplab-v2: where its weights come from, which decides stride placement and preprocessing.
         auxiliary: of deeplab-v2: a second classifier, on the stage before the last, for the loss on two levels.
-        init: weights to start from; of deeplab-v2: a file with a state dict with torchvision's names; of segformer: a
-            folder written by `save_pretrained`, whose `config.json` is read whenever the network is built.
+        init: weights to start from; of deeplab-v2: a state dict with torchvision's names; of segformer: a folder written
+            by `save_pretrained`.
         init_classifier: load the classifier from `init` too, where it has one.
         frozen_batch_norm: of deeplab-v2: keep the statistics, weights and biases of `init`.
     """
@@ -179,7 +174,7 @@ class NetworkSettings:
         if not self.aspp_dilations:
             raise ValueError("expected network.aspp_dilations to be one or more dilations, got none")
         if self.name == "small" and self.init is not None:
-            raise ValueError(f"expected network.init with deeplab-v2 and segformer only, got {self.init} with small")
+            raise ValueError(f"expected network.init with deeplab-v2 or segformer, got {self.init} with small")
         for option in ("frozen_batch_norm", "auxiliary"):
             if self.name != "deeplab-v2" and getattr(self, option):
                 raise ValueError(f"expected network.{option} with deeplab-v2 only, got it with {self.name}")
@@ -220,12 +215,11 @@ class OptimiserSettings:
 
 
 @dataclass(frozen=True)
-class GlobalSettings:
-    """Global alignment: the discriminator D_g over the segmenter's output, and its weight in the segmenter's loss.
+class AlignmentSettings:
+    """A discriminator, and the weight of its confusion loss in the segmenter's loss.
 
     Args:
-        weight: lambda_g after the ramp; 0 disables global alignment.
-        auxiliary_weight: that of a second discriminator, over the auxiliary classifier's output where there is one.
+        weight: of the confusion loss after the ramp; 0 disables the alignment.
         start: share of the steps before the weight leaves zero; the discriminator learns meanwhile.
         ramp: share of the steps over which the weight rises.
         objective: of both losses.
@@ -233,16 +227,10 @@ class GlobalSettings:
         power: of its decay, over the segmenter's steps; 0 keeps the rate.
         every: the discriminator learns at each step divisible by this.
         r1: weight of the gradient penalty on source inputs.
-        spectral_norm: on every convolution.
-        base_channels: channels of the first layer.
-        inputs: class probabilities (AdaptSegNet), their entropy map (ADVENT), or `balanced`: probabilities divided by
-            the class shares that the domain's labels have shown.
-        against: the reference whose outputs the unlabelled target's should resemble: `source` images (the paper),
-            `labelled` target images, or `both`.
+        spectral_norm: on every layer.
     """
 
     weight: NonNegative = 0.03
-    auxiliary_weight: NonNegative = 0.006
     start: Share = 0.2
     ramp: Share = 0.2
     objective: Objective = "bce"
@@ -251,40 +239,40 @@ class GlobalSettings:
     every: PositiveInt = 1
     r1: NonNegative = 0.0
     spectral_norm: bool = False
+
+
+@dataclass(frozen=True)
+class GlobalSettings(AlignmentSettings):
+    """Global alignment: the discriminator D_g over the segmenter's output; its weight is lambda_g.
+
+    Args:
+        auxiliary_weight: that of a second discriminator, over the auxiliary classifier's output where there is one.
+        base_channels: channels of the first layer.
+        inputs: class probabilities (AdaptSegNet), their entropy map (ADVENT), or `balanced`: probabilities divided by
+            the class shares that the domain's labels have shown.
+        against: the reference that the unlabelled target's outputs should resemble: those of `source` images (the
+            paper), of `labelled` target images, or of `both`.
+    """
+
+    auxiliary_weight: NonNegative = 0.006
     base_channels: PositiveInt = 16
     inputs: Literal["probabilities", "entropy", "balanced"] = "probabilities"
     against: Literal["source", "labelled", "both"] = "source"
 
 
 @dataclass(frozen=True)
-class SemanticSettings:
-    """Semantic alignment: the discriminator D_s over class prototypes, and its weight in the segmenter's loss.
+class SemanticSettings(AlignmentSettings):
+    """Semantic alignment: the discriminator D_s over class prototypes; its weight is lambda_s.
 
     Args:
-        weight: lambda_s after the ramp; 0 disables semantic alignment.
-        start: share of the steps before the weight leaves zero; the discriminator learns meanwhile.
-        ramp: share of the steps over which the weight rises.
-        objective: of both losses; class-and-domain has a cross-entropy of its own and supports `bce` only.
-        learning_rate: of Adam with betas (0.9, 0.99).
-        power: of its decay, over the segmenter's steps; 0 keeps the rate.
-        every: the discriminator learns at each step divisible by this.
-        r1: weight of the gradient penalty on source prototypes.
-        spectral_norm: on every layer.
         hidden_channels: widths of the discriminator's hidden layers.
-        conditioning: how the discriminator knows the class.
+        conditioning: how the discriminator knows the class; class-and-domain has a cross-entropy of its own and
+            supports the objective `bce` only.
         per_image: one prototype for each image and class, as in the paper; else for each batch and class.
         resample: how labels meet the feature grid.
     """
 
     weight: NonNegative = 0.01
-    start: Share = 0.2
-    ramp: Share = 0.2
-    objective: Objective = "bce"
-    learning_rate: Positive = 5e-4
-    power: NonNegative = 0.0
-    every: PositiveInt = 1
-    r1: NonNegative = 0.0
-    spectral_norm: bool = False
     hidden_channels: tuple[PositiveInt, ...] = (256, 256)
     conditioning: Literal["none", "per-class", "class-and-domain"] = "per-class"
     per_image: bool = True
@@ -310,11 +298,10 @@ class SelfTraining:
         threshold: probability above which the teacher is sure of a pixel.
         weighted_by: `image`: the teacher's labels are weighted by the share of the image's pixels that it is sure of
             (DACS); `pixel`: only the pixels that it is sure of count (FixMatch).
-        mixed_from: whose classes, with their labels, are pasted onto the unlabelled images; `nothing` pastes none.
+        mixed_from: whose classes, with their labels, are pasted onto the unlabelled images.
         rare_classes: draw labelled images, of both domains, by the rare classes in them.
         rare_class_temperature: the smaller, the more the draws favour the rarest classes.
-        source_fade: share of the steps, at the end, over which the weight of the source's cross-entropy falls to 0:
-            for pairs whose source labels differ in meaning from the target's.
+        source_fade: share of the steps, at the end, over which the weight of the source's cross-entropy falls to 0.
         final: whose weights are evaluated.
     """
 
@@ -342,8 +329,7 @@ class Settings:
         seed: of the network, the draws, the augmentation and the built-in scenes.
         log_every: steps between two rows of the log.
         save_every: steps between two checkpoints.
-        validate_every: steps between two evaluations on the validation images, of which the best network is kept; 0
-            evaluates at the end of the run only.
+        validate_every: steps between two evaluations on the validation images, which keep the best network; 0: none.
         precision: as Lightning Fabric names it; with bf16-mixed the discriminators stay in float32.
         accelerator: as Lightning Fabric names it.
         data: the domains.
@@ -391,10 +377,10 @@ class Settings:
         return not {"global", "auxiliary"}.isdisjoint(self.alignments)
 
     @property
-    def alignments(self) -> dict[str, GlobalSettings | SemanticSettings]:
+    def alignments(self) -> dict[str, AlignmentSettings]:
         """Settings of the method's alignments that have a weight, by name; `auxiliary` is the second level's."""
         g, s = self.global_alignment, self.semantic_alignment
-        chosen: dict[str, GlobalSettings | SemanticSettings] = {}
+        chosen: dict[str, AlignmentSettings] = {}
         if "global" in self.parts and g.weight > 0:
             chosen["global"] = g
         if "global" in self.parts and self.network.auxiliary and g.auxiliary_weight > 0:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import semshift
 from examples.workbench.networks.segmentation import Segmentation
-from examples.workbench.settings import GlobalSettings, SemanticSettings, Settings
+from examples.workbench.settings import AlignmentSettings, Settings
 
 __all__ = ["alignment_figures", "feature_figures", "findings", "format_row", "machine_figures", "recent_rows", "warn"]
 __all__ += ["window"]
@@ -194,7 +194,7 @@ def warn(out: Path, rows: Sequence[Row], settings: Settings) -> None:
             tqdm.write(f"warning: {words}", file=sys.stderr)
 
 
-def _judge(name: str, how: GlobalSettings | SemanticSettings, rows: Sequence[Row], steps: int) -> dict[str, str]:
+def _judge(name: str, how: AlignmentSettings, rows: Sequence[Row], steps: int) -> dict[str, str]:
     where = "semantic_alignment" if name == "semantic" else "global_alignment"
     weight = f"{where}.{'auxiliary_weight' if name == 'auxiliary' else 'weight'} (now {how.weight:g})"
     rate = f"{where}.learning_rate (now {how.learning_rate:g})"

@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import semshift
 from examples.workbench.networks.segmentation import Segmenter
-from examples.workbench.settings import GlobalSettings, SelfTraining, SemanticSettings, Settings
+from examples.workbench.settings import AlignmentSettings, SelfTraining, Settings
 
 __all__ = ["ClassCounts", "Learners", "build_alignment", "build_learners", "source_schedule", "weight_schedule"]
 
@@ -139,7 +139,7 @@ def source_schedule(settings: Settings) -> semshift.Schedule:
     return semshift.Then(semshift.Constant(1.0), settings.steps - steps, fall) if steps < settings.steps else fall
 
 
-def weight_schedule(how: GlobalSettings | SemanticSettings | SelfTraining, steps: int) -> semshift.Schedule:
+def weight_schedule(how: AlignmentSettings | SelfTraining, steps: int) -> semshift.Schedule:
     """Weight of a confusion loss or of self-training: 0 until `start`, then a sigmoid ramp to `weight`."""
     start, ramp = round(how.start * steps), round(how.ramp * steps)
     risen = semshift.Sigmoid(0.0, how.weight, ramp) if ramp else semshift.Constant(how.weight)

@@ -56,7 +56,7 @@ class _Run:
 
     @property
     def first(self) -> bool:
-        """Is this the rank that writes?"""
+        """Whether this rank writes the files."""
         return bool(self.fabric.is_global_zero)
 
     @property
