@@ -56,7 +56,8 @@ def read_settings(arguments: Sequence[str]) -> tuple[Settings, argparse.Namespac
             network = dataclasses.replace(settings.network, init=options.init)
             settings = dataclasses.replace(settings, network=network)
     except (argparse.ArgumentError, ValueError) as error:
-        raise InputError(f"{error} (with the settings of {file})" if file else str(error)) from error
+        message = " ".join(str(error).split())
+        raise InputError(f"{message} (with the settings of {file})" if file else message) from error
     return settings, options
 
 

@@ -318,7 +318,9 @@ def drawn(first_step=0, workers=0):
         steps=4 - first_step,
     )
     return list(
-        load_batches(TrainingSet(domains, dict.fromkeys(domains, (32, 32)), Augmentation(), 0), sampler, workers=workers)
+        load_batches(
+            TrainingSet(domains, dict.fromkeys(domains, (32, 32)), Augmentation(), 0), sampler, workers=workers
+        )
     )
 
 

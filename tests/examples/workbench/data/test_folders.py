@@ -342,7 +342,9 @@ def test_two_steps_evaluation_and_resume(root, init, tmp_path, capsys, monkeypat
         assert mask.size == (128, 64)
     rates = torch.load(checkpoints.newest_checkpoint(out), weights_only=True)["stateful"]
     assert rates["optimiser"]["param_groups"][0]["lr"] == pytest.approx(2.5e-4 * (1 - 1 / 250_000) ** 0.9)
-    assert rates["global alignment optimiser"]["param_groups"][0]["lr"] == pytest.approx(1e-4 * (1 - 1 / 250_000) ** 0.9)
+    assert rates["global alignment optimiser"]["param_groups"][0]["lr"] == pytest.approx(
+        1e-4 * (1 - 1 / 250_000) ** 0.9
+    )
     if preset == "synthia-cityscapes":
         of_13 = [metrics["iou"][name] for name in CLASSES[13] if metrics["iou"][name] is not None]
         assert metrics["subsets"] == {"13": pytest.approx(sum(of_13) / len(of_13))}

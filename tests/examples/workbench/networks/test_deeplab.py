@@ -504,7 +504,8 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     init.unlink()
     assert train(settings, tmp_path / "cut", resume=True)["resumed_from"] == [1]
     whole, cut = (
-        torch.load(checkpoints.newest_checkpoint(tmp_path / run), weights_only=True)["stateful"] for run in ("whole", "cut")
+        torch.load(checkpoints.newest_checkpoint(tmp_path / run), weights_only=True)["stateful"]
+        for run in ("whole", "cut")
     )
     for part in ("segmenter", "global alignment", "semantic alignment"):
         assert all(torch.equal(whole[part][name], tensor) for name, tensor in cut[part].items())

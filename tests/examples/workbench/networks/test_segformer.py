@@ -192,7 +192,10 @@ def test_without_transformers_it_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     ("network", "words"),
     [
-        (NetworkSettings(name="segformer", frozen_batch_norm=True), ("network.frozen_batch_norm", "deeplab-v2", "segformer")),
+        (
+            NetworkSettings(name="segformer", frozen_batch_norm=True),
+            ("network.frozen_batch_norm", "deeplab-v2", "segformer"),
+        ),
         (NetworkSettings(name="segformer", auxiliary=True), ("network.auxiliary", "deeplab-v2", "segformer")),
         (NetworkSettings(name="small", init="x"), ("network.init", "deeplab-v2", "segformer", "x", "small")),
         (NetworkSettings(config="x"), ("network.config", "segformer", "network.init", "x", "small", "none")),
@@ -223,7 +226,8 @@ def test_resumed_equals_uninterrupted(folder, tmp_path, monkeypatch, capsys):
     torch.rand(7)
     train(settings, tmp_path / "cut", resume=True)
     whole, cut = (
-        torch.load(checkpoints.newest_checkpoint(tmp_path / run), weights_only=True)["stateful"] for run in ("whole", "cut")
+        torch.load(checkpoints.newest_checkpoint(tmp_path / run), weights_only=True)["stateful"]
+        for run in ("whole", "cut")
     )
     assert all(torch.equal(whole["segmenter"][name], cut["segmenter"][name]) for name in whole["segmenter"])
     assert main(["evaluate", "--out", str(tmp_path / "cut")]) == 0

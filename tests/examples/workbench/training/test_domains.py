@@ -1,66 +1,70 @@
-"""Which images a step draws, for each method and for the parts of ass-plus."""
+"""Which images a step draws, and how often rare classes are drawn."""
 
 import dataclasses
 
+import numpy as np
 import pytest
 
-from examples.workbench.training.learners import discriminator_settings
-from examples.workbench.training.domains import choose_domains, segments_unlabelled
+import semshift
+from examples.scenes import Sample
 from examples.workbench.data.images import open_images
-from examples.workbench.settings import Data, GlobalSettings, OptimiserSettings, SceneSettings, SelfTraining, SemanticSettings, Settings
+from examples.workbench.settings import GlobalSettings, SelfTraining
+from examples.workbench.training.domains import batch_sizes, choose_domains, rare_class_draws
+from tests.examples.workbench.tiny import TINY, tiny
 
-SETTINGS = Settings(
-    labelled=2,
-    data=Data(size=(32, 32), scenes=SceneSettings(source=5, target=4, validation=1, test=1)),
-    optimiser=OptimiserSettings(images=3, unlabelled=2),
-)
 NO_GLOBAL = GlobalSettings(weight=0)
 
 
 @pytest.mark.parametrize(
-    ("changes", "per_batch", "segmented"),
+    ("changes", "domains"),
     [
-        ({"method": "source-only"}, {"source": 3}, False),
-        ({"method": "labelled-only"}, {"labelled": 3}, False),
-        ({"method": "oracle"}, {"labelled": 3}, False),
-        ({"method": "joint"}, {"source": 3, "labelled": 3}, False),
-        ({"method": "semantic"}, {"source": 3, "labelled": 3}, False),
-        ({"method": "global"}, {"source": 3, "labelled": 3, "unlabelled": 2}, True),
-        ({"method": "ass", "global_alignment": NO_GLOBAL}, {"source": 3, "labelled": 3}, False),
-        # Pooled by the teacher's probabilities; mixed alone, seen by the teacher only; and neither.
-        ({"method": "ass-plus", "global_alignment": NO_GLOBAL}, {"source": 3, "labelled": 3, "unlabelled": 2}, True),
+        ({"method": "source-only"}, ["source"]),
+        ({"method": "labelled-only"}, ["labelled"]),
+        ({"method": "oracle"}, ["labelled"]),
+        ({"method": "semantic"}, ["source", "labelled"]),
+        ({"method": "global"}, ["source", "labelled", "unlabelled"]),
+        ({"method": "ass", "global_alignment": NO_GLOBAL}, ["source", "labelled"]),
+        # Seen by the teacher alone.
+        ({"method": "ass-plus", "global_alignment": NO_GLOBAL}, ["source", "labelled", "unlabelled"]),
         (
-            {"method": "ass-plus", "global_alignment": NO_GLOBAL, "self_training": SelfTraining(soft_pooling=False)},
-            {"source": 3, "labelled": 3, "unlabelled": 2},
-            False,
-        ),
-        (
-            {
-                "method": "ass-plus",
-                "global_alignment": NO_GLOBAL,
-                "self_training": SelfTraining(soft_pooling=False, weight=0),
-            },
-            {"source": 3, "labelled": 3},
-            False,
-        ),
-        # Nothing to pool for.
-        (
-            {
-                "method": "ass-plus",
-                "global_alignment": NO_GLOBAL,
-                "semantic_alignment": SemanticSettings(weight=0),
-                "self_training": SelfTraining(weight=0),
-            },
-            {"source": 3, "labelled": 3},
-            False,
+            {"method": "ass-plus", "global_alignment": NO_GLOBAL, "self_training": SelfTraining(weight=0)},
+            ["source", "labelled"],
         ),
     ],
 )
-def test_what_a_step_draws(changes, per_batch, segmented):
-    settings = dataclasses.replace(SETTINGS, **changes)
+def test_domains_of_a_method(changes, domains):
+    settings = tiny(**changes)
     images = open_images(settings, None)
-    chosen = choose_domains(settings, images, [3, 1], discriminators=discriminator_settings(settings), progress=False)
-    assert list(chosen.per_batch.items()) == list(per_batch.items())
-    assert segments_unlabelled(settings, discriminator_settings(settings)) is segmented
-    assert chosen.sizes == {d: {"source": 5, "labelled": 2, "unlabelled": 4}[d] for d in per_batch}
-    assert set(chosen.weights) == ({"source", "labelled"} if settings.method == "ass-plus" else set())
+    chosen = choose_domains(settings, images.source, images.target, [3, 1])
+    assert list(chosen) == domains
+    sizes = {"source": 6, "labelled": 2, "unlabelled": 6}
+    assert {domain: len(samples) for domain, samples in chosen.items()} == {d: sizes[d] for d in domains}
+    counts = {"source": 2, "labelled": 2, "unlabelled": 3}
+    assert batch_sizes(settings, domains) == {d: counts[d] for d in domains}
+    if "labelled" in chosen:
+        assert chosen["labelled"].names == [images.target.names[3], images.target.names[1]]
+
+
+class _Two:
+    """One image without the rare class, one with it, and pixels without a class in both."""
+
+    names = ("common", "rare")
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        label = np.zeros((8, 8), np.uint8)
+        label[0] = 255
+        if index:
+            label[1, :4] = 1
+        return Sample(np.zeros((8, 8, 3), np.uint8), label, self.names[index])
+
+
+def test_rare_classes_are_drawn_more_often():
+    settings = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, classes=["common", "rare"]))
+    common, rare = rare_class_draws(_Two(), settings, progress=None)
+    assert 0 <= common < rare
+    # 64 pixels: 8 without a class, 4 of the rare one in the second image.
+    expected = semshift.rare_class_weights(np.array([[56, 0], [52, 4]]), temperature=0.1)
+    assert [common, rare] == pytest.approx(expected.tolist())

@@ -1,4 +1,4 @@
-"""Health of a run: the figures against ones counted by hand, each collapse caused in a run, once describe_machine_error, never twice."""
+"""Health: figures against ones counted by hand, each fault caused in a run, each warning given once."""
 
 import dataclasses
 import json
@@ -9,79 +9,64 @@ import pytest
 import torch
 from PIL import Image
 
+import semshift
 from examples.scenes import Severity
-from examples.workbench.training import run_folder as runs
-from examples.workbench.training import train as train_module
-from examples.workbench.settings import Augmentation
-from examples.workbench.settings import Folder
 from examples.workbench.networks.segmentation import Segmentation
-from examples.workbench.settings import Data, NetworkSettings, OptimiserSettings, SceneSettings, Settings
+from examples.workbench.settings import Augmentation, Data, Folder, NetworkSettings, SceneSettings
+from examples.workbench.training import train as train_module
+from examples.workbench.training.health import (
+    alignment_figures,
+    feature_figures,
+    findings,
+    format_row,
+    machine_figures,
+    window,
+)
 from examples.workbench.training.train import train
-from examples.workbench.training.health import compact, feature_figures, findings, machine_figures, term_figures, window
+from tests.errors import mentions
+from tests.examples.workbench.tiny import TINY, history, tiny
 
-# Libraries under the trainer warn of things that are not ours to mend.
+# Libraries under the trainer give warnings of their own.
 pytestmark = pytest.mark.filterwarnings("default")
 
-# Twenty rows: ten in which the discriminators begin to learn, and ten that are judged.
-TINY = Settings(
-    steps=20,
-    labelled=2,
-    log_every=1,
-    save_every=100,
-    data=Data(size=(32, 32), scenes=SceneSettings(source=2, target=2, validation=1, test=1)),
-    network=NetworkSettings(width=8),
-    optimiser=OptimiserSettings(images=2, unlabelled=2),
-)
+
+def with_discriminators(*, alignment=None, **changes):
+    """Twenty steps, of which ten are judged; the weights have their full value from the start."""
+    alignment = {"start": 0.0, "ramp": 0.0} | (alignment or {})
+    return tiny(**{"steps": 20, "save_every": 100} | changes, global_alignment=alignment, semantic_alignment=alignment)
 
 
-def with_discriminators(settings=TINY, **changes):
-    """Without a wait and a rise of the weights, which would leave too little of twenty steps."""
-    changes = {"start": 0.0, "ramp": 0.0} | changes
-    return dataclasses.replace(
-        settings,
-        global_alignment=dataclasses.replace(settings.global_alignment, **changes),
-        semantic_alignment=dataclasses.replace(settings.semantic_alignment, **changes),
-    )
-
-
-def describe_machine_error(out):
+def warnings(out):
     path = out / "warnings.jsonl"
     return {row["kind"]: row for row in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
 
 
 @pytest.mark.slow
-def test_a_discriminator_that_does_not_learn_is_at_chance(tmp_path, capsys):
-    train(with_discriminators(learning_rate=1e-12), tmp_path)
-    shown = capsys.readouterr().err
-    for name in ("global", "semantic"):
-        row = describe_machine_error(tmp_path)[f"{name} chance"]
-        assert row["step"] == 19
-        assert f"raise {name}_adversary.learning_rate (now 1e-12)" in row["warning"]
-        assert f"warning: {row['warning']}" in shown
-
-
-@pytest.mark.slow
-def test_a_weight_too_high_dominates_and_one_too_low_is_silent(tmp_path):
-    train(with_discriminators(weight=1000.0), tmp_path / "high")
-    train(with_discriminators(weight=1e-7), tmp_path / "low")
-    high, low = describe_machine_error(tmp_path / "high"), describe_machine_error(tmp_path / "low")
-    for name in ("global", "semantic"):
-        assert high[f"{name} dominates"]["warning"].endswith(f"lower {name}_adversary.weight (now 1000)")
-        assert low[f"{name} silent"]["warning"].endswith(f"raise {name}_adversary.weight (now 1e-07)")
-        assert not {f"{name} silent", f"{name} certain"} & high.keys()
-        assert not {f"{name} dominates", f"{name} certain"} & low.keys()
+def test_faults_of_both_discriminators_in_runs(tmp_path, capsys):
+    """One that does not learn is at chance; a weight too high dominates, one too low is silent."""
+    for change, kind, words in (
+        ({"learning_rate": 1e-12}, "chance", ("raise {}_alignment.learning_rate (now 1e-12)",)),
+        ({"weight": 1000.0}, "dominates", ("lower {}_alignment.weight (now 1000)",)),
+        ({"weight": 1e-7}, "silent", ("raise {}_alignment.weight (now 1e-07)",)),
+    ):
+        train(with_discriminators(alignment=change), tmp_path / kind)
+        shown, found = capsys.readouterr().err, warnings(tmp_path / kind)
+        for name in ("global", "semantic"):
+            row = found[f"{name} {kind}"]
+            assert row["step"] == 19
+            mentions(row["warning"], *(text.format(name) for text in words))
+            assert f"warning: {row['warning']}" in shown
 
 
 @pytest.mark.slow
 def test_a_discriminator_that_is_far_ahead_is_certain(tmp_path):
     scenes = SceneSettings(source=2, target=2, validation=1, test=1, severity=Severity(1, 1, 1, 1, 1, 1))
     data = dataclasses.replace(TINY.data, scenes=scenes, augmentation=Augmentation((1.0, 1.0), 0.0, 0.0))
-    settings = dataclasses.replace(TINY, method="semantic", steps=24, data=data)
-    train(with_discriminators(settings, learning_rate=3e-3, weight=1e-3), tmp_path)
-    (row,) = describe_machine_error(tmp_path).values()
+    how = {"learning_rate": 3e-3, "weight": 1e-3}
+    train(with_discriminators(method="semantic", steps=24, data=data, alignment=how), tmp_path)
+    (row,) = warnings(tmp_path).values()
     assert row["kind"] == "semantic certain"
-    assert "lower semantic_alignment.learning_rate (now 0.003)" in row["warning"]
-    assert "raise semantic_alignment.weight (now 0.001)" in row["warning"]
+    mentions(row["warning"], "semantic_alignment.learning_rate (now 0.003)", "semantic_alignment.weight (now 0.001)")
 
 
 @pytest.mark.slow
@@ -92,49 +77,40 @@ def test_a_discriminator_that_sees_no_class_is_idle(tmp_path):
             (tmp_path / domain / kind).mkdir(parents=True)
         for i in range(2):
             label = rng.choice(ids, (32, 32)).astype(np.uint8)
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)).save(
-                tmp_path / domain / "images" / f"{i}.png"
-            )
+            image = rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+            Image.fromarray(image).save(tmp_path / domain / "images" / f"{i}.png")
             Image.fromarray(label).save(tmp_path / domain / "labels" / f"{i}.png")
     source, target = (Folder(f"{domain}/images", f"{domain}/labels") for domain in ("source", "target"))
     data = Data(classes=["a", "b"], size=(32, 32), source=source, target=target, validation=source, test=source)
-    settings = dataclasses.replace(TINY, method="semantic", data=data)
-    train(with_discriminators(settings), tmp_path / "run", data_root=tmp_path)
-    (row,) = describe_machine_error(tmp_path / "run").values()
+    train(with_discriminators(method="semantic", data=data), tmp_path / "run", data_root=tmp_path)
+    (row,) = warnings(tmp_path / "run").values()
     assert row["kind"] == "semantic idle"
-    assert "look at the labels (--check) and at data.classes" in row["warning"]
+    mentions(row["warning"], "--check", "data.classes")
 
 
 @pytest.mark.slow
-def test_a_resumed_run_warns_of_a_kind_no_second_time(tmp_path, capsys, monkeypatch):
-    settings = dataclasses.replace(with_discriminators(weight=1000.0), method="semantic", steps=22, save_every=15)
+def test_a_resumed_run_repeats_no_warning(tmp_path, capsys, monkeypatch):
+    settings = with_discriminators(method="semantic", steps=22, save_every=15, alignment={"weight": 1000.0})
     train(settings, tmp_path / "whole")
-    whole = describe_machine_error(tmp_path / "whole")
-    assert whole["semantic dominates"]["step"] == 19
+    (first, *_) = warnings(tmp_path / "whole").values()
+    assert first["step"] == 19
     capsys.readouterr()
 
-    def cut(row):
+    def interrupt(row):
         if row["step"] == 20:
             raise KeyboardInterrupt
-        return compact(row)
+        return format_row(row)
 
-    monkeypatch.setattr(train_module, "compact", cut)
+    monkeypatch.setattr(train_module, "format_row", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(settings, tmp_path / "cut")
     monkeypatch.undo()
-    assert capsys.readouterr().err.count("decides what they become") == 1
-    # Steps 15 to 20 come again, and with them what was warned of.
+    assert capsys.readouterr().err.count(first["warning"]) == 1
+    # Steps 15 to 20 come again, and their fault too.
     assert train(settings, tmp_path / "cut", resume=True)["resumed_from"] == [15]
-    assert "decides what they become" not in capsys.readouterr().err
+    assert first["warning"] not in capsys.readouterr().err
     assert (tmp_path / "cut" / "warnings.jsonl").read_text() == (tmp_path / "whole" / "warnings.jsonl").read_text()
-    histories = [
-        [
-            {name: value for name, value in row.items() if not name.startswith("machine/")}
-            for row in run_folder.read_history(tmp_path / name)
-        ]
-        for name in ("whole", "cut")
-    ]
-    assert histories[0] == histories[1]
+    assert history(tmp_path / "cut") == history(tmp_path / "whole")
 
 
 def rows(count=20, *, first=0, **changed):
@@ -145,7 +121,7 @@ def rows(count=20, *, first=0, **changed):
     return [{"step": first + step, **healthy, **changed} for step in range(count)]
 
 
-SEMANTIC = dataclasses.replace(with_discriminators(), method="semantic")
+SEMANTIC = with_discriminators(method="semantic")
 
 
 @pytest.mark.parametrize(
@@ -168,12 +144,12 @@ SEMANTIC = dataclasses.replace(with_discriminators(), method="semantic")
         ({"gradient__semantic": 0.0, "weight__semantic": 0.0049}, None),
     ],
 )
-def test_where_the_bars_are(changed, kind):
+def test_thresholds(changed, kind):
     expected = set() if kind is None else {f"semantic {kind}"}
     assert findings(rows(**changed), SEMANTIC).keys() == expected
 
 
-def test_what_is_over_or_short_is_not_warned_of():
+def test_faults_that_are_over_or_short_give_no_warning():
     wrong = {"accuracy__semantic_source": 1.0, "accuracy__semantic_target": 1.0}
     assert findings(rows(**wrong), SEMANTIC)
     assert not findings(rows(19, **wrong), SEMANTIC)
@@ -192,15 +168,15 @@ def test_the_sign_of_wasserstein_logits_is_not_judged():
 
 
 def test_the_window_is_a_tenth_of_the_run_and_ten_rows_at_least():
-    assert window(dataclasses.replace(TINY, steps=800, log_every=20)) == 10
-    assert window(dataclasses.replace(TINY, steps=150_000, log_every=100)) == 150
+    assert window(tiny(steps=800, log_every=20)) == 10
+    assert window(tiny(steps=150_000, log_every=100)) == 150
     long = dataclasses.replace(SEMANTIC, steps=150)
     wrong = {"accuracy__semantic_source": 1.0, "accuracy__semantic_target": 1.0}
     assert not findings(rows(29, **wrong), long)
     assert findings(rows(30, **wrong), long)
 
 
-def test_the_auxiliary_term_is_judged_by_its_own_gradient_and_weight():
+def test_the_auxiliary_loss_is_judged_by_its_own_gradient_and_weight():
     network = NetworkSettings(name="deeplab-v2", auxiliary=True)
     settings = dataclasses.replace(SEMANTIC, network=network)
     how = dataclasses.replace(settings.global_alignment, weight=0.0, auxiliary_weight=0.25)
@@ -249,25 +225,30 @@ def test_figures_of_the_features():
 def test_figures_of_the_machine():
     figures = machine_figures(120, 60.0, torch.device("cpu"))
     assert figures["machine/images_per_second"] == 2
-    held = np.ones(2**25)
+    memory = np.ones(2**25)
     more = machine_figures(120, 60.0, torch.device("cpu"))
     if "machine/memory_mib" in figures:
-        assert more["machine/memory_mib"] - figures["machine/memory_mib"] == pytest.approx(held.nbytes / 2**20, abs=8)
+        assert more["machine/memory_mib"] - figures["machine/memory_mib"] == pytest.approx(memory.nbytes / 2**20, abs=8)
 
 
 def test_a_row_in_one_line():
-    row = rows(1)[0] | {"loss/segmentation": 1.234, "loss/semantic": 0.69, "loss/semantic_discriminator": 0.5}
+    row = rows(1)[0] | {"loss/segmentation": 1.234, "loss/semantic": 0.69}
     row |= {"distance/mean": 0.5, "machine/images_per_second": 80.2, "machine/memory_mib": 500.3}
-    assert compact(row) == ("segmentation 1.23, semantic 0.69 acc 0.80/0.70 grad 5%, apart 0.50, 80 img/s, 500 MiB")
-    assert compact({"loss/segmentation": 1.234, "loss/self-training": 2.0}) == "segmentation 1.23, self-training 2.00"
+    assert format_row(row) == ("segmentation 1.23, semantic 0.69 acc 0.80/0.70 grad 5%, apart 0.50, 80 img/s, 500 MiB")
+    assert (
+        format_row({"loss/segmentation": 1.234, "loss/self-training": 2.0}) == "segmentation 1.23, self-training 2.00"
+    )
 
 
-def test_a_terms_gradient_is_over_all_that_it_reaches():
-    one, other = (Segmentation(torch.zeros(1, 1, 1, 1, requires_grad=True), torch.zeros(())) for _ in range(2))
-    term = 3 * one.features.sum() + 4 * other.features.sum()
-    assert term_figures("semantic", term, 0.5, [one, other]) == {
+def test_figures_of_an_alignment():
+    reached = Segmentation(torch.zeros(1, 1, 1, 1, requires_grad=True), torch.zeros(()))
+    figures = {name: torch.tensor(value) for name, value in (("source_accuracy", 0.75), ("target_accuracy", 0.5))}
+    losses = semshift.AlignmentLosses(4 * reached.features.sum(), torch.tensor(0.25), figures)
+    assert alignment_figures("semantic", losses, 0.5, reached) == {
         "loss/semantic": 0.0,
         "weight/semantic": 0.5,
-        "gradient/semantic": 2.5,
+        "gradient/semantic": 2.0,
+        "loss/semantic_discriminator": 0.25,
+        "accuracy/semantic_source": 0.75,
+        "accuracy/semantic_target": 0.5,
     }
-    assert term_figures("semantic", term, 0.5, [one])["gradient/semantic"] == 1.5

@@ -1,186 +1,227 @@
-"""What the discriminators look at: whose output maps against whose, and how wide the one over prototypes is."""
+"""The step: what each loss compares, which networks it moves, and figures of its row."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
+from lightning_fabric import Fabric
+from torch.nn import functional as F
 
 import semshift
-from examples.workbench.training import checkpoints, run_folder as runs
-from examples.workbench.__main__ import main
-from examples.workbench.networks.build import build_segmenter
-from examples.workbench.training.learners import build_discriminator
 from examples.workbench.errors import InputError
-from examples.workbench.settings import Folder
-from examples.workbench.networks.segmentation import Segmentation
-from examples.workbench.settings import Data, NetworkSettings, OptimiserSettings, SceneSettings, Settings
-from examples.workbench.training.train import train
-from examples.workbench.training.views import global_view, semantic_view
-from tests.errors import mentions, refuses
+from examples.workbench.networks.segmentation import Segmentation, Segmenter
+from examples.workbench.training.learners import build_learners
+from examples.workbench.training.step import _output_maps, _penalty, learn
+from tests.errors import refuses
+from tests.examples.workbench.tiny import TINY, tiny
 
-# Libraries under the trainer warn of things that are not ours to mend.
-pytestmark = pytest.mark.filterwarnings("default")
-
-TINY = Settings(
-    method="global",
-    steps=3,
-    labelled=2,
-    log_every=1,
-    save_every=3,
-    data=Data(size=(32, 32), scenes=SceneSettings(source=4, target=4, validation=1, test=1)),
-    network=NetworkSettings(width=8),
-    optimiser=OptimiserSettings(images=2, unlabelled=3),
-)
+K = 8
 
 
-def with_discriminator(settings=TINY, *, semantic=False, **changes):
-    name = "semantic_alignment" if semantic else "global_alignment"
-    return dataclasses.replace(settings, **{name: dataclasses.replace(getattr(settings, name), **changes)})
+class _Linear(Segmenter):
+    """Features are a convolution of the images, logits one of the features."""
+
+    feature_channels = 4
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.head = torch.nn.Conv2d(4, K, 1)
+
+    def forward(self, images):
+        features = self.encoder(images)
+        return Segmentation(features, self.head(features))
+
+    def classifier_parameters(self):
+        return list(self.head.parameters())
 
 
-def outputs_and_pixels():
+def case(seed=0):
+    """A batch with other labels in each domain, and the learners' first state."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = {
+        domain: {
+            "image": torch.randn(count, 3, 32, 32, generator=generator),
+            "label": torch.randint(0, K, (count, 32, 32), generator=generator),
+        }
+        for domain, count in (("source", 2), ("labelled", 2), ("unlabelled", 3))
+    }
+    del batch["unlabelled"]["label"]
+    batch["unlabelled"]["inside"] = torch.ones(3, 32, 32, dtype=torch.bool)
+    torch.manual_seed(seed)
+    return batch, _Linear()
+
+
+def start_at_once(**changes):
+    """Full weights from the first step on, and no decay, so that a plain computation follows."""
+    at_once = {"start": 0.0, "ramp": 0.0}
+    parts = {name: at_once | changes.pop(name, {}) for name in ("global_alignment", "semantic_alignment")}
+    return tiny(**parts, **changes)
+
+
+def test_a_step_equals_the_losses_by_hand():
+    """One backward of the sum, one step of plain SGD and of Adam."""
+    settings = start_at_once(
+        optimiser={"name": "sgd", "learning_rate": 0.1, "weight_decay": 0.0},
+        global_alignment={"weight": 0.5},
+        semantic_alignment={"weight": 0.25},
+    )
+    batch, segmenter = case()
+    learners = build_learners(settings, segmenter)
+    before = {name: p.detach().clone() for name, p in segmenter.named_parameters()}
+
+    outputs = {domain: segmenter(part["image"]) for domain, part in batch.items()}
+    logits = {d: F.interpolate(o.logits, size=(32, 32), mode="bilinear") for d, o in outputs.items()}
+    loss = sum(F.cross_entropy(logits[d], batch[d]["label"]) for d in ("source", "labelled"))
+    views = learners.alignments["global"], learners.alignments["semantic"]
+    confusion = semshift.confusion_loss(views[0].discriminator(logits["unlabelled"].softmax(1)))
+    pooled = [
+        semshift.class_sums(outputs[d].features, batch[d]["label"], K, per_image=True) for d in ("source", "labelled")
+    ]
+    confusion_s = semshift.confusion_loss(views[1].discriminator(pooled[1].means), weight=pooled[1].present)
+    gradients = torch.autograd.grad(loss + 0.5 * confusion + 0.25 * confusion_s, list(segmenter.parameters()))
+    discriminator_loss = semshift.discriminator_loss(
+        views[0].discriminator(logits["source"].softmax(1)), views[0].discriminator(logits["unlabelled"].softmax(1))
+    )
+    of_discriminator = torch.autograd.grad(discriminator_loss, list(views[0].parameters()))
+
+    row = learn(0, batch, learners, settings, Fabric(accelerator="cpu", devices=1), log=True)
+    for (name, parameter), gradient in zip(segmenter.named_parameters(), gradients):
+        torch.testing.assert_close(parameter, before[name] - 0.1 * gradient, rtol=1e-4, atol=1e-6)
+    for parameter, gradient in zip(views[0].parameters(), of_discriminator):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert row["loss/global"] == pytest.approx(confusion.item(), rel=1e-5)
+    assert row["loss/semantic"] == pytest.approx(confusion_s.item(), rel=1e-5)
+    assert row["loss/global_discriminator"] == pytest.approx(discriminator_loss.item(), rel=1e-5)
+    assert (row["weight/global"], row["weight/semantic"]) == (0.5, 0.25)
+
+
+def test_a_discriminator_learns_at_each_step_divisible_by_every():
+    settings = start_at_once(method="semantic", semantic_alignment={"every": 2})
+    batch, segmenter = case()
+    learners = build_learners(settings, segmenter)
+    weights = []
+    for step in range(3):
+        learn(step, batch, learners, settings, Fabric(accelerator="cpu", devices=1), log=False)
+        weights.append(torch.cat([p.detach().flatten() for p in learners.alignments["semantic"].parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+
+
+def test_a_class_takes_part_once_the_other_domain_has_shown_it():
+    settings = start_at_once(method="semantic")
+    batch, segmenter = case()
+    batch["source"]["label"].fill_(0)
+    batch["labelled"]["label"].fill_(5)
+    learners = build_learners(settings, segmenter)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    row = learn(0, batch, learners, settings, fabric, log=True)
+    assert row["loss/semantic"] == 0
+    assert math.isnan(row["accuracy/semantic_source"])
+    batch["source"]["label"].fill_(5)
+    assert learn(1, batch, learners, settings, fabric, log=True)["loss/semantic"] > 0
+    seen = [[0, 5], [5]]
+    assert [of.nonzero().flatten().tolist() for of in learners.alignments["semantic"].seen] == seen
+
+
+def output_maps(settings, *, auxiliary=False):
     generator = torch.Generator().manual_seed(0)
-    images = {"source": 2, "labelled": 2, "unlabelled": 3}
-    outputs = {}
-    for domain, count in images.items():
-        logits, auxiliary = (torch.randn(count, 8, 16, 16, generator=generator) for _ in range(2))
-        outputs[domain] = Segmentation(logits, logits, auxiliary)
-    pixels = {domain: torch.randint(1, 100, (8,), generator=generator) for domain in ("source", "labelled")}
-    return outputs, pixels
+    outputs, batch = {}, {}
+    for domain, count in (("source", 2), ("labelled", 2), ("unlabelled", 3)):
+        logits, second = (torch.randn(count, K, 16, 16, generator=generator).requires_grad_() for _ in range(2))
+        outputs[domain] = Segmentation(logits, logits, second)
+        batch[domain] = {"image": torch.zeros(count, 3, 32, 32)}
+    learners = build_learners(settings, case()[1])
+    learners.class_counts.counts.copy_(torch.randint(1, 100, (2, K), generator=generator))
+    return outputs, learners, _output_maps("auxiliary" if auxiliary else "global", outputs, batch, learners, settings)
 
 
-def probabilities(logits):
-    return torch.nn.functional.interpolate(logits, size=(32, 32), mode="bilinear").softmax(1)
+def wide(logits):
+    return F.interpolate(logits, size=(32, 32), mode="bilinear", align_corners=False)
 
 
+@pytest.mark.parametrize("auxiliary", [False, True])
 @pytest.mark.parametrize(
     ("against", "domains"), [("source", ["source"]), ("labelled", ["labelled"]), ("both", ["source", "labelled"])]
 )
-def test_whose_outputs_the_unlabelled_are_to_be_taken_for(against, domains):
-    outputs, pixels = outputs_and_pixels()
-    view = global_view(outputs, pixels, with_discriminator(against=against))
-    assert torch.equal(view.source, torch.cat([probabilities(outputs[domain].logits) for domain in domains]))
-    assert torch.equal(view.target, probabilities(outputs["unlabelled"].logits))
-    second = global_view(outputs, pixels, with_discriminator(against=against), auxiliary=True)
-    assert torch.equal(second.source, torch.cat([probabilities(outputs[domain].auxiliary) for domain in domains]))
-    assert torch.equal(second.target, probabilities(outputs["unlabelled"].auxiliary))
+def test_unlabelled_outputs_are_compared_with_the_reference(against, domains, auxiliary):
+    outputs, _, (reference, unlabelled) = output_maps(tiny(global_alignment={"against": against}), auxiliary=auxiliary)
+    of = {domain: output.auxiliary if auxiliary else output.logits for domain, output in outputs.items()}
+    assert torch.equal(reference, torch.cat([wide(of[domain]) for domain in domains]))
+    assert torch.equal(unlabelled, wide(of["unlabelled"]))
+    assert not reference.requires_grad
 
 
 def test_balanced_maps_are_divided_by_the_shares_of_their_own_domain():
-    outputs, pixels = outputs_and_pixels()
-    view = global_view(outputs, pixels, with_discriminator(against="both", inputs="balanced"))
+    settings = tiny(global_alignment={"against": "both", "inputs": "balanced"})
+    outputs, learners, maps = output_maps(settings)
+    counts = learners.class_counts.counts + 1
     expected = []
-    for domain, counted in (("source", "source"), ("labelled", "labelled"), ("unlabelled", "labelled")):
-        share = (pixels[counted] + 1) / (pixels[counted] + 1).sum()
-        weighed = probabilities(outputs[domain].logits) / share[:, None, None]
+    for domain, of in (("source", counts[0]), ("labelled", counts[1]), ("unlabelled", counts[1])):
+        weighed = wide(outputs[domain].logits).softmax(1) / (of / of.sum())[:, None, None]
         expected.append(weighed / weighed.sum(1, keepdim=True))
-    torch.testing.assert_close(view.source, torch.cat(expected[:2]))
-    torch.testing.assert_close(view.target, expected[2])
-
-
-def test_the_segmenter_is_confused_on_the_unlabelled_alone():
-    """The labelled images are what to be taken for: no gradient of the confusion reaches them."""
-    outputs, pixels = outputs_and_pixels()
-    for output in outputs.values():
-        output.logits.requires_grad_()
-    settings = with_discriminator(against="both")
-    view = global_view(outputs, pixels, settings)
-    discriminator = build_discriminator("global", settings, build_segmenter(settings))
-    semshift.confusion_loss(discriminator(view.target)).backward()
-    assert outputs["unlabelled"].logits.grad.abs().sum() > 0
-    assert outputs["source"].logits.grad is None
-    assert outputs["labelled"].logits.grad is None
-
-
-@pytest.mark.slow
-def test_against_matters_in_training(tmp_path):
-    weights = {}
-    for against in ("source", "labelled", "both"):
-        train(with_discriminator(start=0.0, ramp=0.0, against=against), tmp_path / against)
-        weights[against] = checkpoints.load_weights(checkpoints.newest_checkpoint(tmp_path / against))["classifier.weight"]
-        assert run_folder.read_history(tmp_path / against)[-1]["gradient/global"] > 0
-    assert len({tuple(of.flatten().tolist()) for of in weights.values()}) == 3
-
-
-def test_both_needs_source_images_of_the_targets_size():
-    data = dataclasses.replace(TINY.data, source=Folder("a", "b"), source_size=(32, 64))
-    with refuses(InputError, "data.source_size", "data.size", "global_alignment.against both", [32, 64], [32, 32]):
-        check(with_discriminator(dataclasses.replace(TINY, data=data), against="both"))
-    for against in ("source", "labelled"):
-        check(with_discriminator(dataclasses.replace(TINY, data=data), against=against))
-    check(
-        with_discriminator(
-            dataclasses.replace(TINY, data=dataclasses.replace(data, source_size=(32, 32))), against="both"
-        )
-    )
-
-
-@pytest.mark.parametrize("hidden", [(), (24,), (64, 32, 16)])
-def test_hidden_channels_are_the_layers_of_the_discriminator(hidden):
-    settings = with_discriminator(semantic=True, hidden_channels=hidden)
-    segmenter = build_segmenter(settings)
-    discriminator = build_discriminator("semantic", settings, segmenter)
-    widths = [m.out_features for m in discriminator.modules() if isinstance(m, torch.nn.Linear)]
-    assert widths == [*hidden, 8]
-    assert discriminator(torch.zeros(2, 8, segmenter.feature_channels)).shape == (2, 8)
-
-
-def test_hidden_channels_from_the_command_line(tmp_path, capsys):
-    arguments = ["train", "--method", "semantic", "--steps", "1", "--labelled", "2", "--network.width", "8"]
-    arguments += ["--data.size", "[32,32]", "--data.scenes.source", "2", "--data.scenes.target", "2"]
-    arguments += ["--data.scenes.validation", "1", "--data.scenes.test", "1", "--out", str(tmp_path / "run")]
-    assert main([*arguments, "--semantic_alignment.hidden_channels", "[24,0]"]) == 2
-    mentions(capsys.readouterr().err, "error", "semantic_alignment.hidden_channels", 1, 0)
-    assert main([*arguments, "--semantic_alignment.hidden_channels", "[24]"]) == 0
-    state = torch.load(checkpoints.newest_checkpoint(tmp_path / "run"), weights_only=True)
-    assert state["run"]["semantic_alignment"]["hidden_channels"] == [24]
-    assert 24 in {len(tensor) for tensor in state["stateful"]["semantic alignment"].values()}
-
-
-def semantic_case():
-    """Two images a domain at 4 x 4: the source has classes 0 and 1, the labelled images 0 alone."""
-    generator = torch.Generator().manual_seed(0)
-    outputs, batch = {}, {}
-    for domain in ("source", "labelled", "unlabelled"):
-        features = torch.randn(2, 3, 4, 4, generator=generator).requires_grad_()
-        outputs[domain] = Segmentation(features, features)
-        batch[domain] = {"label": torch.zeros(2, 4, 4, dtype=torch.int64)}
-    batch["source"]["label"][:, 2:] = 1
-    pixels = {"source": torch.tensor([16, 16, 0]), "labelled": torch.tensor([32, 9, 0])}
-    settings = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, classes=["a", "b", "c"]))
-    return outputs, batch, pixels, with_discriminator(settings, semantic=True, resample="nearest")
-
-
-def test_a_bank_stands_in_for_the_discriminator_alone():
-    outputs, batch, pixels, settings = semantic_case()
-    banks = {domain: semshift.PrototypeBank(3, 3, momentum=0.5) for domain in ("source", "labelled")}
-    earlier = torch.tensor([[0.0, 0.0, 0.0], [2.0, 4.0, 6.0], [0.0, 0.0, 0.0]])
-    banks["labelled"].update(semshift.ClassSums(earlier, torch.tensor([0, 2, 0])))
-    view = semantic_view(outputs, batch, pixels, settings, banks=banks)
-    assert view.target_weight.tolist() == [[True, True, False]] * 2
-    assert view.confusion_weight.tolist() == [[True, False, False]] * 2
-    assert view.target[:, 1].tolist() == [[1.0, 2.0, 3.0]] * 2
-    # The bank has taken in this batch: half of the sum of all features of class 0, over half of their number.
-    of_0 = outputs["labelled"].features.detach().permute(0, 2, 3, 1).reshape(-1, 3).mean(0)
-    torch.testing.assert_close(banks["labelled"].means[0], of_0)
-    assert not banks["labelled"].means.requires_grad
-    without = semantic_view(outputs, batch, pixels, settings)
-    assert without.target_weight.tolist() == without.confusion_weight.tolist() == [[True, False, False]] * 2
+    torch.testing.assert_close(maps[0].softmax(1), torch.cat(expected[:2]))
+    torch.testing.assert_close(maps[1].softmax(1), expected[2])
 
 
 @pytest.mark.parametrize("per_image", [True, False])
-def test_soft_prototypes_join_where_they_weigh_a_cell(per_image):
-    outputs, batch, pixels, settings = semantic_case()
-    settings = with_discriminator(settings, semantic=True, per_image=per_image)
-    soft = torch.zeros(2, 3, 4, 4)
-    soft[:, 0, 0, 0] = 0.25
-    soft[:, 1, 1, :2] = 0.5
-    view = semantic_view(outputs, batch, pixels, settings, soft_weights=soft)
-    rows = slice(2, 4) if per_image else slice(1, 2)
-    assert view.target_weight[rows].tolist() == [[False, True, False]] * (2 if per_image else 1)
-    assert view.confusion_weight[rows].tolist() == view.target_weight[rows].tolist()
-    means = outputs["unlabelled"].features.detach()[:, :, 1, :2].mean(2)
-    torch.testing.assert_close(view.target[rows, 1].detach(), means if per_image else means.mean(0, keepdim=True))
-    (outputs["unlabelled"].features * 0).sum().backward()
-    view.target.sum().backward()
-    assert outputs["unlabelled"].features.grad.abs().sum() > 0
+def test_r1_on_prototypes_is_the_mean_over_those_that_count(per_image):
+    settings = start_at_once(method="semantic", semantic_alignment={"r1": 1.0, "per_image": per_image})
+    batch, segmenter = case()
+    batch["source"]["label"].clamp_(max=2)
+    learners = build_learners(settings, segmenter)
+    align = learners.alignments["semantic"]
+    align.seen[1, :2] = True
+    outputs = {domain: segmenter(part["image"]) for domain, part in batch.items()}
+    penalty = _penalty("semantic", outputs, batch, learners, settings)
+    means = semshift.class_sums(outputs["source"].features, batch["source"]["label"], K, per_image=per_image).means
+    means = means.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(align.discriminator(means).sum(), means)
+    torch.testing.assert_close(penalty, gradient[..., :2, :].square().sum(-1).mean() / 2)
+    penalty.backward()
+    assert any(parameter.grad.abs().sum() > 0 for parameter in align.parameters())
+
+
+@pytest.mark.parametrize("inputs", ["probabilities", "entropy"])
+def test_r1_on_output_maps(inputs):
+    settings = start_at_once(method="global", global_alignment={"r1": 2.0, "inputs": inputs})
+    batch, segmenter = case()
+    learners = build_learners(settings, segmenter)
+    outputs = {domain: segmenter(part["image"]) for domain, part in batch.items()}
+    penalty = _penalty("global", outputs, batch, learners, settings)
+    source = wide(outputs["source"].logits).softmax(1)
+    source = (semshift.entropy_map(source) if inputs == "entropy" else source).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(learners.alignments["global"].discriminator(source).sum(), source)
+    torch.testing.assert_close(penalty, gradient.square().sum((1, 2, 3)).mean() / 2)
+
+
+@pytest.mark.parametrize("ignored", [0.3, 1.0])
+def test_cross_entropy_is_the_mean_over_labelled_pixels(ignored):
+    settings = tiny(method="joint")
+    batch, segmenter = case()
+    for domain in ("source", "labelled"):
+        label = batch[domain]["label"]
+        label[torch.rand(label.shape, generator=torch.Generator().manual_seed(1)) < ignored] = 255
+    expected = 0.0
+    if ignored < 1:
+        losses = [
+            F.cross_entropy(wide(segmenter(batch[d]["image"]).logits), batch[d]["label"], ignore_index=255)
+            for d in ("source", "labelled")
+        ]
+        expected = sum(losses).item()
+    del batch["unlabelled"]
+    row = learn(
+        0, batch, build_learners(settings, segmenter), settings, Fabric(accelerator="cpu", devices=1), log=False
+    )
+    assert row["loss/segmentation"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_refused_and_nothing_learns():
+    settings = dataclasses.replace(TINY, method="joint")
+    batch, segmenter = case()
+    batch["source"]["image"][0, 0, 0, 0] = math.inf
+    before = {name: p.detach().clone() for name, p in segmenter.named_parameters()}
+    with refuses(InputError, "finite", "nan", "step 4"):
+        learn(4, batch, build_learners(settings, segmenter), settings, Fabric(accelerator="cpu", devices=1), log=False)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in segmenter.named_parameters())

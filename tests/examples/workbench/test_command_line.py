@@ -1,0 +1,177 @@
+"""The command line: a run on folders, its evaluation, and one line for every bad command."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import semshift
+from examples.workbench import __main__ as command_line
+from examples.workbench.__main__ import main
+from examples.workbench.training import checkpoints
+from examples.workbench.training.train import train
+from tests.errors import mentions
+from tests.examples.workbench.tiny import checkpoint, equal, tiny
+
+# Libraries under the trainer give warnings of their own.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A data root with four splits of small images, and a file of settings that names them."""
+    rng = np.random.default_rng(0)
+    for split in ("source", "target", "validation", "test"):
+        for kind in ("images", "labels"):
+            (tmp_path / "data" / split / kind).mkdir(parents=True)
+        for i in range(3):
+            label = np.repeat(rng.integers(0, 3, (40, 1)), 48, axis=1).astype(np.uint8)
+            image = (60 * label[..., None] + rng.integers(0, 40, (40, 48, 3))).astype(np.uint8)
+            label[:3] = 255
+            Image.fromarray(image).save(tmp_path / "data" / split / "images" / f"{i}.png")
+            Image.fromarray(label).save(tmp_path / "data" / split / "labels" / f"{i}.png")
+    names = ("source", "target", "validation", "test")
+    data = {name: {"images": f"{name}/images", "labels": f"{name}/labels"} for name in names}
+    data |= {"classes": ["a", "b", "c"], "size": [32, 32], "subsets": {"ends": ["a", "c"]}}
+    settings = {"labelled": 2, "steps": 2, "data": data, "network": {"width": 8}}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path
+
+
+def test_folders_from_the_command_line(folders, capsys):
+    out, config = folders / "run", str(folders / "settings.yaml")
+    arguments = ["train", "--config", config, "--data-root", str(folders / "data"), "--out", str(out)]
+    assert main([*arguments, "--save-predictions", "--method", "joint"]) == 0
+    assert f"report: {out / 'report.png'}" in capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+
+    # An independent count over the saved masks.
+    shared, either = np.zeros(3), np.zeros(3)
+    for file in (folders / "data" / "test" / "labels").iterdir():
+        label, predicted = np.asarray(Image.open(file)), np.asarray(Image.open(out / "predictions" / file.name))
+        assert label.shape == predicted.shape
+        for k in range(3):
+            a, b = (label == k), (predicted == k) & (label != 255)
+            shared[k] += (a & b).sum()
+            either[k] += (a | b).sum()
+    iou = {name: shared[k] / either[k] if either[k] else None for k, name in enumerate("abc")}
+    assert metrics["iou"] == pytest.approx(iou)
+    assert metrics["miou"] == pytest.approx(np.mean([value for value in iou.values() if value is not None]))
+
+    assert main(["evaluate", "--out", str(out), "--data-root", str(folders / "data"), "--subset", "ends"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    mean = 50 * sum(iou[name] for name in "ac")
+    assert lines[-1].split() == ["mean", "over", "ends", f"{mean:.1f}"]
+    assert main(["evaluate", "--out", str(out), "--data-root", str(folders / "data"), "--subset", "all"]) == 2
+    mentions(capsys.readouterr().err, "error", "--subset", ["ends"], "all")
+
+    # A run of another machine, whose accelerator this one has not.
+    absent = "mps" if torch.cuda.is_available() else "cuda"
+    written = (out / "settings.yaml").read_text()
+    assert "accelerator: cpu" in written
+    (out / "settings.yaml").write_text(written.replace("accelerator: cpu", f"accelerator: {absent}"))
+    again = ["evaluate", "--out", str(out), "--data-root", str(folders / "data")]
+    assert main(again) == 2
+    mentions(capsys.readouterr().err, "error", "--accelerator cpu", absent)
+    assert main([*again, "--accelerator", "cpu"]) == 0
+    assert f"{100 * metrics['miou']:.1f}" in capsys.readouterr().out
+
+
+def test_double_precision_is_evaluated_as_it_was_trained(tmp_path, monkeypatch):
+    seen = []
+    evaluate = command_line.evaluate
+    monkeypatch.setattr(
+        command_line,
+        "evaluate",
+        lambda net, *a, **o: seen.append(next(net.parameters()).dtype) or evaluate(net, *a, **o),
+    )
+    train(tiny(steps=1, precision="64-true"), tmp_path / "run")
+    assert main(["evaluate", "--out", str(tmp_path / "run")]) == 0
+    assert seen == [torch.float64]
+
+
+@pytest.mark.slow
+def test_any_id_may_be_ignored(folders):
+    """Of files, and where a crop leaves the image, which it does at a scale below 1."""
+    arguments = ["train", "--config", str(folders / "settings.yaml"), "--data-root", str(folders / "data")]
+    arguments += ["--data.augmentation.scale", "[0.6, 0.6]", "--optimiser.batch_size", "2"]
+    assert main([*arguments, "--out", str(folders / "255")]) == 0
+    for file in (folders / "data").glob("*/labels/*.png"):
+        label = np.array(Image.open(file))
+        label[label == 255] = 7
+        Image.fromarray(label).save(file)
+    assert main([*arguments, "--out", str(folders / "7"), "--data.ignore_index", "7"]) == 0
+    assert equal(checkpoint(folders / "255")["stateful"], checkpoint(folders / "7")["stateful"])
+    scores = [json.loads((folders / run / "metrics.json").read_text()) for run in ("255", "7")]
+    assert scores[0]["iou"] == scores[1]["iou"]
+    assert scores[0]["validation"] == scores[1]["validation"]
+
+
+def test_a_truncated_image_ends_the_run_and_keeps_the_checkpoint(folders, capsys):
+    # The image that the sampler draws last.
+    *_, last = semshift.MixedBatchSampler({"source": 3}, {"source": 1}, seed=0, steps=3)
+    out, image = folders / "run", folders / "data" / "source" / "images" / f"{last[0]}.png"
+    arguments = ["train", "--config", str(folders / "settings.yaml"), "--data-root", str(folders / "data")]
+    arguments += ["--out", str(out), "--method", "source-only", "--steps", "3", "--save_every", "1"]
+    arguments += ["--optimiser.batch_size", "1"]
+    image.write_bytes(image.read_bytes()[:300])
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    mentions(error.split("\r")[-1], "error", image, "whole")
+    assert checkpoint(out)["step"] == 2
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_other_classes_is_refused(folders, capsys):
+    """By evaluation and by resuming, which both leave the file as it is."""
+    out, root = folders / "run", ["--data-root", str(folders / "data")]
+    train_it = ["train", "--config", str(folders / "settings.yaml"), *root, "--out", str(out), "--method", "joint"]
+    assert main(train_it) == 0
+    last = checkpoints.newest_checkpoint(out)
+    state = torch.load(last, weights_only=True)
+    weight = state["stateful"]["segmenter"]["classifier.weight"]
+    state["stateful"]["segmenter"]["classifier.weight"] = torch.cat([weight, weight])
+    capsys.readouterr()
+    for contents, words in (
+        (state, ("classifier.weight", [3, 8, 1, 1], [6, 8, 1, 1])),
+        (state["stateful"]["segmenter"], ("checkpoint",)),
+    ):
+        torch.save(contents, last)
+        before = last.read_bytes()
+        for command in (["evaluate", "--out", str(out), *root], [*train_it, "--resume"]):
+            assert main(command) == 2
+            mentions(capsys.readouterr().err.splitlines()[-1], "error", last, *words)
+        assert last.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fly"], ("train, evaluate, study", "fly")),
+        (["train", "--preset", "none"], ("--preset", "none")),
+        (["train", "--preset", "idd-camvid"], ("--data-root", "none")),
+        (["train", "--steps", "many"], ("steps", "many")),
+        (["train", "--network.width", "10"], ("network.width", 10)),
+        (["train", "--data.scenes.severity.fog", "-1", "--check"], ("severity.fog", "[0, 1]", -1.0)),
+        (["evaluate", "--out", "/none"], ("--out", "/none", "settings.yaml")),
+        (["evaluate", "--split", "train", "--out", "/none"], ("--split", "'validation'", "train")),
+        (["evaluate"], ("--out",)),
+    ],
+)
+def test_bad_command_lines(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    mentions(captured.err.strip(), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_usage(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out.count("study") == 2
