@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import semshift
 from examples.workbench.networks.segmentation import Segmenter
-from examples.workbench.settings import AlignmentSettings, SelfTraining, Settings
+from examples.workbench.settings import AlignmentSettings, OptimiserSettings, SelfTraining, Settings
 
 __all__ = ["ClassCounts", "Learners", "build_alignment", "build_learners", "source_schedule", "weight_schedule"]
 
@@ -76,7 +76,8 @@ def build_learners(settings: Settings, segmenter: Segmenter) -> Learners:
     alignments = {name: build_alignment(name, settings, segmenter.feature_channels).to(like) for name in how}
     optimisers: dict[str, torch.optim.Optimizer] = {"segmenter": _build_optimiser(settings, segmenter)}
     rates: dict[str, semshift.Schedule] = {}
-    for name, each in {"segmenter": settings.optimiser, **how}.items():
+    learning: dict[str, OptimiserSettings | AlignmentSettings] = {"segmenter": settings.optimiser, **how}
+    for name, each in learning.items():
         rates[name] = semshift.Polynomial(each.learning_rate, 0.0, decay_steps, power=each.power)
     for name, alignment in alignments.items():
         optimisers[name] = torch.optim.Adam(alignment.parameters(), how[name].learning_rate, betas=(0.9, 0.99))

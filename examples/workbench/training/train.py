@@ -52,27 +52,12 @@ class _Run:
     """Images of each domain in a step, on this rank."""
     draws: dict[str, np.ndarray]
     """Weights of the draws, of domains whose images are not drawn uniformly."""
-    identity: Mapping[str, Any]
-
-    @property
-    def first(self) -> bool:
-        """Whether this rank writes the files."""
-        return bool(self.fabric.is_global_zero)
-
-    @property
-    def final(self) -> nn.Module:
-        """The network that is evaluated."""
-        teacher = self.learners.teacher
-        use_teacher = teacher is not None and self.settings.self_training.final == "teacher"
-        return teacher.module if teacher is not None and use_teacher else self.learners.segmenter
-
-    @property
-    def adaptation_start(self) -> int:
-        """The first step whose loss may hold more than cross-entropy: the report's `before`."""
-        starts = [how.start for how in self.settings.alignments.values()]
-        starts += [self.settings.self_training.start] if self.learners.teacher is not None else []
-        steps = self.settings.steps
-        return min([*(round(start * steps) for start in starts), steps - 1] if starts else [0])
+    final: nn.Module
+    """The network that is evaluated: the segmenter or its teacher."""
+    adaptation_start: int
+    """The first step whose loss may hold more than cross-entropy."""
+    first: bool
+    """Whether this rank writes the files."""
 
 
 def train(
@@ -111,66 +96,58 @@ def train(
 
 
 def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool) -> _Run:
-    images = open_images(settings, data_root)
-    labelled = labelled_subset(
-        len(images.target), len(images.target) if settings.method == "oracle" else settings.labelled
-    )
+    """Open the images, build the learners and make the run folder, in this order: a bad file leaves no folder."""
+    images, data, plus = open_images(settings, data_root), settings.data, settings.self_training
+    total = len(images.target)
+    labelled = labelled_subset(total, total if settings.method == "oracle" else settings.labelled)
     fabric = launch_fabric(settings, loggers=TensorBoardLogger(out, name="tensorboard", version=""))
+    first = bool(fabric.is_global_zero)
     own = split_batch(settings, fabric.world_size)
-    # Before the run folder is made, so that a bad file leaves none; a resumed run has its weights in its checkpoint.
+    if settings.network.frozen_batch_norm and settings.network.init is None:
+        raise InputError("expected network.init, whose statistics network.frozen_batch_norm would keep, got none")
     segmenter = build_segmenter(settings)
     synchronise_batch_norm(segmenter, fabric)
-    if settings.network.init is None and settings.network.frozen_batch_norm:
-        raise InputError("expected network.init, whose statistics network.frozen_batch_norm would keep, got none")
+    # A resumed run has its weights in its checkpoint.
     if settings.network.init is not None and not checkpoints.has_checkpoint(out):
         loaded = load_init(settings, segmenter)
-        if fabric.is_global_zero:
+        if first:
             tqdm.write(str(loaded), file=sys.stderr)
     run_on_first_rank(fabric, lambda: run_folder.prepare_folder(out, settings, resume=resume))
 
-    data = settings.data
     domains = choose_domains(settings, images.source, images.target, labelled)
     draws = {}
-    if "self-training" in settings.parts and settings.self_training.rare_classes:
+    if "self-training" in settings.parts and plus.rare_classes:
         for domain in ("source", "labelled"):
-            progress = domain if fabric.is_global_zero else None
-            draws[domain] = rare_class_draws(domains[domain], settings, progress=progress)
+            draws[domain] = rare_class_draws(domains[domain], settings, progress=domain if first else None)
     crops = {domain: data.source_crop if domain == "source" else data.size for domain in domains}
+    learners = build_learners(settings, segmenter.to(fabric.device, dtype_of(settings)))
+    starts = [how.start for how in settings.alignments.values()]
+    starts += [plus.start] if learners.teacher is not None else []
     return _Run(
         settings=settings,
         out=out,
         images=images,
         labelled=labelled,
         fabric=fabric,
-        learners=build_learners(settings, segmenter.to(fabric.device, dtype_of(settings))),
+        learners=learners,
         training=TrainingSet(domains, crops, data.augmentation, settings.seed, ignore_index=data.ignore_index),
         per_batch=batch_sizes(own, list(domains)),
         draws=draws,
-        identity=run_folder.run_identity(settings, images),
+        final=learners.teacher.module if learners.teacher is not None and plus.final == "teacher" else segmenter,
+        adaptation_start=min([*(round(start * settings.steps) for start in starts), settings.steps - 1])
+        if starts
+        else 0,
+        first=first,
     )
-
-
-def _load_progress(run: _Run) -> checkpoints.Progress:
-    """Load the last checkpoint, on every rank, and drop what the history has beyond it."""
-    out, fabric = run.out, run.fabric
-    progress = checkpoints.load_checkpoint(out, run.learners.stateful(), run.identity)
-    if fabric.broadcast(progress.step) != progress.step:
-        raise MachineError(
-            f"expected every rank to see the same checkpoints in {out}, got others on rank {fabric.global_rank}"
-        )
-    names = [run.images.target.names[i] for i in run.labelled]
-    run_on_first_rank(fabric, lambda: run_folder.describe_run(out, run.settings, names))
-    run_on_first_rank(fabric, lambda: run_folder.read_history(out, before=progress.step))
-    return progress
 
 
 def _train_steps(run: _Run) -> checkpoints.Progress:
     """Take all steps that are left, or stop after one of them by a signal."""
     settings, out, fabric, learners, first = run.settings, run.out, run.fabric, run.learners, run.first
-    dtype = dtype_of(settings)
+    identity = run_folder.run_identity(settings, run.images)
     bar = tqdm(total=settings.steps, desc=settings.method, unit="step", disable=not first)
     with signals.defer_signals() as pending, bar:
-        progress = _load_progress(run)
+        progress = _resume(run, identity)
         recent = recent_rows(run_folder.read_history(out), settings)
         sampler = semshift.MixedBatchSampler(
             {domain: len(samples) for domain, samples in run.training.domains.items()},
@@ -182,53 +159,59 @@ def _train_steps(run: _Run) -> checkpoints.Progress:
             steps=settings.steps - progress.step,
             weights=run.draws,
         )
-
-        def save(done: int) -> checkpoints.Progress:
-            reached = progress._replace(step=done)
-            if first:
-                checkpoints.save_checkpoint(out, reached, learners.stateful(), run.identity)
-            return reached
-
-        bar.initial = bar.n = progress.step
-        since, done = (progress.step, time.monotonic()), progress.step
+        bar.initial = bar.n = done = progress.step
+        since, stop = (done, time.monotonic()), 0
         loaded = load_batches(run.training, sampler, workers=settings.data.workers, timeout=settings.data.timeout)
         for step, batch in signals.load_until_stopped(loaded, pending):
             if step == run.adaptation_start and first:
                 checkpoints.save_weights(out / checkpoints.BEFORE, {"segmenter": learners.segmenter})
             batch = fabric.to_device(batch)
             for part in batch.values():
-                part["image"] = part["image"].to(dtype)
-            log = step % settings.log_every == 0 or step == settings.steps - 1
+                part["image"] = part["image"].to(dtype_of(settings))
+            done, last = step + 1, step + 1 == settings.steps
+            log = step % settings.log_every == 0 or last
             row = learn(step, batch, learners, settings, fabric, log=log)
-            done = step + 1
             if log and first:
                 now = time.monotonic()
                 seen = (done - since[0]) * fabric.world_size * sum(run.per_batch.values())
                 row |= machine_figures(seen, now - since[1], fabric.device)
                 since = (done, now)
+                run_folder.append_history(out, row)
+                fabric.log_dict({name: value for name, value in row.items() if name != "step"}, step)
                 recent.append(row)
-                _log(run, row)
                 warn(out, recent, settings)
                 bar.set_postfix_str(format_row(row), refresh=False)
             bar.update()
-            last = done == settings.steps
             if settings.validate_every and (done % settings.validate_every == 0 or last):
                 progress = _validate(run, progress, done)
             write, stop = signals.agree_on_signals(pending, fabric.device)
-            if write or last or done % settings.save_every == 0:
-                progress = save(done)
+            progress = progress._replace(step=done)
+            if first and (write or last or done % settings.save_every == 0):
+                checkpoints.save_checkpoint(out, progress, learners.stateful(), identity)
             if stop:
-                raise signals.Stopped(stop, f"{out} has a checkpoint of step {done}, --resume continues from it")
-        if done < settings.steps:
+                break
+        if done < settings.steps and not stop:
+            # The signal has ended the processes that load images before the step was done.
             _, stop = signals.agree_on_signals(pending, fabric.device)
-            save(done)
+            if first:
+                checkpoints.save_checkpoint(out, progress._replace(step=done), learners.stateful(), identity)
+        if stop:
             raise signals.Stopped(stop, f"{out} has a checkpoint of step {done}, --resume continues from it")
     return progress
 
 
-def _log(run: _Run, row: dict[str, float]) -> None:
-    run_folder.append_history(run.out, row)
-    run.fabric.log_dict({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
+def _resume(run: _Run, identity: Mapping[str, Any]) -> checkpoints.Progress:
+    """Load the last checkpoint, on every rank, and drop what the history has beyond it."""
+    out, fabric = run.out, run.fabric
+    progress = checkpoints.load_checkpoint(out, run.learners.stateful(), identity)
+    if fabric.broadcast(progress.step) != progress.step:
+        raise MachineError(
+            f"expected every rank to see the same checkpoints in {out}, got others on rank {fabric.global_rank}"
+        )
+    names = [run.images.target.names[i] for i in run.labelled]
+    run_on_first_rank(fabric, lambda: run_folder.describe_run(out, run.settings, names))
+    run_on_first_rank(fabric, lambda: run_folder.read_history(out, before=progress.step))
+    return progress
 
 
 def _validate(run: _Run, progress: checkpoints.Progress, done: int) -> checkpoints.Progress:
@@ -296,7 +279,6 @@ def _finish(run: _Run, progress: checkpoints.Progress, started: float, save_pred
 
 
 def _report(run: _Run, miou: float) -> None:
-    """Draw the segmenter before adaptation beside the final network."""
     settings, out, final = run.settings, run.out, run.final.eval()
     before = build_segmenter(settings).to(next(final.parameters())).eval()
     try:
