@@ -35,19 +35,12 @@ def feature_figures(
     *,
     ranks: int = 1,
 ) -> dict[str, float]:
-    """Figures of the features of a step; every rank calls it.
-
-    Args:
-        outputs: of the segmenter, by domain, still in the graph.
-        batch: with the labels of the labelled domains.
-        segmentation_loss: of the step.
-        settings: of the run.
-        ranks: number of ranks.
+    """Figures of the labelled images' features in a step, still in the graph; every rank calls it.
 
     Returns:
-        `gradient/segmentation` (and `gradient/auxiliary_segmentation`), the norm of the loss's gradient at the features
-        of all labelled images; `present/DOMAIN`, the share of the classes that a domain's labels show; with two such
-        domains `distance/mean` and `class_distance/CLASS` between their prototypes, of the classes in both.
+        `gradient/segmentation` (and `gradient/auxiliary_segmentation`), the norm of the loss's gradient at the
+        features; `present/DOMAIN`, the share of the classes that a domain's labels show; with two domains
+        `distance/mean` and `class_distance/CLASS` between their prototypes, of the classes in both.
     """
     labelled = [outputs[domain] for domain, part in batch.items() if "label" in part]
     levels = {"segmentation": [output.features for output in labelled]}
@@ -88,12 +81,7 @@ def alignment_figures(
 ) -> dict[str, float]:
     """Figures of an alignment in a step: losses, weight, accuracies, and the weighted gradient at the features.
 
-    Args:
-        name: `global`, `auxiliary` or `semantic`.
-        losses: still in the graph.
-        weight: of the confusion loss at this step.
-        reached: the segmenter's output on the domain that the confusion loss acts on.
-        ranks: number of ranks.
+    `reached` is the segmenter's output on the domain that the confusion loss acts on.
     """
     features = reached.auxiliary if name == "auxiliary" else reached.features
     assert features is not None
@@ -154,14 +142,9 @@ def recent_rows(history: Sequence[Row], settings: Settings) -> deque[Row]:
 
 
 def findings(rows: Sequence[Row], settings: Settings) -> dict[str, str]:
-    """Faults that the last `window` rows of the log show.
+    """Faults that the last `window` rows of the log show: kinds, such as `global certain`, to a sentence.
 
-    Args:
-        rows: of the log, in order; earlier ones do not matter.
-        settings: of the run.
-
-    Returns:
-        Kinds, such as `global certain`, to a sentence that says which setting to change and how.
+    The sentence says which setting to change and how.
     """
     last = window(settings)
     found: dict[str, str] = {}
