@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from examples.scenes import CLASSES, Severity
+from examples.workbench.data.layouts import LayoutName
 from examples.workbench.ranges import BelowOne, ImageExtent, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
 
 Method = Literal["source-only", "labelled-only", "joint", "global", "semantic", "ass", "ass-plus", "oracle"]
-LayoutName = Literal["index", "gta5", "synthia", "cityscapes"]
-Objective = Literal["bce", "least-squares", "hinge", "wasserstein"]
 
 METHODS: dict[str, frozenset[str]] = {
     "source-only": frozenset({"source"}),
@@ -122,9 +121,7 @@ class Data:
         if not 2 <= k <= 255 or len(set(self.classes)) < k:
             raise ValueError(f"expected data.classes to be 2 to 255 different names, got {self.classes}")
         if not k <= self.ignore_index <= 255:
-            raise ValueError(
-                f"expected data.ignore_index between the number of classes, {k}, and 255, got {self.ignore_index}"
-            )
+            raise ValueError(f"expected data.ignore_index in {k} (num_classes) to 255, got {self.ignore_index}")
         for name, members in self.subsets.items():
             if not members or not set(members) <= set(self.classes):
                 raise ValueError(f"expected data.subsets.{name} to list names of data.classes, got {members}")
@@ -233,7 +230,7 @@ class AlignmentSettings:
     weight: NonNegative = 0.03
     start: Share = 0.2
     ramp: Share = 0.2
-    objective: Objective = "bce"
+    objective: Literal["bce", "least-squares", "hinge", "wasserstein"] = "bce"
     learning_rate: Positive = 5e-4
     power: NonNegative = 0.0
     every: PositiveInt = 1
@@ -266,8 +263,7 @@ class SemanticSettings(AlignmentSettings):
 
     Args:
         hidden_channels: widths of the discriminator's hidden layers.
-        conditioning: how the discriminator knows the class; class-and-domain has a cross-entropy of its own and
-            supports the objective `bce` only.
+        conditioning: how the discriminator knows the class; class-and-domain supports the objective `bce` only.
         per_image: one prototype for each image and class, as in the paper; else for each batch and class.
         resample: how labels meet the feature grid.
     """
