@@ -1,1 +1,1 @@
-"""Images of a run: folders and scenes, augmentation, batches of several domains, and a check of all files."""
+"""Images of a run: folders and scenes, augmentation, batches of several domains, and a check of the files."""

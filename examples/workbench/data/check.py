@@ -1,20 +1,22 @@
-"""A look at a run's images before it: counts, sizes, ids, class frequencies, files that do not read."""
+"""Check of a run's images before the run: counts, sizes, class frequencies, unreadable files."""
 
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
 from examples.scenes import Sample
 from examples.workbench.data.folders import FolderPair
-from examples.workbench.data.images import Images, open_images
+from examples.workbench.data.images import open_images
 from examples.workbench.data.samples import Samples
 from examples.workbench.errors import InputError
 from examples.workbench.settings import Settings
@@ -25,138 +27,127 @@ T = TypeVar("T")
 
 
 class DataReport(NamedTuple):
-    """What was found."""
+    """Report of a check of a run's images."""
 
     text: str
     """Counts, sizes and class frequencies."""
     notes: list[str]
-    """One line for each thing that is odd and may be as it should."""
+    """One line for each oddity that may be intended."""
     problems: list[str]
-    """One line for each file that could not be used."""
+    """One line for each unusable file."""
+
+
+@dataclass
+class _Findings:
+    whole: int = 0
+    read: int = 0
+    scaled: int = 0
+    sizes: Counter[str] = field(default_factory=Counter)
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
+    """Number of pixels of each id."""
+    problems: list[str] = field(default_factory=list)
 
 
 def check_data(settings: Settings, data_root: Path | None, *, seconds: float = 36.0) -> DataReport:
-    """List all images of a run, look at as many files' ends and read as many images as time allows, the same each time.
-
-    Args:
-        settings: of the run.
-        data_root: where the settings' folders lie.
-        seconds: to spend on files, shared by the splits; to list them comes on top.
+    """Check as many images of a run as `seconds` allow, in an order that is always the same; listing them takes more.
 
     Raises:
-        InputError: a folder is not as described.
+        InputError: a folder is unfit.
     """
-    images = open_images(settings, data_root)
+    images, data = open_images(settings, data_root), settings.data
+    # The published splits use one set for both.
+    one_set = data.test is not None and data.test == data.validation
+    splits = {split: of for split, of in images._asdict().items() if split != "test" or not one_set}
     lines, notes, problems, shares = [], [], [], {}
-    # The published splits have one set for both.
-    same = settings.data.test is not None and settings.data.test == settings.data.validation
-    splits = [name for name in Images._fields if not (same and name == "test")]
-    for name in splits:
-        samples: Samples = getattr(images, name)
-        found = _look(samples, name, settings, seconds / len(splits))
-        problems += found.problems
-        known = samples.layout.counts if isinstance(samples, FolderPair) else frozenset()
-        distributed = f" (as distributed: {' or '.join(map(str, sorted(known)))})" if known else ""
-        if known and len(samples) not in known:
-            notes.append(f"{name} has {len(samples)} images, not as distributed: is the copy complete?")
-        ends = f", {found.ends} with whole ends" if isinstance(samples, FolderPair) else ""
-        sizes = ", ".join(f"{width} x {height} ({n})" for (width, height), n in found.sizes.most_common(5))
+    for split, samples in splits.items():
+        found = _inspect(samples, split, seconds / len(splits))
+        published, whole = "", ""
+        if isinstance(samples, FolderPair):
+            whole = f", {found.whole} with whole ends"
+            if counts := samples.layout.counts:
+                published = f" (as distributed: {' or '.join(map(str, sorted(counts)))})"
+                if len(samples) not in counts:
+                    notes.append(f"{split} has {len(samples)} images, not as distributed: is the copy complete?")
+        sizes = ", ".join(f"{size} ({count})" for size, count in found.sizes.most_common(5)) or "none"
         more = f" and {len(found.sizes) - 5} more" if len(found.sizes) > 5 else ""
         lines += [
-            f"{name}: {len(samples)} images{distributed}{ends}, {found.read} of them read",
-            f"  sizes: {sizes or 'none'}{more}; labels of another size, to be scaled: {found.scaled}",
+            f"{split}: {len(samples)} images{published}{whole}, {found.read} of them read",
+            f"  sizes: {sizes}{more}; labels of another size, to be scaled: {found.scaled}",
         ]
-        shares[name] = found.pixels / max(1, found.pixels.sum())
-        absent = [label for label, pixels in zip(settings.data.classes, found.pixels) if not pixels]
+        problems += found.problems
+        pixels = found.pixels[[*range(len(data.classes)), data.ignore_index]]
+        shares[split] = 100 * pixels / max(1, pixels.sum())
+        absent = [name for name, count in zip(data.classes, pixels) if not count]
         if found.read and absent:
-            notes.append(f"{name} has no pixel of {', '.join(absent)} in the {found.read} images that were read")
-    if same:
+            notes.append(f"{split} has no pixel of {', '.join(absent)} in the {found.read} images that were read")
+    if one_set:
         lines.append("test: the validation images")
-    classes = [*settings.data.classes, "without a class"]
-    width = max(map(len, classes))
-    lines += ["share of the pixels, in percent", " ".join([" " * width, *(f"{name:>10}" for name in shares)])]
-    for k, name in enumerate(classes):
-        lines.append(" ".join([f"{name:<{width}}", *(f"{100 * of[k]:10.3f}" for of in shares.values())]))
+    table = pd.DataFrame(shares, index=[*data.classes, "without a class"])
+    lines += ["share of the pixels, in percent", table.to_string(float_format="{:.3f}".format)]
     return DataReport("\n".join(lines), notes, problems)
 
 
-class _Found(NamedTuple):
-    ends: int
-    read: int
-    scaled: int
-    sizes: Counter[tuple[int, int]]
-    pixels: np.ndarray
-    problems: list[str]
-
-
-def _look(samples: Samples, name: str, settings: Settings, seconds: float) -> _Found:
-    k = len(settings.data.classes)
-    sizes: Counter[tuple[int, int]] = Counter()
-    pixels, problems, read, scaled, ends = np.zeros(k + 1, np.int64), [], 0, 0, 0
+def _inspect(samples: Samples, split: str, seconds: float) -> _Findings:
+    """Check the ends of files for a third of the time, then read images whole."""
+    found, truncated = _Findings(), set()
     order = np.random.RandomState(0).permutation(len(samples)).tolist()
     now = time.monotonic()
+    if isinstance(samples, FolderPair):
+        ends = _map_until(now + seconds / 3, lambda i: _check_ends(samples.files[i]), order, f"ends of {split}", 256)
+        for index, problems in ends:
+            found.problems += problems
+            found.whole += not problems
+            if problems:
+                truncated.add(index)
 
-    def both_ends(index: int) -> list[str]:
-        return [problem for file in files[index] if (problem := _cut_short(file)) is not None]
-
-    def one(index: int) -> tuple[Sample, bool] | str:
+    def read(index: int) -> Sample | InputError:
         try:
-            sample = samples[index]
+            return samples[index]
         except InputError as error:
-            return str(error)
-        other = False
+            return error
+
+    order = [index for index in order if index not in truncated]
+    for index, sample in _map_until(now + seconds, read, order, f"check {split}", 2 * (os.cpu_count() or 1)):
+        if isinstance(sample, InputError):
+            found.problems.append(str(sample))
+            continue
+        height, width = sample.label.shape
         if isinstance(samples, FolderPair):
             with Image.open(samples.files[index][1]) as label:
-                other = label.size != sample.label.shape[::-1]
-        return sample, other
-
-    cut = set()
-    files = samples.files if isinstance(samples, FolderPair) else []
-    for index, found in _in_time(both_ends, order if files else [], now + seconds / 3, f"ends of {name}", at_once=256):
-        problems += found
-        ends += not found
-        if found:
-            cut.add(index)
-    whole = [index for index in order if index not in cut]
-    for _, result in _in_time(one, whole, now + seconds, f"check {name}", at_once=2 * (os.cpu_count() or 1)):
-        if isinstance(result, str):
-            problems.append(result)
-            continue
-        sample, other = result
-        height, width = sample.image.shape[:2]
-        read, scaled = read + 1, scaled + other
-        sizes[width, height] += 1
-        counts = np.bincount(sample.label.ravel(), minlength=256)
-        pixels[:k] += counts[:k]
-        pixels[k] += counts[settings.data.ignore_index]
-    return _Found(ends, read, scaled, sizes, pixels, problems)
+                found.scaled += label.size != (width, height)
+        found.read += 1
+        found.sizes[f"{width} x {height}"] += 1
+        found.pixels += np.bincount(sample.label.ravel(), minlength=256)
+    return found
 
 
-def _in_time(
-    look: Callable[[int], T], order: Sequence[int], deadline: float, title: str, *, at_once: int
+def _map_until(
+    deadline: float, function: Callable[[int], T], order: Sequence[int], title: str, at_once: int
 ) -> Iterator[tuple[int, T]]:
-    """Indices and what was found there; some in any case, however slow the disk."""
+    """Yield indices and results until the deadline; the first batch in any case, however slow the disk."""
     with ThreadPoolExecutor() as pool, tqdm(total=len(order), desc=title, leave=False) as bar:
         for first in range(0, len(order), at_once):
             if first and time.monotonic() > deadline:
                 return
-            some = order[first : first + at_once]
-            for index, result in zip(some, pool.map(look, some)):
+            batch = order[first : first + at_once]
+            for index, result in zip(batch, pool.map(function, batch)):
                 bar.update()
                 yield index, result
 
 
-def _cut_short(file: Path) -> str | None:
-    """What is wrong with a file that does not end as its kind does: a copy that stopped halfway."""
-    try:
-        with file.open("rb") as opened:
-            size = opened.seek(0, os.SEEK_END)
-            opened.seek(max(0, size - 12))
-            end = opened.read()
-    except OSError as error:
-        return f"expected {file} to be a file that can be read, got: {error.strerror}"
-    if size == 0:
-        return f"expected {file} to be a whole image, got an empty file"
-    if file.suffix.lower() == ".png" and b"IEND" not in end:
-        return f"expected {file} to be a whole image, got {size} bytes without the end of a PNG"
-    return None
+def _check_ends(files: Sequence[Path]) -> list[str]:
+    """What is wrong with files that do not end as their kind does, such as truncated copies."""
+    problems = []
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                size = opened.seek(0, os.SEEK_END)
+                opened.seek(max(0, size - 12))
+                truncated = file.suffix.lower() == ".png" and b"IEND" not in opened.read()
+        except OSError as error:
+            problems.append(f"expected {file} to be a readable file, got: {error.strerror}")
+        else:
+            if size == 0 or truncated:
+                got = f"{size} bytes without the end of a PNG" if size else "an empty file"
+                problems.append(f"expected {file} to be a whole image, got {got}")
+    return problems

@@ -1,7 +1,8 @@
-"""The images of a run, by what they are for."""
+"""The images of a run, by split."""
 
+import functools
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from examples.scenes import CLASSES, Scenes
 from examples.workbench.data.folders import FolderPair
@@ -13,7 +14,7 @@ __all__ = ["Images", "open_images"]
 
 
 class Images(NamedTuple):
-    """Every image of a run, by what it is for."""
+    """The images of a run, by split."""
 
     source: Samples
     target: Samples
@@ -22,45 +23,31 @@ class Images(NamedTuple):
 
 
 def open_images(settings: Settings, data_root: Path | None) -> Images:
-    """List the images of a run; pixels are read when they are asked for.
+    """List the images of a run, those of the settings' folders or the built-in scenes; each is loaded when indexed.
 
     Raises:
-        InputError: a folder is not as described, or the settings describe neither folders nor scenes.
+        InputError: a folder is missing or unfit, or the classes or `labelled` do not fit the images.
     """
-    data = settings.data
-    folders = {name: getattr(data, name) for name in Images._fields}
-    given = [name for name, folder in folders.items() if folder is not None]
-    if not given:
+    data, scenes = settings.data, settings.data.scenes
+    folders = [getattr(data, split) for split in Images._fields]
+    if not any(folders):
         if data.classes != list(CLASSES):
             raise InputError(f"expected data.classes {list(CLASSES)} for the built-in scenes, got {data.classes}")
-        scenes = data.scenes
-
-        def draw(domain: Literal["source", "target"], split: Literal["train", "val", "test"], count: int) -> Scenes:
-            return Scenes(domain, split, count, seed=settings.seed, size=data.size, severity=scenes.severity)
-
-        try:
-            images = Images(
-                draw("source", "train", scenes.source),
-                draw("target", "train", scenes.target),
-                draw("target", "val", scenes.validation),
-                draw("target", "test", scenes.test),
-            )
-        except ValueError as error:
-            raise InputError(str(error)) from error
-    else:
-        missing = [name for name in Images._fields if name not in given]
-        if missing:
-            raise InputError(
-                f"expected a folder for each of data.{', data.'.join(Images._fields)}, got none for {missing[0]}"
-            )
-        if data_root is None:
-            raise InputError("expected --data-root, below which the settings' folders lie, got none")
+        draw = functools.partial(Scenes, seed=settings.seed, size=data.size, severity=scenes.severity)
         images = Images(
-            *(
-                FolderPair(data_root, folder, classes=data.classes, ignore_index=data.ignore_index)
-                for folder in folders.values()
-            )
+            draw("source", "train", scenes.source),
+            draw("target", "train", scenes.target),
+            draw("target", "val", scenes.validation),
+            draw("target", "test", scenes.test),
         )
+    elif None in folders:
+        missing = Images._fields[folders.index(None)]
+        raise InputError(f"expected a folder for each of data.{', data.'.join(Images._fields)}, got none for {missing}")
+    elif data_root is None:
+        raise InputError("expected --data-root, the folder that holds the settings' folders, got none")
+    else:
+        open_folder = functools.partial(FolderPair, classes=data.classes, ignore_index=data.ignore_index)
+        images = Images(*(open_folder(data_root, folder) for folder in folders))
     if settings.labelled > len(images.target):
         raise InputError(
             f"expected labelled to be at most the {len(images.target)} target training images, got {settings.labelled}"

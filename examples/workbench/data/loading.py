@@ -1,8 +1,9 @@
-"""Batches drawn from several domains."""
+"""Batches of training images of several domains."""
 
 import functools
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -20,118 +21,93 @@ from examples.workbench.settings import Augmentation
 __all__ = ["TrainingSet", "load_batches"]
 
 
+@dataclass(frozen=True, eq=False)
 class TrainingSet(Dataset[dict[str, Tensor]]):
-    """The concatenation of several domains, augmented by (seed, step, place in the batch of all ranks) alone.
+    """The images of several domains in a row, augmented.
+
+    The augmentation is a function of the seed, the step, and the image's place in the batch of all ranks.
 
     Args:
-        domains: a domain's name to its images, in the sampler's order.
-        sizes: a domain's name to the height and width of its crops.
-        augmentation: what is done to them.
+        domains: images by domain, in the sampler's order; those of `unlabelled` lose their labels.
+        sizes: height and width of the crops, by domain.
+        augmentation: its settings.
         seed: of the augmentation.
         ignore_index: label where a crop leaves the image.
-        unlabelled: names of domains whose labels are withheld.
     """
 
-    def __init__(
-        self,
-        domains: Mapping[str, Samples],
-        sizes: Mapping[str, tuple[int, int]],
-        augmentation: Augmentation,
-        seed: int,
-        *,
-        ignore_index: int = 255,
-        unlabelled: frozenset[str] = frozenset({"unlabelled"}),
-    ) -> None:
-        self.domains = dict(domains)
-        self.sizes = dict(sizes)
-        self.augmentation = augmentation
-        self.seed = seed
-        self.ignore_index = ignore_index
-        self.unlabelled = unlabelled
+    domains: Mapping[str, Samples]
+    sizes: Mapping[str, tuple[int, int]]
+    augmentation: Augmentation
+    seed: int
+    ignore_index: int = 255
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Tensor]:
-        """The image at an index of the concatenation, as it looks at a place of a step's batch of all ranks.
+        """The `image` at (step, place, index) and its `label`; an unlabelled one has a mask `inside` instead.
 
-        With its `label`; an unlabelled one with where the crop is `inside` of it.
+        `inside` is true where the crop lies in the image.
         """
         step, place, index = key
-        name, inside = self._find(index)
-        samples = self.domains[name]
+        domain, index = self._find(index)
+        sample = self.domains[domain][index]
+        if domain == "unlabelled":
+            # No label goes further; zeros tell the image from the ignored margin around it.
+            sample = sample._replace(label=np.zeros_like(sample.label))
         rng = np.random.default_rng((self.seed, step, place))
-        sample = samples[inside]
-        if name in self.unlabelled:
-            # Nothing of the labels goes further; what is left tells the image from the margin around it.
-            sample = sample._replace(label=np.zeros(sample.image.shape[:2], np.uint8))
-        sample = augment(sample, self.sizes[name], rng, self.augmentation, ignore_index=self.ignore_index)
+        sample = augment(sample, self.sizes[domain], rng, self.augmentation, ignore_index=self.ignore_index)
         label = torch.from_numpy(sample.label)
-        image = {"image": image_tensor(sample.image)}
-        return image | ({"inside": label == 0} if name in self.unlabelled else {"label": label.long()})
+        more = {"inside": label == 0} if domain == "unlabelled" else {"label": label.long()}
+        return {"image": image_tensor(sample.image), **more}
 
     def _find(self, index: int) -> tuple[str, int]:
-        inside = index
-        for name, samples in self.domains.items():
-            if 0 <= inside < len(samples):
-                return name, inside
-            inside -= len(samples)
-        raise IndexError(f"expected an index below {index - inside}, the images of all domains, got {index}")
+        for domain, samples in self.domains.items():
+            if index < len(samples):
+                return domain, index
+            index -= len(samples)
+        raise IndexError(index)
 
 
 def load_batches(
     training: TrainingSet, sampler: semshift.MixedBatchSampler, *, workers: int = 0, timeout: int = 0
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
-    """Steps and their batches, a domain's name to its images and labels; the same for any number of workers.
-
-    Where workers give no batch for `timeout` seconds, or one of them dies, PyTorch raises a RuntimeError; 0 waits.
+    """Yield each step with its batch by domain; the batches are the same for any number of workers.
 
     Raises:
-        ValueError: the sampler is over other domains, or other numbers of images, than the training set.
         InputError: a file is damaged.
+        RuntimeError: a worker died or gave no batch for `timeout` seconds; 0 waits for ever.
     """
-    lengths = [(name, len(samples)) for name, samples in training.domains.items()]
-    if list(sampler.sizes.items()) != lengths:
-        raise ValueError(f"expected a sampler over {dict(lengths)} in order, got one over {sampler.sizes}")
-    keys = _Keys(sampler)
-    collate = functools.partial(semshift.collate_by_domain, per_batch=sampler.per_batch)
+    assert list(sampler.sizes.items()) == [(domain, len(samples)) for domain, samples in training.domains.items()]
     loader: DataLoader[Any] = DataLoader(
         training,
-        batch_sampler=keys,
-        collate_fn=collate,
+        batch_sampler=_keys(sampler),
+        collate_fn=functools.partial(semshift.collate_by_domain, per_batch=sampler.per_batch),
         num_workers=workers,
         timeout=timeout if workers else 0,
-        worker_init_fn=_say_nothing_of_the_end,
+        worker_init_fn=_silence_closed_connections,
     )
     try:
         yield from enumerate(loader, start=sampler.first_step)
     except InputError as error:
-        # A worker process sends its whole traceback as the message; what the user needs is the last line of it.
+        # A worker process sends its whole traceback as the message; its last line is for the user.
         raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from None
 
 
-def _say_nothing_of_the_end(worker: int) -> None:
-    """Where the run ends while it takes an image from a worker, a thread of that worker would print a traceback."""
+def _keys(sampler: semshift.MixedBatchSampler) -> Iterator[list[tuple[int, int, int]]]:
+    """(step, place, index) of each image of each batch; places count over all ranks, so that two equal one."""
+    places: list[int] = []
+    first = 0
+    for count in sampler.per_batch.values():
+        places += range(first + sampler.rank * count, first + (sampler.rank + 1) * count)
+        first += sampler.world_size * count
+    for step, indices in enumerate(sampler, start=sampler.first_step):
+        yield [(step, place, index) for place, index in zip(places, indices)]
+
+
+def _silence_closed_connections(worker: int) -> None:
+    """Print no traceback in a worker whose run ends while it sends an image."""
 
     def hook(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
         if not issubclass(kind, ConnectionError | EOFError):
             sys.__excepthook__(kind, error, where)
 
+    # The thread of multiprocessing that shares tensors reports its errors by this hook.
     sys.excepthook = hook
-
-
-class _Keys:
-    """Indices with the step, and their place among the draws of all ranks: two ranks do what one would."""
-
-    def __init__(self, sampler: semshift.MixedBatchSampler) -> None:
-        self.sampler = sampler
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        rank, world_size = self.sampler.rank, self.sampler.world_size
-        places: list[int] = []
-        before = 0
-        for images in self.sampler.per_batch.values():
-            places += range(before + rank * images, before + (rank + 1) * images)
-            before += world_size * images
-        for step, indices in enumerate(self.sampler, start=self.sampler.first_step):
-            yield [(step, place, index) for place, index in zip(places, indices)]
-
-    def __len__(self) -> int:
-        return len(self.sampler)

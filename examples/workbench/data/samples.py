@@ -7,13 +7,12 @@ from typing import Protocol
 import numpy as np
 
 from examples.scenes import Sample
-from examples.workbench.errors import InputError
 
 __all__ = ["Samples", "Subset", "labelled_subset"]
 
 
 class Samples(Protocol):
-    """Images that are made when asked for; their names are known before."""
+    """A set of images that are loaded when indexed; their names are known before."""
 
     @property
     def names(self) -> Sequence[str]: ...
@@ -25,7 +24,7 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Subset:
-    """Subset of a set of images."""
+    """A subset of a set of images."""
 
     samples: Samples
     indices: Sequence[int]
@@ -42,12 +41,6 @@ class Subset:
 
 
 def labelled_subset(total: int, labelled: int) -> list[int]:
-    """The target images that keep their labels: nested for growing `labelled`, the same in every run.
-
-    Raises:
-        InputError: `labelled` is not in 1 to `total`.
-    """
-    if not 1 <= labelled <= total:
-        raise InputError(f"expected labelled in 1 to the {total} target training images, got {labelled}")
+    """Indices of the target images that keep their labels: nested for growing `labelled`, the same in every run."""
     order: list[int] = np.random.RandomState(0).permutation(total)[:labelled].tolist()
     return order
