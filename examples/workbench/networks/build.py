@@ -1,4 +1,4 @@
-"""The segmenter of a run, from its settings."""
+"""The segmenter of a run, built from its settings."""
 
 from pathlib import Path
 
@@ -14,15 +14,12 @@ __all__ = ["build_segmenter", "dtype_of", "load_init"]
 
 
 def dtype_of(settings: Settings) -> torch.dtype:
-    """Of weights and images; autocast has its own."""
+    """The dtype of weights and images; autocast has its own."""
     return torch.float64 if settings.precision == "64-true" else torch.float32
 
 
 def build_segmenter(settings: Settings) -> Segmenter:
-    """The segmenter with its first weights, which depend on the seed alone: every method starts from the same.
-
-    Those of `network.init` are not among them: `load_init` loads them over these, once.
-    """
+    """The segmenter with random weights, which depend on the seed alone; `load_init` loads those of `network.init`."""
     torch.manual_seed(settings.seed)
     network, classes = settings.network, len(settings.data.classes)
     if network.name == "small":
@@ -41,13 +38,14 @@ def build_segmenter(settings: Settings) -> Segmenter:
 
 
 def load_init(settings: Settings, segmenter: Segmenter) -> Pretrained | None:
-    """Load `network.init` into the segmenter; None where there is none.
+    """Load `network.init` into the segmenter; None where the settings name no weights.
 
     Raises:
-        InputError: it is not fit for the network.
+        InputError: the weights do not fit the network.
     """
     network = settings.network
-    if network.init is None or isinstance(segmenter, SmallSegmenter):
-        return None
-    load = load_segformer if isinstance(segmenter, SegFormer) else load_pretrained
-    return load(segmenter, Path(network.init), classifier=network.init_classifier)  # type: ignore[arg-type]
+    if network.init is not None and isinstance(segmenter, SegFormer):
+        return load_segformer(segmenter, Path(network.init), classifier=network.init_classifier)
+    if network.init is not None and isinstance(segmenter, DeepLabV2):
+        return load_pretrained(segmenter, Path(network.init), classifier=network.init_classifier)
+    return None

@@ -1,4 +1,4 @@
-"""SegFormer (Xie et al. 2021, arXiv 2105.15203) from Hugging Face Transformers, never from the network."""
+"""SegFormer (Xie et al. 2021, arXiv 2105.15203) from Hugging Face Transformers; nothing is downloaded."""
 
 import logging
 from pathlib import Path
@@ -8,27 +8,25 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from examples.workbench.errors import InputError
-from examples.workbench.networks.deeplab import preprocessing
-from examples.workbench.networks.segmentation import Pretrained, Segmentation, Segmenter
+from examples.workbench.networks.segmentation import Pretrained, Segmentation, Segmenter, imagenet_normalisation
 
 if TYPE_CHECKING:
     from transformers import SegformerConfig
 
 __all__ = ["SegFormer", "load_segformer"]
 
+_OWN_NAMES = {"segformer.": "encoder.", "decode_head.classifier.": "classifier.", "decode_head.": "decoder."}
+"""Beginnings of names in Transformers to those of `SegFormer`; the first that fits counts."""
+
 
 class SegFormer(Segmenter):
     """A hierarchical transformer at strides 4 to 32 under a decoder at stride 4.
 
-    Takes the trainer's images, `(rgb / 255 - 0.5) / 0.25`, and normalises them by ImageNet's mean and deviation, as
-    the published weights want them.
-
     Args:
-        num_classes: K, at least 2.
-        config: a `config.json` of Transformers, or a folder that holds one; None for its defaults, which are the
-            smallest of the paper, B0.
-        feature_layer: which features are returned for pooling: `"encoder"` is the last stage (stride 32),
-            `"decoder"` the layer under the classifier (stride 4).
+        num_classes: K.
+        config: a `config.json` of Transformers, or the folder that holds it; by default the paper's smallest, B0.
+        feature_layer: `"encoder"` returns the features of the last stage (stride 32), `"decoder"` those of the layer
+            under the classifier (stride 4).
 
     Raises:
         InputError: Transformers is not installed, or there is no such configuration.
@@ -48,69 +46,59 @@ class SegFormer(Segmenter):
         network = _transformers().SegformerForSemanticSegmentation(_config(config, num_classes))
         encoder, decoder = network.config.hidden_sizes[-1], network.config.decoder_hidden_size
         self.feature_layer = feature_layer
-        self.feature_channels: int = encoder if feature_layer == "encoder" else decoder
+        self.feature_channels = encoder if feature_layer == "encoder" else decoder
         self.encoder: nn.Module = network.segformer
         self.decoder: nn.Module = network.decode_head
         self.classifier: nn.Module = network.decode_head.classifier
         network.decode_head.classifier = nn.Identity()
-        gain, offset = preprocessing("torchvision")
+        gain, offset = imagenet_normalisation()
         self.register_buffer("gain", gain, persistent=False)
         self.register_buffer("offset", offset, persistent=False)
 
     def forward(self, images: Tensor) -> Segmentation:
-        """Segment images `[B, 3, H, W]`: features and logits `[B, K, H/4, W/4]`."""
+        """Segment images `[B, 3, H, W]`: logits `[B, K, H/4, W/4]`."""
         stages = self.encoder(images * self.gain + self.offset, output_hidden_states=True).hidden_states
         decoded = self.decoder(stages)
         features = stages[-1] if self.feature_layer == "encoder" else decoded
         return Segmentation(features, self.classifier(decoded))
 
-    def classifier_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the last layer."""
-        return list(self.classifier.parameters())
-
 
 def load_segformer(model: SegFormer, folder: Path, *, classifier: bool = True) -> Pretrained:
     """Load a folder that `save_pretrained` wrote, of a SegFormer with or without a decoder.
 
-    All or nothing: a folder that is refused leaves the model as it was. No code in it is run.
-
-    Args:
-        model: of the folder's configuration.
-        folder: with `config.json` and `model.safetensors`, or `pytorch_model.bin`.
-        classifier: load the last layer too where it has the model's classes; else it is left over.
+    A refused folder leaves the model unchanged, and no code in a folder is run. The last layer stays as it is with
+    `classifier` false, or where the folder's has other classes.
 
     Raises:
-        InputError: there is nothing to load, or a weight of the encoder is missing or of another shape.
+        InputError: the folder cannot be loaded, lacks a weight of the encoder, or is of another configuration.
     """
     if not folder.is_dir():
         raise InputError(f"expected network.init to be a folder of weights, got no folder {folder}")
+    own = model.state_dict()
     transformers = _transformers()
-    classes = sum(p.shape[0] for name, p in model.classifier.named_parameters() if name == "bias")
-    quiet = logging.getLogger("transformers").level
+    level = logging.getLogger("transformers").level
     transformers.logging.set_verbosity_error()
     try:
         network, info = transformers.SegformerForSemanticSegmentation.from_pretrained(
             folder,
-            config=_config(folder, classes),
+            config=_config(folder, len(own["classifier.bias"])),
             ignore_mismatched_sizes=True,
             local_files_only=True,
             output_loading_info=True,
         )
-    except Exception as error:  # of many types, for a damaged file and for one that is not there
+    except Exception as error:  # of many types, for damaged and for missing files
         raise InputError(f"expected {folder} to hold a SegFormer's weights: {error}") from error
     finally:
-        logging.getLogger("transformers").setLevel(quiet)
-    unfit = {str(name) for name, *_ in info["mismatched_keys"]} | {str(name) for name in info["missing_keys"]}
+        logging.getLogger("transformers").setLevel(level)
+    unfit = {str(name) for name, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
     encoder = sorted(name for name in unfit if name.startswith("segformer."))
     if encoder:
         raise InputError(f"expected {folder} to hold all of the encoder as configured, got no fit {encoder[0]}")
-    names = {"segformer.": "encoder.", "decode_head.classifier.": "classifier.", "decode_head.": "decoder."}
     weights = {
-        _renamed(name, names): tensor
+        _own_name(name): tensor
         for name, tensor in network.state_dict().items()
         if name not in unfit and (classifier or not name.startswith("decode_head.classifier."))
     }
-    own = model.state_dict()
     other = [name for name, tensor in weights.items() if name not in own or own[name].shape != tensor.shape]
     if other:
         raise InputError(f"expected {folder} to be of the network's configuration, got another {other[0]}")
@@ -119,25 +107,24 @@ def load_segformer(model: SegFormer, folder: Path, *, classifier: bool = True) -
     return Pretrained(str(folder), "segformer", "", tuple(weights), missing, tuple(sorted(info["unexpected_keys"])))
 
 
-def _renamed(name: str, names: dict[str, str]) -> str:
-    old = next(old for old in names if name.startswith(old))
-    return names[old] + name[len(old) :]
+def _own_name(name: str) -> str:
+    theirs = next(theirs for theirs in _OWN_NAMES if name.startswith(theirs))
+    return _OWN_NAMES[theirs] + name.removeprefix(theirs)
 
 
 def _config(path: Path | None, num_classes: int) -> "SegformerConfig":
     config_class = _transformers().SegformerConfig
-    default: SegformerConfig = config_class(num_labels=num_classes)
-    if path is None:
-        return default
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"expected network.config or network.init to hold a config.json, got no file {file}")
-    try:
-        config: SegformerConfig = config_class.from_json_file(str(file))
-    except Exception as error:
-        raise InputError(f"expected {file} to be a configuration of Transformers: {error}") from error
-    if config.model_type != "segformer":
-        raise InputError(f"expected {file} to configure a segformer, got a {config.model_type}")
+    config: SegformerConfig = config_class()
+    if path is not None:
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise InputError(f"expected network.config or network.init to hold a config.json, got no file {file}")
+        try:
+            config = config_class.from_json_file(str(file))
+        except Exception as error:
+            raise InputError(f"expected {file} to be a configuration of Transformers: {error}") from error
+        if config.model_type != "segformer":
+            raise InputError(f"expected {file} to configure a segformer, got a {config.model_type}")
     config.num_labels = num_classes
     return config
 

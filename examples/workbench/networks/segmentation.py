@@ -1,70 +1,74 @@
-"""What every segmenter returns, and what became of a file of weights."""
+"""What the segmenters share: base class, output, and the report of loading trained weights."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Pretrained", "Segmentation", "Segmenter", "upsample"]
-
-_COUNTER = ".num_batches_tracked"
+__all__ = ["Pretrained", "Segmentation", "Segmenter", "imagenet_normalisation", "upsample"]
 
 
 class Segmentation(NamedTuple):
-    """What a segmenter returns: the features that pooling reads, and the class logits."""
+    """Output of a segmenter."""
 
     features: Tensor
     """`[B, C, h, w]`, the layer whose class prototypes are aligned."""
     logits: Tensor
-    """`[B, K, h', w']`, to be up-sampled to the labels' size by the caller."""
+    """`[B, K, h', w']`, not yet upsampled to the labels' size."""
     auxiliary: Tensor | None = None
-    """Logits of a second classifier on an earlier layer, where there is one."""
+    """Logits of the second classifier, on an earlier layer."""
+
+
+class Segmenter(nn.Module):
+    """Base class of segmenters: images `[B, 3, H, W]`, `(rgb / 255 - 0.5) / 0.25`, to a `Segmentation`."""
+
+    feature_channels: int
+    """C of the features."""
+
+    def classifier_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the last layer, which may learn faster than those of a trained backbone."""
+        return list(self.get_submodule("classifier").parameters())
 
 
 class Pretrained(NamedTuple):
-    """What became of a file of weights; every key is that of the model."""
+    """Report of loading trained weights, by the model's keys."""
 
     file: str
-    origin: str
-    """What the weights were taken for; it cannot be seen in them."""
+    origin: Literal["torchvision", "caffe", "segformer"]
+    """The assumed origin; the weights do not show it."""
     prefix: str
-    """What all the file's keys began with, and was taken off."""
+    """Prefix of all the file's keys, which was removed."""
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
-    """In the model and not loaded: these are as they were before."""
+    """In the model and not loaded; these are unchanged."""
     left_over: tuple[str, ...]
     """In the file and not used."""
 
     def __str__(self) -> str:
-        """A line about what was loaded and how it is used, then the keys that are missing and left over."""
-        how = {"torchvision": "RGB, stride in the 3x3", "caffe": "BGR, stride in the 1x1", "segformer": "RGB"}[
-            self.origin
-        ]
+        how = {"torchvision": "RGB, stride in the 3x3", "caffe": "BGR, stride in the 1x1", "segformer": "RGB"}
         prefix = f", without the prefix {self.prefix}" if self.prefix else ""
-        first = f"{self.file}: {len(self.loaded)} tensors loaded as {self.origin} weights ({how}){prefix}"
-        return "\n".join([first, f"missing: {_listed(self.missing)}", f"left over: {_listed(self.left_over)}"])
+        return (
+            f"{self.file}: {len(self.loaded)} tensors loaded as {self.origin} weights ({how[self.origin]}){prefix}\n"
+            f"missing: {_listed(self.missing)}\nleft over: {_listed(self.left_over)}"
+        )
 
 
 def _listed(names: Sequence[str]) -> str:
-    weights = [name for name in names if not name.endswith(_COUNTER)]
-    counters = [f"{len(names) - len(weights)} x {_COUNTER[1:]}"] if len(weights) < len(names) else []
+    """The names; counters of batch norm, which change nothing, as their number."""
+    weights = [name for name in names if not name.endswith("num_batches_tracked")]
+    counters = [f"{len(names) - len(weights)} x num_batches_tracked"] if len(weights) < len(names) else []
     return ", ".join(weights + counters) or "nothing"
-
-
-class Segmenter(nn.Module):
-    """Base of the segmenters: `forward` maps images `[B, 3, H, W]` to a `Segmentation`."""
-
-    feature_channels: int
-    """Channels of the features."""
-
-    def classifier_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the last layer."""
-        raise NotImplementedError
 
 
 def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Logits `[B, K, *size]`, at least float32."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.interpolate(wide, size=list(size), mode="bilinear", align_corners=False)
+
+
+def imagenet_normalisation() -> tuple[Tensor, Tensor]:
+    """Gain and offset `[3, 1, 1]` that turn a segmenter's input into images with ImageNet's mean and deviation."""
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (0.25 / deviation)[:, None, None], ((0.5 - mean) / deviation)[:, None, None]

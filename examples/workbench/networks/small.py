@@ -14,27 +14,20 @@ __all__ = ["SmallSegmenter"]
 class SmallSegmenter(Segmenter):
     """Four encoder stages to stride 8, a decoder with skips to stride 2, group norm throughout.
 
-    Group norm, because the three domains of a step go through the network one after another: batch norm would
-    normalise each by its own statistics and hide part of the shift that the discriminators are to see.
+    The domains of a step pass through the network one after another. Batch norm would normalise each by its own
+    statistics and hide part of the shift from the discriminators; group norm does not.
 
     Args:
-        num_classes: K, at least 2.
+        num_classes: K.
         width: channels of the first stage, a multiple of 8; the last stage has four times as many.
-        feature_layer: which features are returned for pooling: `"encoder"` is the last stage (`4 * width`
-            channels, stride 8), the paper's choice; `"decoder"` is the layer under the classifier (`width`
-            channels, stride 2).
+        feature_layer: `"encoder"` returns the features of the last stage (`4 * width` channels, stride 8), the
+            paper's choice; `"decoder"` those of the layer under the classifier (`width` channels, stride 2).
     """
 
     def __init__(
         self, num_classes: int, *, width: int = 24, feature_layer: Literal["encoder", "decoder"] = "encoder"
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"expected num_classes of at least 2, got {num_classes}")
-        if width < 8 or width % 8:
-            raise ValueError(f"expected width to be a positive multiple of 8, got {width}")
-        if feature_layer not in ("encoder", "decoder"):
-            raise ValueError(f"expected feature_layer to be 'encoder' or 'decoder', got {feature_layer!r}")
         self.feature_layer = feature_layer
         self.feature_channels = 4 * width if feature_layer == "encoder" else width
         self.stem = _convolution(3, width, stride=2)
@@ -50,18 +43,13 @@ class SmallSegmenter(Segmenter):
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, images: Tensor) -> Segmentation:
-        """Segment images `[B, 3, H, W]`: features and logits `[B, K, H/2, W/2]`."""
+        """Segment images `[B, 3, H, W]`: logits `[B, K, H/2, W/2]`."""
         at2 = self.stem(images)
         at4 = self.stage4(at2)
         at8 = self.stage8(at4)
         decoded = self.up4(torch.cat([_upsample(at8, at4), at4], dim=1))
         decoded = self.up2(torch.cat([_upsample(decoded, at2), at2], dim=1))
-        features = at8 if self.feature_layer == "encoder" else decoded
-        return Segmentation(features, self.classifier(decoded))
-
-    def classifier_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the last layer."""
-        return list(self.classifier.parameters())
+        return Segmentation(at8 if self.feature_layer == "encoder" else decoded, self.classifier(decoded))
 
 
 class _Residual(nn.Module):
