@@ -1,5 +1,6 @@
 """The two kinds of error that end a command with one line instead of a traceback."""
 
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -18,12 +19,19 @@ class MachineError(RuntimeError):
 def describe_machine_error(error: BaseException) -> str | None:
     """One line about a failure of the machine; None for any other error, whose traceback is needed."""
     for cause in _causes(error):
+        text = " ".join(str(cause).splitlines()[:1])
         if isinstance(cause, MachineError):
-            return str(cause)
+            return text
         if isinstance(cause, OSError):
             return f"{cause.strerror or cause}{f': {cause.filename}' if cause.filename else ''}"
         if isinstance(cause, MemoryError | torch.OutOfMemoryError):
-            return f"out of memory, use fewer or smaller images per step: {str(cause).splitlines()[0]}"
+            return f"out of memory, use fewer or smaller images per step: {text}"
+        # PyTorch raises a bare RuntimeError for these; the module that raised it tells which one it is.
+        module = _raised_in(cause) if isinstance(cause, RuntimeError) else ""
+        if module.startswith("torch.utils.data."):
+            return f"loading a batch failed: {text} (data.workers is the number of processes, data.timeout their limit)"
+        if module.startswith("torch.distributed."):
+            return f"communication with another rank failed: {text}"
     return None
 
 
@@ -33,3 +41,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while at is not None:
         yield at
         at = at.__cause__ or at.__context__
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module whose line raised an error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", "")) if frames else ""

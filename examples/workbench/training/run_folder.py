@@ -1,4 +1,4 @@
-"""A run folder: settings, history and metrics beside the checkpoints, and one process at a time that writes it."""
+"""The run folder: settings, history and metrics beside the checkpoints, and a lock for the process that writes them."""
 
 import contextlib
 import errno
@@ -20,125 +20,113 @@ from examples.workbench.training.checkpoints import check_same_run, has_checkpoi
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = [
-    "append_history",
-    "describe_run",
-    "run_identity",
-    "lock_folder",
-    "prepare_folder",
-    "read_history",
-    "write_metrics",
-]
+__all__ = ["append_history", "describe_run", "lock_folder", "prepare_folder", "read_history", "run_identity"]
+__all__ += ["write_metrics"]
 
 
 def run_identity(settings: Settings, images: Images) -> dict[str, Any]:
-    """What a checkpoint knows its run by: the settings, and which images there are."""
+    """What must be the same when a run resumes: its settings, and the number and names of its images."""
     names = {split: list(samples.names) for split, samples in images._asdict().items()}
     digests = {split: hashlib.sha256("\n".join(of).encode()).hexdigest()[:8] for split, of in names.items()}
     return as_plain(settings) | {"images": {split: f"{len(of)} ({digests[split]})" for split, of in names.items()}}
 
 
 def prepare_folder(out: Path, settings: Settings, *, resume: bool) -> None:
-    """Make the run folder, or make sure that it is one to go on with.
+    """Create the run folder, or check that the run in it can be resumed.
 
     Raises:
-        InputError: the folder holds a run and `resume` is not given, a run with other settings, or cannot be written.
-        MachineError: another process writes to it, or the disk is full.
+        InputError: the folder holds a run and `resume` is false, holds another run, or cannot be written.
+        MachineError: another process writes to the folder.
     """
     if out.exists() and not out.is_dir():
-        raise InputError(f"expected --out to be a folder, got the file {out}")
+        raise InputError(f"--out must be a folder, got the file {out}")
     written = out / "settings.yaml"
-    if written.exists() or has_checkpoint(out):
-        if not resume:
-            raise InputError(f"expected --out to be a new folder, or --resume, got {out}, which holds a run")
-        if written.exists():
-            _refuse_other_settings(out, settings)
+    if not resume and (written.exists() or has_checkpoint(out)):
+        raise InputError(f"--out must be a new folder, got {out}, which holds a run; --resume continues it")
+    if written.exists():
+        _check_settings_file(out, written, settings)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with lock_folder(out):
-            for left_over in (out / "checkpoints").glob(".*.tmp"):
-                left_over.unlink()
+            for unfinished in (out / "checkpoints").glob(".*.tmp"):
+                unfinished.unlink()
             set_aside_damaged(out)
     except OSError as error:
-        raise InputError(f"expected --out to be a folder that can be written, got {out}: {error.strerror}") from error
+        raise InputError(f"--out must be a folder that can be written, got {out}: {error.strerror}") from error
+
+
+def _check_settings_file(out: Path, path: Path, settings: Settings) -> None:
+    try:
+        before = yaml.safe_load(path.read_text())
+        if not isinstance(before, dict):
+            raise yaml.YAMLError("no mapping")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if not has_checkpoint(out):
+            raise InputError(f"{path} must hold the settings of the run, got a file that does not parse") from error
+        # The checkpoint has the settings too, and they are compared when it is loaded.
+        tqdm.write(f"{path} is damaged and will be written again", file=sys.stderr)
+        return
+    check_same_run(before, as_plain(settings), path)
 
 
 def describe_run(out: Path, settings: Settings, labelled: Sequence[str]) -> None:
-    """Write for people what the run is, once nothing speaks against it."""
-    write_whole(
-        out / "settings.yaml", lambda path: path.write_text(yaml.safe_dump(as_plain(settings), sort_keys=False))
-    )
-    write_whole(out / "labelled.txt", lambda path: path.write_text("".join(f"{name}\n" for name in labelled)))
+    """Write the settings, and the names of the labelled target images, for people to read."""
+    plain, names = yaml.safe_dump(as_plain(settings), sort_keys=False), "".join(f"{name}\n" for name in labelled)
+    write_whole(out / "settings.yaml", lambda path: path.write_text(plain))
+    write_whole(out / "labelled.txt", lambda path: path.write_text(names))
 
 
 @contextlib.contextmanager
 def lock_folder(out: Path) -> Iterator[None]:
-    """Be the one process that writes to the run folder; the system takes the lock back however the process ends.
+    """Keep other processes from writing to the run folder; the lock ends with the process, however that ends.
 
     Raises:
-        MachineError: another process is.
+        MachineError: another process has the lock.
     """
     if fcntl is None:
         yield
         return
     with (out / ".lock").open("a") as file:
         try:
-            # Not flock, whose lock the processes that load images would share and outlive us with.
+            # Not flock: the processes that load images would inherit it, and may outlive this one.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            # Subset network file systems have no locks.
+            # Some network file systems have no locks.
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise MachineError(
-                    f"expected one process to write to {out}, got a second while the first runs"
-                ) from None
+                raise MachineError(f"only one process may write to {out}, and another one does") from None
         yield
 
 
-def _refuse_other_settings(out: Path, settings: Settings) -> None:
-    written = out / "settings.yaml"
-    try:
-        before = yaml.safe_load(written.read_text())
-        if not isinstance(before, dict):
-            raise yaml.YAMLError("no mapping")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        if has_checkpoint(out):
-            # The checkpoint has them too, and is asked when it is loaded.
-            tqdm.write(f"{written} is damaged, and written anew", file=sys.stderr)
-            return
-        raise InputError(f"expected {written} to hold the run's settings, got a file that does not parse") from error
-    check_same_run(before, as_plain(settings), written)
-
-
 def append_history(out: Path, row: Mapping[str, float]) -> None:
-    """Add a row to the run's history."""
+    """Add a row to the history of the run."""
     with (out / "history.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read_history(out: Path, *, before: int | None = None) -> list[dict[str, float]]:
-    """The rows of the history; with `before`, those of later steps are dropped from the file too, and damaged ones."""
+    """The rows of the history; with `before`, damaged rows and those from that step on are removed from the file."""
     path = out / "history.jsonl"
     lines = path.read_bytes().splitlines() if path.exists() else []
-    rows = [row for line in lines if (row := _row(line)) is not None]
+    rows = [row for line in lines if (row := _parse_row(line)) is not None]
     if before is not None:
         if len(rows) < len(lines):
-            tqdm.write(f"{path} has {len(lines) - len(rows)} damaged lines, which are left out", file=sys.stderr)
+            tqdm.write(f"{path} has {len(lines) - len(rows)} damaged lines, which are removed", file=sys.stderr)
         rows = [row for row in rows if row["step"] < before]
         write_whole(path, lambda to: to.write_text("".join(json.dumps(row) + "\n" for row in rows)))
     return rows
 
 
-def _row(line: bytes) -> dict[str, float] | None:
-    try:
+def _parse_row(line: bytes) -> dict[str, float] | None:
+    with contextlib.suppress(ValueError):
         row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    return None
 
 
 def write_metrics(out: Path, metrics: Mapping[str, Any]) -> None:
-    """Write `metrics.json`, the last thing that a run does."""
+    """Write `metrics.json`, the last file of a run."""
     write_whole(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))

@@ -1,4 +1,4 @@
-"""Signals: a run finishes its step and writes a checkpoint before it obeys."""
+"""Signals: a run finishes its step and writes a checkpoint before it stops."""
 
 import contextlib
 import signal
@@ -6,97 +6,91 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
 __all__ = ["Stopped", "agree_on_signals", "defer_signals", "load_until_stopped", "stop_at_once"]
 
-_STOPS = (signal.SIGTERM, signal.SIGINT)
-# Where there is no such signal, none comes.
-_WRITE = getattr(signal, "SIGUSR1", None)
-
-
 T = TypeVar("T")
+
+_STOP = (signal.SIGTERM, signal.SIGINT)
+# Windows has no SIGUSR1.
+_WRITE = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the command; what it had to write is written. No `except Exception` takes it for an error."""
+    """A signal ended the command after all that it had to write; like Ctrl-C, no `except Exception` catches it."""
 
-    def __init__(self, signum: int, message: str = "the last checkpoint is kept, --resume goes on from it") -> None:
+    def __init__(self, signum: int, message: str = "the last checkpoint is kept, --resume continues from it") -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}: {message}")
         self.status = 128 + signum
 
 
 @contextlib.contextmanager
 def stop_at_once() -> Iterator[None]:
-    """Where there is nothing to finish first: SIGTERM raises `Stopped`, and SIGUSR1, with nothing to write, no more."""
+    """Outside of training steps: SIGTERM raises `Stopped`, and SIGUSR1, with nothing to write, is ignored."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise Stopped(signum)
 
-    with _handling({signal.SIGTERM: stop} | ({_WRITE: signal.SIG_IGN} if _WRITE else {})):
+    with _handling({signal.SIGTERM: stop} | dict.fromkeys(_WRITE, signal.SIG_IGN)):
         yield
 
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[list[int]]:
-    """Signals are kept in a list for a loop to look at after each step; one to stop that comes twice stops at once."""
-    heard: list[int] = []
-    muted: list[object] = []
+    """Collect signals in a list that is read after each step; a stop signal that comes twice stops at once."""
+    pending: list[int] = []
+    with contextlib.ExitStack() as muted:
 
-    def hear(signum: int, frame: FrameType | None) -> None:
-        if signum in _STOPS and signum in heard:
-            raise Stopped(signum)
-        heard.append(signum)
-        if signum in _STOPS and hasattr(signal, "SIGCHLD") and not muted:
-            # Sent to all processes of a job, it ends those that load images too: that must not break off the step.
-            muted.append(signal.signal(signal.SIGCHLD, signal.SIG_DFL))
+        def collect(signum: int, frame: FrameType | None) -> None:
+            if signum in _STOP and signum in pending:
+                raise Stopped(signum)
+            pending.append(signum)
+            if signum in _STOP and hasattr(signal, "SIGCHLD"):
+                # A job's signal ends the loading processes too, of which PyTorch would raise an error amid the step.
+                muted.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
 
-    with _handling(dict.fromkeys((*_STOPS, *((_WRITE,) if _WRITE else ())), hear)):
-        try:
-            yield heard
-        finally:
-            for handler in muted:
-                signal.signal(signal.SIGCHLD, handler)  # type: ignore[arg-type]
+        with _handling(dict.fromkeys((*_STOP, *_WRITE), collect)):
+            yield pending
 
 
-def load_until_stopped(batches: Iterable[T], heard: list[int]) -> Iterator[T]:
-    """Batches until there are no more, or until the signal to stop has ended those that load them too."""
+def load_until_stopped(batches: Iterable[T], pending: list[int]) -> Iterator[T]:
+    """Batches until the last one, or until a stop signal has ended the processes that load them."""
     try:
         yield from batches
     except (OSError, RuntimeError):
-        # The signal that has ended them may not have reached this process yet.
+        # The same signal may reach this process a moment later.
         time.sleep(0.2)
-        if not set(heard) & set(_STOPS):
+        if not set(pending) & set(_STOP):
             raise
 
 
-def agree_on_signals(heard: list[int], device: torch.device) -> tuple[bool, int]:
-    """What all ranks do after a step: whether to write a checkpoint, and the signal by which to stop, or 0.
+def agree_on_signals(pending: list[int], device: torch.device) -> tuple[bool, int]:
+    """What all ranks do after a step: whether to write a checkpoint, and the signal to stop by, or 0.
 
-    A signal may reach ranks at different steps, or one of them only: each rank has to call this after each step.
+    A signal may reach one rank only, or ranks at different steps, so each rank must call this after each step.
     """
-    seen = list(heard)
-    stop = next((signum for signum in seen if signum in _STOPS), 0)
-    write = bool(seen)
+    read = list(pending)
+    stop = next((signum for signum in read if signum in _STOP), 0)
+    write = bool(read)
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         both = torch.tensor([int(write), stop], device=device)
         distributed.all_reduce(both, distributed.ReduceOp.MAX)
         write, stop = bool(both[0]), int(both[1])
-    # What has come meanwhile is for the next step.
-    del heard[: len(seen)]
+    # Signals that arrived meanwhile wait for the next step.
+    del pending[: len(read)]
     return write, stop
 
 
 @contextlib.contextmanager
-def _handling(handlers: dict[signal.Signals, object]) -> Iterator[None]:
-    # Python lets no other thread than the main one set handlers.
+def _handling(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
+    # Python allows only the main thread to set handlers.
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}  # type: ignore[arg-type]
+        handlers = {}
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     try:
         yield
     finally:
