@@ -1,12 +1,6 @@
 """Tiny runs: in this process by `run`, and as processes that can be killed by `start`."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -14,7 +8,7 @@ import yaml
 from PIL import Image
 
 from examples.workbench.__main__ import main
-from tests.reliability.tiny import TINY
+from tests.reliability.tiny import TINY, run_command
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +20,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture
 def run(config, tmp_path):
-    """Train in this process, into `tmp_path/run` unless told otherwise; gives the exit status."""
+    """Train in this process; gives the exit status."""
 
     def train(*arguments, out=tmp_path / "run"):
         return main(["train", "--config", str(config), "--out", str(out), *map(str, arguments)])
@@ -52,60 +46,32 @@ def folders(tmp_path):
     return ["--config", str(tmp_path / "folders.yaml"), "--data-root", str(tmp_path / "data")]
 
 
-class Process:
-    """A run in a process of its own."""
-
-    def __init__(self, server, arguments, log, memory):
-        self.server, self.log, self.ended = server, log, False
-        self.pid = self._ask({"arguments": list(map(str, arguments)), "log": str(log), "memory": memory})
-
-    def kill(self, signum=signal.SIGKILL):
-        os.kill(self.pid, signum)
-
-    def wait(self):
-        """Its exit status; negative for a signal that it died of."""
-        self.until(lambda: Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z", 600)
-        status = self._ask({"wait": self.pid})
-        self.ended = True
-        return status
-
-    def until(self, what, seconds=120):
-        """Wait until `what()` is true."""
-        end = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < end, f"waited {seconds} s in vain; {self.log}: {self.log.read_text()}"
-            time.sleep(0.002)
-
-    def _ask(self, order):
-        self.server.stdin.write(json.dumps(order) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-
-@pytest.fixture(scope="session")
-def server():
-    program = [sys.executable, str(Path(__file__).parent / "fork_server.py")]
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    with subprocess.Popen(
-        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}
-    ) as process:
-        yield process
-        process.stdin.close()
-
-
 @pytest.fixture
-def start(server, config, tmp_path):
-    """Start a training in a process of its own, into `tmp_path/run` unless told otherwise."""
+def start(config, tmp_path):
+    """Start a training as a process of its own, forked from a server that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.reliability.tiny"])
     started = []
 
     def begin(*arguments, out=tmp_path / "run", log=tmp_path / "log.txt", memory=None):
         command = ["train", "--config", config, "--out", out, *arguments]
-        started.append(Process(server, command, log, memory))
+        started.append(context.Process(target=run_command, args=([str(word) for word in command], log, memory)))
+        started[-1].start()
         return started[-1]
 
     yield begin
     for process in started:
-        if not process.ended:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.join()
+
+
+@pytest.fixture
+def last_line(capsys):
+    """The last line on standard error, which must explain the failure."""
+
+    def last():
+        error = capsys.readouterr().err.replace("\r", "\n")
+        assert "Traceback" not in error
+        return error.splitlines()[-1]
+
+    return last

@@ -1,14 +1,17 @@
-"""A run that takes seconds, and what it has come to."""
+"""A run that takes seconds: its settings, its files, and processes that train it."""
 
 import contextlib
 import os
+import resource
 import signal
+import sys
 import time
 from pathlib import Path
 
 import torch
 
-from examples.workbench.training import checkpoints, run_folder as runs
+from examples.workbench.__main__ import main
+from examples.workbench.training import checkpoints, run_folder
 
 TINY = {
     "labelled": 2,
@@ -17,20 +20,20 @@ TINY = {
     "save_every": 2,
     "data": {"size": [32, 32], "scenes": {"source": 6, "target": 6, "validation": 2, "test": 2}},
     "network": {"width": 8},
-    "optimiser": {"images": 2, "unlabelled": 2},
+    "optimiser": {"batch_size": 2, "unlabelled_batch_size": 2},
     "global_alignment": {"base_channels": 4},
     "semantic_alignment": {"hidden_channels": [8]},
 }
 
 
 def steps(out):
-    """How many steps the history tells of."""
+    """Number of rows in the history."""
     path = out / "history.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def rows(out):
-    """The history, but for what differs between two runs of the same settings."""
+    """The history without the figures of time and memory."""
     return [{n: v for n, v in row.items() if not n.startswith("machine/")} for row in run_folder.read_history(out)]
 
 
@@ -39,8 +42,12 @@ def state(out):
     return torch.load(checkpoints.newest_checkpoint(out), weights_only=True)
 
 
+def kept(out):
+    return sorted((out / "checkpoints").glob("step-*.pt"))
+
+
 def equal(a, b):
-    """Equal to the bit, through dicts and lists."""
+    """Bit-identical, through dicts and lists."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
@@ -49,23 +56,56 @@ def equal(a, b):
 
 
 def same_run(a, b):
-    """Have two runs come to the same, to the bit?"""
-    return all(equal(state(a)[part], state(b)[part]) for part in ("step", "best", "pixels", "stateful"))
+    """Whether two runs ended bit-identically."""
+    return all(equal(state(a)[part], state(b)[part]) for part in ("step", "best", "stateful"))
 
 
-def kill_the_second_rank(agent, signum, out, after=10):
-    """Send a signal to the process of rank 1 that a torchrun has started, after so many steps."""
-    end = time.monotonic() + 300
-    while steps(out) < after:
-        assert agent.poll() is None
+def at_step(patch, step, act):
+    """Call `act` in the middle of a step, once its row is written."""
+    append = run_folder.append_history
+
+    def append_and_act(out, row):
+        append(out, row)
+        if row["step"] == step:
+            act()
+
+    patch.setattr(run_folder, "append_history", append_and_act)
+
+
+def run_command(arguments, log, memory):
+    """Run the command line as a process of its own, printing to a file, with so many bytes of memory left."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    # A group of its own, so that a signal can be sent to all its processes.
+    os.setpgid(0, 0)
+    if memory is not None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory,) * 2)
+    sys.exit(main(arguments))
+
+
+def wait_until(true, process, seconds=120):
+    """Wait for a condition while a process runs."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert process.is_alive() if hasattr(process, "is_alive") else process.poll() is None
         assert time.monotonic() < end
-        time.sleep(0.01)
-    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-    second = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
-    os.kill(int(second[0]), signum)
+        time.sleep(0.002)
 
 
-def end_all(agent):
-    """End what is left of a process that was started in a session of its own, and of its children."""
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def kill_second_rank(agent, signum, out, after=10):
+    """Send a signal to the process of rank 1 that a torchrun has started, after so many steps."""
+    wait_until(lambda: steps(out) >= after, agent, seconds=300)
+    second = [pid for pid in children(agent.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(second[0], signum)
+
+
+def kill_group(agent):
+    """Kill what is left of a process that was started in a session of its own, and of its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(agent.pid, signal.SIGKILL)
