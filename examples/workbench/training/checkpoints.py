@@ -206,6 +206,7 @@ def _is_whole(path: Path) -> bool:
     """Whether the checksums in the file are right, which `torch.load` does not check."""
     try:
         with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
+            # `torch.load` takes a member whose attributes mark it as a folder for an empty one.
+            return file.testzip() is None and not any(member.external_attr for member in file.infolist())
     except Exception:  # zipfile raises half a dozen types
         return False
