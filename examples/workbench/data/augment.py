@@ -1,14 +1,12 @@
-"""Augmentation of training images, and images as the network's input."""
+"""Augmentation of training images."""
 
 import numpy as np
-import torch
 from PIL import Image, ImageEnhance, ImageOps
-from torch import Tensor
 
 from examples.scenes import Sample
 from examples.workbench.settings import Augmentation
 
-__all__ = ["augment", "image_tensor", "resize_image"]
+__all__ = ["augment"]
 
 
 def augment(
@@ -31,18 +29,6 @@ def augment(
     if rng.random() < settings.flip:
         image, label = ImageOps.mirror(image), ImageOps.mirror(label)
     return Sample(np.array(image), np.array(label), sample.name)
-
-
-def resize_image(sample: Sample, size: tuple[int, int]) -> np.ndarray:
-    """The image at the network's size, for evaluation: `uint8 [h, w, 3]`."""
-    if sample.image.shape[:2] == size:
-        return sample.image
-    return np.asarray(Image.fromarray(sample.image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
-
-
-def image_tensor(image: np.ndarray) -> Tensor:
-    """An image `uint8 [H, W, 3]` as the network's input: `float32 [3, H, W]` in [-2, 2]."""
-    return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - 0.5) / 0.25
 
 
 def _offset(extent: int, crop: int, rng: np.random.Generator) -> int:

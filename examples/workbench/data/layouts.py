@@ -1,9 +1,11 @@
 """Layouts of data sets: how their files are named, and which class each id means."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-__all__ = ["LAYOUTS", "Layout", "id_table"]
+__all__ = ["LAYOUTS", "Layout", "LayoutName", "id_table"]
+
+LayoutName = Literal["index", "gta5", "synthia", "cityscapes"]
 
 
 class Layout(NamedTuple):

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import semshift
-from examples.workbench.data.augment import augment, image_tensor
-from examples.workbench.data.samples import Samples
+from examples.workbench.data.augment import augment
+from examples.workbench.data.samples import Samples, image_tensor
 from examples.workbench.errors import InputError
 from examples.workbench.settings import Augmentation
 

@@ -1,14 +1,17 @@
-"""Sets of images, and the choice of those that keep their labels."""
+"""Sets of images, the choice of those that keep their labels, and images as the network's input."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
 from examples.scenes import Sample
 
-__all__ = ["Samples", "Subset", "labelled_subset"]
+__all__ = ["Samples", "Subset", "image_tensor", "labelled_subset", "resize_image"]
 
 
 class Samples(Protocol):
@@ -44,3 +47,15 @@ def labelled_subset(total: int, labelled: int) -> list[int]:
     """Indices of the target images that keep their labels: nested for growing `labelled`, the same in every run."""
     order: list[int] = np.random.RandomState(0).permutation(total)[:labelled].tolist()
     return order
+
+
+def resize_image(sample: Sample, size: tuple[int, int]) -> np.ndarray:
+    """The image at the network's size, for evaluation: `uint8 [h, w, 3]`."""
+    if sample.image.shape[:2] == size:
+        return sample.image
+    return np.asarray(Image.fromarray(sample.image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+def image_tensor(image: np.ndarray) -> Tensor:
+    """An image `uint8 [H, W, 3]` as the network's input: `float32 [3, H, W]` in [-2, 2]."""
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - 0.5) / 0.25

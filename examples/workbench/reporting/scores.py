@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 import semshift
 from examples.scenes import Sample
-from examples.workbench.data.augment import image_tensor, resize_image
-from examples.workbench.data.samples import Samples, Subset
+from examples.workbench.data.samples import Samples, Subset, image_tensor, resize_image
 from examples.workbench.errors import InputError
 
 __all__ = [

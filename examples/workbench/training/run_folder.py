@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from examples.workbench.data.images import Images
+from examples.workbench.data.samples import Samples
 from examples.workbench.errors import InputError, MachineError
 from examples.workbench.files import write_whole
 from examples.workbench.settings import Settings, as_plain
@@ -27,9 +27,9 @@ __all__ = ["append_history", "describe_run", "lock_folder", "prepare_folder", "r
 __all__ += ["write_metrics"]
 
 
-def run_identity(settings: Settings, images: Images) -> dict[str, Any]:
+def run_identity(settings: Settings, images: Mapping[str, Samples]) -> dict[str, Any]:
     """What must be the same when a run resumes: its settings, and the number and names of its images."""
-    names = {split: list(samples.names) for split, samples in images._asdict().items()}
+    names = {split: list(samples.names) for split, samples in images.items()}
     digests = {split: hashlib.sha256("\n".join(of).encode()).hexdigest()[:8] for split, of in names.items()}
     return as_plain(settings) | {"images": {split: f"{len(of)} ({digests[split]})" for split, of in names.items()}}
 

@@ -144,7 +144,7 @@ def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool
 def _train_steps(run: _Run) -> checkpoints.Progress:
     """Take all steps that are left, or stop after one of them by a signal."""
     settings, out, fabric, learners, first = run.settings, run.out, run.fabric, run.learners, run.first
-    identity = run_folder.run_identity(settings, run.images)
+    identity = run_folder.run_identity(settings, run.images._asdict())
     bar = tqdm(total=settings.steps, desc=settings.method, unit="step", disable=not first)
     with signals.defer_signals() as pending, bar:
         progress = _resume(run, identity)

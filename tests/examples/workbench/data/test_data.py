@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import semshift
-from examples.workbench.data.augment import augment, resize_image, image_tensor
+from examples.workbench.data.augment import augment
+from examples.workbench.data.samples import image_tensor, resize_image
 from examples.workbench.data.loading import TrainingSet, batches
 from examples.workbench.data.samples import Subset, labelled_subset
 from examples.workbench.errors import InputError

@@ -19,7 +19,7 @@ from examples.workbench.training import train as train_module
 from examples.workbench.__main__ import main
 from examples.workbench.networks.build import build_segmenter
 from examples.workbench.training.learners import build_optimiser
-from examples.workbench.data.augment import image_tensor
+from examples.workbench.data.samples import image_tensor
 from examples.workbench.errors import InputError
 from examples.workbench.networks.deeplab import DeepLabV2
 from examples.workbench.networks.segmentation import Segmentation
