@@ -147,8 +147,8 @@ class NetworkSettings:
         aspp_dilations: of deeplab-v2: dilations of the convolutions that its classifier sums.
         origin: of deeplab-v2: where its weights come from, which decides stride placement and preprocessing.
         auxiliary: of deeplab-v2: a second classifier, on the stage before the last, for the loss on two levels.
-        init: weights to start from; of deeplab-v2: a state dict with torchvision's names; of segformer: a folder written
-            by `save_pretrained`.
+        init: weights to start from; of deeplab-v2: a state dict with torchvision's names; of segformer: a folder that
+            `save_pretrained` wrote.
         init_classifier: load the classifier from `init` too, where it has one.
         frozen_batch_norm: of deeplab-v2: keep the statistics, weights and biases of `init`.
     """

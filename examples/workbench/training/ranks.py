@@ -29,7 +29,7 @@ def check_accelerator(settings: Settings) -> None:
     """
     name = settings.accelerator
     if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
-        raise InputError(f"this machine has no {name}, choose another accelerator such as cpu")
+        raise InputError(f"this machine has no {name}, choose another, such as --accelerator cpu")
     if name == "mps" and settings.precision == "64-true":
         raise InputError("on mps the precision must be 32-true or bf16-mixed, got 64-true")
 
