@@ -107,6 +107,32 @@ def test_what_is_read_first_needs_nothing_of_the_workbench(path):
     assert not {name for name in used(path) if "workbench" in name.split(".")}
 
 
+WORKBENCH = ROOT / "examples" / "workbench"
+# A part of the workbench, and the parts that it may use beside the files at the top.
+BELOW = {
+    "data": set(),
+    "networks": set(),
+    "reporting": {"data", "networks"},
+    "training": {"data", "networks", "reporting"},
+    "studies": {"reporting"},
+}
+
+
+@pytest.mark.parametrize("part", BELOW)
+def test_arrows_of_the_workbench_go_one_way(part):
+    for path in sorted((WORKBENCH / part).glob("*.py")):
+        parts = {name.split(".")[2] for name in used(path) if name.startswith("examples.workbench.")}
+        assert parts & set(BELOW) <= BELOW[part] | {part}, path
+        assert not parts & {"__main__"}, path
+
+
+@in_file([path for path in sorted(WORKBENCH.glob("*.py")) if path.stem != "__main__"])
+def test_the_top_of_the_workbench_is_below_its_parts(path):
+    used_parts = {name.split(".")[2] for name in used(path) if name.startswith("examples.workbench.")}
+    # The settings of a folder name its layout.
+    assert used_parts & set(BELOW) <= ({"data"} if path.stem == "settings" else set())
+
+
 # Exports.
 
 
