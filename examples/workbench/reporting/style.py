@@ -1,4 +1,4 @@
-"""How the trainer's pictures look: colours of classes, Matplotlib's settings, and one way to save."""
+"""Colours of the classes, and Matplotlib's settings for every picture of the workbench."""
 
 from typing import Any
 
@@ -8,24 +8,8 @@ __all__ = ["IGNORED", "STRIPE", "STYLE", "class_colours"]
 
 # Twelve colours at least 18 CIE Lab units from each other and from the grey of ignored pixels, in ordinary
 # sight and in all three kinds of colour blindness; a test recomputes that.
-_PALETTE = np.array(
-    [
-        [0x33, 0x22, 0x88],
-        [0xF0, 0xE4, 0x42],
-        [0x22, 0x88, 0x33],
-        [0xEE, 0x66, 0x77],
-        [0x99, 0xDD, 0xFF],
-        [0xAA, 0x44, 0x99],
-        [0x44, 0xBB, 0x99],
-        [0x55, 0x55, 0x55],
-        [0xAA, 0xAA, 0x00],
-        [0x6E, 0x2C, 0x00],
-        [0x78, 0x5E, 0xF0],
-        [0x22, 0x22, 0x22],
-    ]
-)
-
-_DPI = 120
+_COLOURS = "332288 F0E442 228833 EE6677 99DDFF AA4499 44BB99 555555 AAAA00 6E2C00 785EF0 222222"
+_PALETTE = np.frombuffer(bytes.fromhex(_COLOURS), np.uint8).reshape(-1, 3)
 
 IGNORED, STRIPE = np.array([0xDD, 0xDD, 0xDD]), np.array([0xF7, 0xF7, 0xF7])
 """The two colours of the hatching where a pixel has no class."""
@@ -43,21 +27,17 @@ STYLE: Any = {
     # A class name may hold dollars.
     "text.parse_math": False,
 }
-"""Matplotlib's settings for every picture of the trainer."""
+"""Matplotlib's settings."""
 
 
 def class_colours(num_classes: int) -> np.ndarray:
-    """Give each class a colour: twelve that colour-blind eyes can tell apart too, then shades of them.
+    """Colours of the classes, `uint8 [K, 3]`: twelve that colour-blind eyes can tell apart too, then shades of them.
 
-    Args:
-        num_classes: at least 0; the colours repeat after 36.
-
-    Returns:
-        `uint8 [K, 3]`, red, green and blue.
+    They repeat after 36.
     """
     darker, lighter = _PALETTE * 0.6, _PALETTE + (255 - _PALETTE) * 0.55
     # A darker black would be black again, and a lighter sky white: those two go towards the other end.
     darker[11], lighter[4] = [0x00, 0x45, 0x45], [0x4A, 0x90, 0xC8]
-    rounds = np.concatenate([_PALETTE, darker, lighter]).round().astype(np.uint8)
-    colours: np.ndarray = rounds[np.arange(num_classes) % len(rounds)]
-    return colours
+    colours = np.concatenate([_PALETTE, darker, lighter]).round().astype(np.uint8)
+    result: np.ndarray = colours[np.arange(num_classes) % len(colours)]
+    return result
