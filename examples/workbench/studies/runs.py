@@ -1,161 +1,132 @@
-"""Runs of the trainer in processes of their own, some at a time, and how to know those that are done."""
+"""The runs of a study: processes of their own, some at a time, with a folder and a log each."""
 
-import itertools
+import dataclasses
 import json
 import os
-import shlex
 import subprocess
 import sys
-import time
-from collections import deque
-from collections.abc import Sequence
+import threading
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import yaml
+from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from examples.workbench.errors import InputError
+from examples.workbench.files import write_whole
+from examples.workbench.settings import Settings, as_plain
+from examples.workbench.studies.study import Record, Study, known_settings, read_records, write_record
+from examples.workbench.training.checkpoints import check_same_run
 
-__all__ = ["Run", "finished", "run_all"]
+__all__ = ["run_study"]
 
-# What starts a run; tests put a program of their own here.
+# Tests put a program of their own here.
 _TRAIN = [sys.executable, "-m", "examples.workbench", "train"]
-_KEYS = {
-    "method",
-    "labelled",
-    "seed",
-    "steps",
-    "num_classes",
-    "miou",
-    "iou",
-    "resumed_from",
-    "seconds",
-    "versions",
-}
 
 
-class Run(NamedTuple):
-    """One training to be run."""
-
-    method: str
-    seed: int
-    out: Path
-    train_arguments: tuple[str, ...]
-    row: str = ""
-    """What tells it from other runs of its method."""
-
-    @property
-    def folder(self) -> Path:
-        return self.out / f"{self.row or self.method}-seed{self.seed}"
-
-    @property
-    def log(self) -> Path:
-        return self.out / f"{self.row or self.method}-seed{self.seed}.log"
-
-    @property
-    def options(self) -> list[str]:
-        return [
-            "--method",
-            self.method,
-            "--seed",
-            str(self.seed),
-            "--out",
-            str(self.folder),
-            *self.train_arguments,
-        ]
-
-    @property
-    def heading(self) -> str:
-        """First line of the log, by which a later comparison knows the run as one of its own."""
-        return "train " + shlex.join(["--method", self.method, "--seed", str(self.seed), *self.train_arguments])
+class _Run(NamedTuple):
+    row: str
+    settings: Settings
+    folder: Path
 
 
-def finished(run: Run) -> dict[str, Any] | None:
-    """Read what a finished run has written; None where there is no run, or half of one."""
-    if run.folder.exists() and run.log.exists():
-        with run.log.open(encoding="utf-8", errors="replace") as log:
-            heading = log.readline().rstrip("\n")
-        if heading != run.heading:
-            raise InputError(f"expected {run.folder} to be a run of `{run.heading}`, {run.log} has `{heading}`")
-    try:
-        metrics = json.loads((run.folder / "metrics.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    if not isinstance(metrics, dict) or not metrics.keys() >= _KEYS:
-        return None
-    # Also for a run that was started by hand, and so has no log of ours.
-    expected = {"method": run.method, "seed": str(run.seed)}
-    expected |= {name: value for name in ("labelled", "steps") if (value := _option(run.train_arguments, name))}
-    for name, value in expected.items():
-        if str(metrics[name]) != value:
-            raise InputError(f"expected {run.folder} to be a run with {name} {value}, got {metrics[name]}")
-    return metrics
+def run_study(
+    study: Study, *, records: Path, out: Path, data_root: Path | None = None, jobs: int = 2, threads: int = 1
+) -> list[Record]:
+    """Run what has no record yet, record each run that ends, and return the study's records, row by row.
 
-
-def run_all(due: Sequence[Run], jobs: int, threads: int, *, done: int) -> None:
-    """Run trainings, each with a log of its own; the first that fails ends the others too.
+    A finished run in `out` is recorded as it is, and an unfinished one resumes. If a run fails, or the study is
+    interrupted, the other runs are terminated; they keep their last checkpoints.
 
     Args:
-        due: the runs; one whose folder exists is resumed.
-        jobs: runs at a time.
+        study: what is run.
+        records: JSON file of the records.
+        out: folder of the run folders and their logs.
+        data_root: folder of the image folders; no part of a record.
+        jobs: number of runs at a time.
         threads: of each run.
-        done: finished runs that the progress bar counts.
 
     Raises:
-        InputError: a run ended with a status other than 0.
+        InputError: a run failed, or a folder in `out` holds a run with other settings.
     """
-    waiting = deque(due)
-    running: dict[Run, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
-    with tqdm(total=len(due) + done, initial=done, desc="compare", unit="run") as bar:
+    recorded = {(record["row"], record["seed"]) for record in read_records(study, records)}
+    runs = [
+        _Run(row, dataclasses.replace(settings, seed=seed), out / f"{row}-seed{seed}")
+        for row, settings in study.settings.items()
+        for seed in study.seeds
+        if (row, seed) not in recorded
+    ]
+    due = [run for run in runs if not _finished(run)]
+    for run in runs:
+        if run not in due:
+            _record(study, run, records)
+    total, processes = len(study.rows) * len(study.seeds), _Processes()
+    parallel = Parallel(n_jobs=jobs, prefer="threads", return_as="generator_unordered")
+    with tqdm(total=total, initial=total - len(due), desc="study", unit="run") as bar:
         try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    run = waiting.popleft()
-                    running[run] = _start(run, threads)
-                time.sleep(0.05)
-                for run, (process, log) in list(running.items()):
-                    if process.poll() is None:
-                        continue
-                    log.close()
-                    del running[run]
-                    if process.returncode != 0:
-                        raise InputError(f"expected each run to end with status 0, {_last_words(run, process)}")
-                    bar.update()
+            for run in parallel(delayed(processes.train)(run, data_root, threads) for run in due):
+                _record(study, run, records)
+                bar.update()
         finally:
-            # The others keep their last checkpoint, and the next comparison goes on from it.
-            for process, log in running.values():
-                process.terminate()
-                process.wait()
-                log.close()
+            processes.terminate()
+    return read_records(study, records)
 
 
-def _option(arguments: Sequence[str], name: str) -> str | None:
-    """Find the value of `--NAME value` or `--NAME=value`, the last one given."""
-    found = None
-    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
-        if argument == f"--{name}":
-            found = following
-        elif argument.startswith(f"--{name}="):
-            found = argument.partition("=")[2]
-    return found
+class _Processes:
+    """The processes of the runs, started in threads and terminated together."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.stopped = False
+
+    def train(self, run: _Run, data_root: Path | None, threads: int) -> _Run:
+        """Run to the end, or resume if the folder exists."""
+        settings, log = (run.folder.with_name(f"{run.folder.name}.{kind}") for kind in ("yaml", "log"))
+        command = [*_TRAIN, "--config", str(settings), "--out", str(run.folder)]
+        command += ["--data-root", str(data_root)] if data_root else []
+        command += ["--resume"] if run.folder.exists() else []
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        with self.lock:
+            if self.stopped:
+                return run
+            write_whole(settings, lambda to: to.write_text(yaml.safe_dump(as_plain(run.settings), sort_keys=False)))
+            with log.open("ab") as out:
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
+            self.started.append(process)
+        if process.wait() and not self.stopped:
+            # Before this thread takes up the next run.
+            self.stopped = True
+            lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+            last = next(filter(None, reversed(lines)), "")
+            raise InputError(f"{run.folder.name} ended with status {process.returncode}: {last} (see {log})")
+        return run
+
+    def terminate(self) -> None:
+        """End those that run, and start no more."""
+        with self.lock:
+            self.stopped = True
+        for process in self.started:
+            process.terminate()
+        for process in self.started:
+            process.wait()
 
 
-def _start(run: Run, threads: int) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-    run.out.mkdir(parents=True, exist_ok=True)
-    resume = run.folder.exists()
-    if not (resume and run.log.exists()):
-        run.log.write_text(run.heading + "\n", encoding="utf-8")
-    log = run.log.open("ab")
-    process = subprocess.Popen(
-        [*_TRAIN, *run.options, *(["--resume"] if resume else [])],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-    )
-    return process, log
+def _finished(run: _Run) -> bool:
+    """Whether the folder holds the finished run.
+
+    Raises:
+        InputError: it holds a run with other settings.
+    """
+    settings = run.folder / "settings.yaml"
+    if settings.exists():
+        check_same_run(yaml.safe_load(settings.read_text(encoding="utf-8")), as_plain(run.settings), settings)
+    return settings.exists() and (run.folder / "metrics.json").exists()
 
 
-def _last_words(run: Run, process: subprocess.Popen[bytes]) -> str:
-    lines = [line for line in run.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return f"{run.folder.name} ended with {process.returncode} (`{lines[-1].strip()}`); see {run.log}"
+def _record(study: Study, run: _Run, records: Path) -> None:
+    metrics: dict[str, Any] = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
+    options, settings = study.options(run.row), known_settings(run.settings)
+    record = {"row": run.row, "seed": run.settings.seed, "options": options, "settings": settings}
+    write_record(records, {**record, **metrics})

@@ -1,259 +1,167 @@
-"""A study: a file of rows, each some settings, run with several seeds; records that are kept, and a table of them."""
+"""Studies: rows of settings, each run with several seeds, and the records of these runs."""
 
 import argparse
+import functools
 import json
-import math
-import statistics
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
-import matplotlib
-import numpy as np
-from matplotlib.figure import Figure
 
 from examples.workbench.errors import InputError
-from examples.workbench.files import save_figure, write_whole
-from examples.workbench.reporting.style import STYLE, class_colours
-from examples.workbench.settings import METHODS
-from examples.workbench.studies.compare import draw_comparison
-from examples.workbench.studies.runs import Run, finished, run_all
-from examples.workbench.studies.tables import duration, markdown, percent, spread, versions
+from examples.workbench.files import write_whole
+from examples.workbench.options import read_settings
+from examples.workbench.settings import MAY_CHANGE, Settings, as_plain, flatten
 
-__all__ = ["Study", "draw_curves", "draw_study", "read_study", "recorded", "run_study", "study_table"]
+__all__ = ["STUDIES", "Record", "Study", "as_arguments", "known_settings", "read_records", "read_study"]
+__all__ += ["study_of_methods", "write_record"]
+
+STUDIES = Path(__file__).parent
+"""The folder of the studies that come with the workbench."""
+
+Record = dict[str, Any]
+"""Row, seed, options, settings and metrics of a run."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is run, and what it is compared with.
+    """A study: what is run, and what it is compared with.
 
     Args:
         title: of the table.
-        split: whose mIoU is tabulated; settings are chosen on `validation`.
+        split: whose mIoU the table has. Choose settings on `validation`.
         baseline: the row that the others are compared with, seed by seed.
         seeds: of each row.
-        train: options of `train` that every row has.
-        rows: a row's name to the options that it adds; one of them is its `method`.
+        train: options of `train` that all rows share.
+        rows: a row's name to its own options.
     """
 
     title: str
-    split: str
+    split: Literal["validation", "test"]
     baseline: str
     seeds: list[int]
     train: dict[str, Any]
     rows: dict[str, dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        if self.baseline not in self.rows:
+            raise ValueError(f"expected baseline to be one of the rows {', '.join(self.rows)}, got {self.baseline}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"expected seeds to be different numbers of at least 0, got {self.seeds}")
+
+    def options(self, row: str) -> dict[str, Any]:
+        """The options of `train` for a row, without the seed."""
+        return {**self.train, **self.rows[row]}
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Settings]:
+        """The full settings of each row, with any seed.
+
+        Raises:
+            InputError: the options of a row are invalid.
+        """
+        found = {}
+        for row in self.rows:
+            try:
+                found[row], _ = read_settings(as_arguments(self.options(row)))
+            except InputError as error:
+                raise InputError(f"row {row} of {self.title}: {error}") from error
+        return found
 
 
 def read_study(path: Path) -> Study:
     """Read a study's YAML file.
 
     Raises:
-        InputError: the file is missing or says something else than a study.
+        InputError: the file is missing or does not describe a study.
     """
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Study, None)
     try:
-        study = Study(**parser.parse_string(path.read_text(encoding="utf-8")).as_dict())
-    except (OSError, UnicodeDecodeError, argparse.ArgumentError, TypeError) as error:
-        parts = ", ".join(field.name for field in fields(Study))
-        raise InputError(f"expected {path} to be a study of {parts}: {error}") from error
-    if study.split not in ("validation", "test"):
-        raise InputError(f"expected split of {path} to be validation or test, got {study.split}")
-    if study.baseline not in study.rows:
-        raise InputError(f"expected baseline of {path} to be one of its rows, got {study.baseline}")
-    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
-        raise InputError(f"expected seeds of {path} to be different numbers, got {study.seeds}")
-    for name, options in study.rows.items():
-        if options.get("method") not in METHODS:
-            raise InputError(
-                f"expected row {name} of {path} to have a method of {', '.join(METHODS)}, got {options.get('method')}"
-            )
-    return study
+        return Study(**parser.parse_string(path.read_text(encoding="utf-8")).as_dict())
+    except (OSError, argparse.ArgumentError, TypeError, ValueError) as error:
+        parts = ", ".join(Study.__dataclass_fields__)
+        raise InputError(f"expected {path} to be a study with {parts}: {error}") from error
 
 
-def run_study(
-    study: Study, *, records: Path, out: Path, data_root: str | None, jobs: int, threads: int
-) -> list[dict[str, Any]]:
-    """Run what is not in the records yet, and keep the records up to date, also when it is stopped.
+def study_of_methods(methods: Sequence[str], seeds: Sequence[int], train_arguments: Sequence[str]) -> Study:
+    """A study with a row for each method; its baseline is `joint`, or else the first method.
 
     Args:
-        study: what is to be run.
-        records: JSON file of finished runs; one counts when its options are those of the study.
-        out: folder of the run folders and logs.
-        data_root: where the images lie; not part of a record.
-        jobs: runs at a time.
-        threads: of each run.
-
-    Returns:
-        The study's records, row by row; those of other rows stay in the file.
+        methods: names of methods.
+        seeds: of each method.
+        train_arguments: options of `train` that all runs share, as on the command line.
 
     Raises:
-        InputError: a run failed, or `out` holds other runs of the same names.
+        InputError: an argument is invalid.
     """
-    kept = _read_records(records)
-    wanted = [(name, seed, {**study.train, **options}) for name, options in study.rows.items() for seed in study.seeds]
-    done = {(r["row"], r["seed"]): r for r in kept}
-    queue: dict[tuple[str, int], Run] = {}
-    for name, seed, options in wanted:
-        record = done.get((name, seed))
-        if record is not None and record["options"] == options:
-            continue
-        queue[name, seed] = Run(str(options["method"]), seed, out, _arguments(options, data_root), name)
+    words = [part for word in train_arguments for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+    train = dict(zip(words[::2], words[1::2]))
+    if len(words) % 2 or not all(name[:2] == "--" for name in train) or {"--method", "--seed"} & train.keys():
+        given = " ".join(train_arguments)
+        raise InputError(f"expected options of train as --NAME VALUE, without --method and --seed, got {given}")
+    options, rows = {name[2:]: value for name, value in train.items()}, {name: {"method": name} for name in methods}
+    baseline = "joint" if "joint" in methods else methods[0]
     try:
-        run_all(
-            [run for run in queue.values() if finished(run) is None],
-            jobs,
-            threads,
-            done=len(wanted) - sum(finished(run) is None for run in queue.values()),
-        )
-    finally:
-        for name, seed, options in wanted:
-            metrics = finished(queue[name, seed]) if (name, seed) in queue else None
-            if metrics is not None:
-                done[name, seed] = {"row": name, "options": options, **metrics}
-        lines = ",\n".join(json.dumps(record) for record in done.values())
-        write_whole(records, lambda path: path.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
-    return recorded(study, records=records)
+        return Study(", ".join(methods), "test", baseline, list(seeds), options, rows)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
-def recorded(study: Study, *, records: Path) -> list[dict[str, Any]]:
-    """The finished runs of a study that are on record, row by row.
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options as arguments of `train`."""
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
+
+
+def known_settings(settings: Settings) -> dict[str, Any]:
+    """The settings that a record keeps, by their dotted names: those on which the result of every seed depends."""
+    return {name: value for name, value in flatten(as_plain(settings)).items() if name not in {"seed", *MAY_CHANGE}}
+
+
+def read_records(study: Study, path: Path) -> list[Record]:
+    """The records of a study's runs, row by row; those whose settings are no longer the study's are left out.
 
     Raises:
-        InputError: there are none.
+        InputError: the file is damaged, or the options of a row are invalid.
     """
-    done = {(r["row"], r["seed"]): r for r in _read_records(records)}
-    found = [
-        done[name, seed]
-        for name, options in study.rows.items()
-        for seed in study.seeds
-        if (name, seed) in done and done[name, seed]["options"] == {**study.train, **options}
-    ]
-    if not found:
-        raise InputError(f"expected {records} to hold runs of {study.title}, got none")
+    records, found, changed = _load(path), [], []
+    for row, settings in study.settings.items():
+        for record in (records[row, seed] for seed in study.seeds if (row, seed) in records):
+            name = _changed_setting(record["settings"], settings)
+            if name is None:
+                found.append(record)
+            else:
+                changed.append(name)
+    if changed:
+        names = ", ".join(sorted(set(changed)))
+        print(f"{path}: {len(changed)} records are stale and left out, since {names} differs", file=sys.stderr)
     return found
 
 
-def study_table(study: Study, results: Sequence[Mapping[str, Any]]) -> str:
-    """Tabulate a study in Markdown: mIoU, difference to the baseline with its standard error, IoU by class.
-
-    Args:
-        study: of the results.
-        results: its records; a row may lack seeds.
-    """
-    scores = {name: {r["seed"]: _score(r, study.split) for r in results if r["row"] == name} for name in study.rows}
-    scores = {name: of for name, of in scores.items() if of}
-    base = scores.get(study.baseline, {})
-    classes = list(results[0]["iou"])
-    lines, by_class = [], []
-    for name, of in scores.items():
-        pairs = [of[seed]["miou"] - base[seed]["miou"] for seed in of if seed in base]
-        error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
-        difference = f"{percent(statistics.fmean(pairs), '+')} ± {percent(error)}" if pairs else "–"
-        options = ", ".join(f"{key} {_plain(value)}" for key, value in study.rows[name].items() if key != "method")
-        each = [percent(of[seed]["miou"] if seed in of else None) for seed in study.seeds]
-        lines.append(
-            [
-                name,
-                study.rows[name]["method"],
-                options,
-                spread([s["miou"] for s in of.values()]),
-                "" if name == study.baseline else difference,
-                *each,
-            ]
-        )
-        held = [[s["iou"][k] for s in of.values() if s["iou"][k] is not None] for k in classes]
-        by_class.append([name, *(percent(statistics.fmean(values) if values else None) for values in held)])
-    seeds = [f"seed {seed}" for seed in study.seeds]
-    common = " ".join(f"--{key} {_plain(value)}" for key, value in study.train.items())
-    return (
-        "\n\n".join(
-            [
-                f"## {study.title}",
-                f"mIoU in percent on {study.split} images: mean ± sample standard deviation over the seeds. "
-                f"Every run: `train {common}`.",
-                markdown(["row", "method", "settings", "mIoU", "difference", *seeds], lines),
-                "IoU of each class in percent, mean over the seeds.",
-                markdown(["row", *classes], by_class),
-                f"{len(results)} runs, {duration(sum(r['seconds'] for r in results))} in all. "
-                f"Versions: {versions(results)}.",
-            ]
-        )
-        + "\n"
-    )
+def write_record(path: Path, record: Record) -> None:
+    """Add a record to a file, in place of one of the same row and seed."""
+    records = _load(path) | {(record["row"], record["seed"]): record}
+    lines = ",\n".join(map(json.dumps, records.values()))
+    write_whole(path, lambda to: to.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
 
 
-def draw_study(path: Path, study: Study, results: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the study: a dot a run, and the differences to the baseline."""
-    scored = [{**r, "method": r["row"], **_score(r, study.split)} for r in results]
-    draw_comparison(path, scored, baseline=study.baseline, alike=("num_classes",), split=study.split)
-
-
-def draw_curves(path: Path, study: Study, results: Sequence[Mapping[str, Any]]) -> bool:
-    """Draw mIoU on the validation images over the steps: a thin line a run, a thick one for the mean of a row's runs.
-
-    Returns:
-        Whether there was a run that has looked at them on its way (`validate_every`); else nothing is drawn.
-    """
-    curves = {name: [r["curve"] for r in results if r["row"] == name and r.get("curve")] for name in study.rows}
-    curves = {name: of for name, of in curves.items() if of}
-    if not curves:
-        return False
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.0, 5.0), layout="constrained")
-        axes = figure.subplots()
-        # Colours and dashes both, for eyes that tell few colours apart; without the yellow, which is lost on white.
-        colours = np.delete(class_colours(len(curves) + 1), 1, axis=0) / 255
-        for index, (name, of) in enumerate(curves.items()):
-            colour, dashes = colours[index], ("-", "--", ":", "-.")[index % 4]
-            for curve in of:
-                axes.plot(*_points(curve), color=colour, linestyle=dashes, linewidth=0.8, alpha=0.5)
-            mean = [[step, statistics.fmean(values)] for step, values in _by_step(of).items() if len(values) == len(of)]
-            axes.plot(*_points(mean), color=colour, linestyle=dashes, linewidth=2.2, label=name)
-        axes.set(title=study.title, xlabel="step", ylabel="mIoU on the validation images, percent")
-        axes.grid(axis="y", color="0.9", linewidth=0.8)
-        figure.legend(loc="outside right upper")
-        save_figure(figure, path)
-    return True
-
-
-def _points(curve: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
-    return [step for step, _ in curve], [100 * miou for _, miou in curve]
-
-
-def _by_step(curves: Sequence[Sequence[tuple[int, float]]]) -> dict[int, list[float]]:
-    held: dict[int, list[float]] = {}
-    for curve in curves:
-        for step, miou in curve:
-            held.setdefault(step, []).append(miou)
-    return held
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
+def _load(path: Path) -> dict[tuple[str, int], Record]:
     try:
-        kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        complete = all(record.keys() >= {"row", "seed", "options"} for record in kept)
+        records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        if not all(record.keys() >= {"row", "seed", "settings"} for record in records):
+            raise ValueError("a record lacks one of them")
+        return {(record["row"], record["seed"]): record for record in records}
     except (ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"expected {path} to hold the records of a study, got a file that does not parse") from error
-    if not complete:
-        raise InputError(f"expected each record of {path} to have a row, a seed and options, got others")
-    return kept
+        raise InputError(f"expected {path} to hold records with row, seed and settings: {error}") from error
 
 
-def _score(result: Mapping[str, Any], split: str) -> dict[str, Any]:
-    held = result["validation"] if split == "validation" else result
-    return {"miou": held["miou"], "iou": held["iou"]}
-
-
-def _arguments(options: Mapping[str, Any], data_root: str | None) -> tuple[str, ...]:
-    named = {"data-root": data_root} if data_root else {}
-    chosen = {**named, **{key: value for key, value in options.items() if key != "method"}}
-    return tuple(part for key, value in chosen.items() for part in (f"--{key}", _plain(value)))
-
-
-def _plain(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, bool | list) else str(value)
+def _changed_setting(before: Mapping[str, Any], settings: Settings) -> str | None:
+    """The first setting whose value has changed since a record; one that the record lacks had its present default."""
+    now, defaults = known_settings(settings), known_settings(Settings())
+    for name in [*before, *now]:
+        if name not in now or now[name] != before.get(name, defaults.get(name)):
+            return name
+    return None

@@ -1,48 +1,58 @@
-"""Studies: rows of a file, runs that are skipped, resumed and recorded, and their table. Training is faked."""
+"""Studies: files and command lines, runs that are skipped, resumed, recorded and terminated. Training is faked."""
 
+import contextlib
+import dataclasses
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
-from examples.workbench.__main__ import STUDIES, main
-from examples.workbench.__main__ import _parse as parse_train
 from examples.workbench.errors import InputError
-from examples.workbench.studies.study import Study, draw_curves, draw_study, read_study, run_study, study_table
+from examples.workbench.studies import runs
+from examples.workbench.studies.runs import run_study
+from examples.workbench.studies.study import STUDIES, Study, read_records, read_study, study_of_methods
 from tests.errors import mentions, refuses
 
 TRAINER = """
-import argparse, json, pathlib, sys
+import argparse, json, os, pathlib, shutil, sys, time, yaml
 parser = argparse.ArgumentParser()
-for name in ("method", "out", "data-root", "labelled", "fail"):
+for name in ("config", "out", "data-root"):
     parser.add_argument(f"--{name}")
-for name in ("seed", "steps"):
-    parser.add_argument(f"--{name}", type=int)
-parser.add_argument("--boost", type=float, default=0)
 parser.add_argument("--resume", action="store_true")
 a = parser.parse_args()
-out = pathlib.Path(a.out)
+settings, out = yaml.safe_load(open(a.config)), pathlib.Path(a.out)
 out.mkdir(parents=True, exist_ok=a.resume)
-with open(out.parent / "started", "a") as log:
-    log.write(f"{out.name}\\n")
-if a.fail and not a.resume:
-    sys.exit("error: expected luck")
-miou = 0.5 + 0.01 * a.seed + a.boost
+shutil.copy(a.config, out / "settings.yaml")
+(out / "pid").write_text(str(os.getpid()))
+with (out.parent / "started").open("a") as log:
+    log.write(f"{out.name} {os.environ['OMP_NUM_THREADS']} {a.data_root}\\n")
+while len(list(out.parent.glob("*/pid"))) < int(os.environ.get("GATHER", 0)):
+    time.sleep(0.01)
+if settings["method"] == os.environ.get("SLEEP"):
+    time.sleep(120)
+if settings["method"] == os.environ.get("FAIL"):
+    sys.exit("error: expected luck\\n")
+time.sleep(0.1)
+miou = 0.5 + 0.01 * settings["seed"] + settings["global_alignment"]["weight"]
 score = {"miou": miou, "iou": {"road": miou, "pole": None}}
-(out / "metrics.json").write_text(json.dumps({"method": a.method, "labelled": 4, "seed": a.seed, "steps": a.steps,
-    "num_classes": 2, **score, "validation": {**score, "miou": miou + 0.25}, "resumed_from": [], "seconds": 60.0,
-    "versions": {"torch": "2.13.0"}}))
+(out / "metrics.json").write_text(json.dumps({"method": settings["method"], "seed": settings["seed"], **score,
+    "validation": score, "seconds": 60.0, "versions": {"torch": "2.13.0"}}))
+with (out.parent / "started").open("a") as log:
+    log.write("ended - -\\n")
 """
-
 STUDY = Study(
     title="A study",
     split="test",
     baseline="joint",
     seeds=[0, 1, 2],
     train={"steps": 7},
-    rows={"joint": {"method": "joint"}, "boosted": {"method": "ass", "boost": 0.02}},
+    rows={"joint": {"method": "joint"}, "strong": {"method": "ass", "global_alignment.weight": 0.2}},
 )
 
 
@@ -50,191 +60,219 @@ STUDY = Study(
 def folder(tmp_path, monkeypatch):
     program = tmp_path / "trainer.py"
     program.write_text(TRAINER)
-    monkeypatch.setattr(run_queue, "_TRAIN", [sys.executable, str(program)])
+    monkeypatch.setattr(runs, "_TRAIN", [sys.executable, str(program)])
     return tmp_path
 
 
 def run(folder, study=STUDY, out="out", **options):
-    chosen = {"data_root": None, "jobs": 2, "threads": 1} | options
-    return run_study(study, records=folder / "records" / "study.json", out=folder / out, **chosen)
+    return run_study(study, records=folder / "study.json", out=folder / out, **options)
 
 
 def started(folder, out="out"):
     log = folder / out / "started"
-    return sorted(log.read_text().split()) if log.exists() else []
+    lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+    return sorted(name for name, *_ in lines if name != "ended")
 
 
 def changed(**changes):
-    return Study(**{**STUDY.__dict__, **changes})
+    return dataclasses.replace(STUDY, **changes)
 
 
-def test_every_row_is_run_with_every_seed(folder):
+def stronger(weight=0.3):
+    return changed(rows={**STUDY.rows, "strong": {"method": "ass", "global_alignment.weight": weight}})
+
+
+def test_every_row_runs_with_every_seed_and_is_recorded(folder):
     results = run(folder)
-    assert started(folder) == sorted(f"{row}-seed{seed}" for row in STUDY.rows for seed in range(3))
-    assert [(r["row"], r["seed"], r["method"]) for r in results] == [
-        *(("joint", seed, "joint") for seed in range(3)),
-        *(("boosted", seed, "ass") for seed in range(3)),
+    assert started(folder) == [f"{row}-seed{seed}" for row in STUDY.rows for seed in range(3)]
+    found = [(r["row"], r["seed"], r["method"], round(r["miou"], 9)) for r in results]
+    assert found == [
+        *(("joint", seed, "joint", 0.53 + 0.01 * seed) for seed in range(3)),
+        *(("strong", seed, "ass", round(0.7 + 0.01 * seed, 9)) for seed in range(3)),
     ]
-    assert results[3]["options"] == {"steps": 7, "method": "ass", "boost": 0.02}
-    assert json.loads((folder / "records" / "study.json").read_text()) == results
+    assert results[3]["options"] == {"steps": 7, "method": "ass", "global_alignment.weight": 0.2}
+    settings = results[3]["settings"]
+    assert (settings["steps"], settings["global_alignment.weight"], settings["labelled"]) == (7, 0.2, 4)
+    assert not {"seed", "log_every", "data.workers"} & settings.keys()
+    lines = (folder / "study.json").read_text().splitlines()
+    assert len(lines) == 2 + 6
+    assert sorted(json.loads("".join(lines)), key=str) == sorted(results, key=str)
 
 
-def test_what_is_recorded_is_not_run_again(folder):
-    results = run(folder)
-    # Neither here, nor where the run folders are not at hand.
-    assert run(folder) == results
-    assert run(folder, out="elsewhere") == results
+def test_what_is_recorded_is_not_run_again(folder, capsys):
+    results = run(folder, data_root=folder)
+    (folder / "out" / "joint-seed0" / "metrics.json").unlink()
+    # Neither here, nor where the run folders are not at hand, nor with the data elsewhere.
+    assert run(folder) == run(folder, out="elsewhere", data_root=folder / "moved") == results
     assert len(started(folder)) == 6
     assert started(folder, "elsewhere") == []
+    assert str(folder) not in json.dumps(results)
+    assert "left out" not in capsys.readouterr().err
 
 
-def test_a_changed_row_is_run_again_and_the_others_are_kept(folder):
+def test_changed_settings_make_a_record_stale_and_a_run_replaces_it(folder, capsys):
     before = run(folder)
-    rows = {**STUDY.rows, "boosted": {"method": "ass", "boost": 0.03}}
-    after = run(folder, changed(rows=rows), out="second")
-    assert started(folder, "second") == [f"boosted-seed{seed}" for seed in range(3)]
+    study = stronger()
+    assert read_records(study, folder / "study.json") == before[:3]
+    mentions(capsys.readouterr().err.splitlines()[-1], folder / "study.json", 3, "global_alignment.weight")
+    after = run(folder, study, out="second")
+    assert started(folder, "second") == [f"strong-seed{seed}" for seed in range(3)]
     assert after[:3] == before[:3]
-    assert after[3]["miou"] == pytest.approx(before[3]["miou"] + 0.01)
+    assert after[3]["miou"] == pytest.approx(before[3]["miou"] + 0.1)
+    assert len(json.loads((folder / "study.json").read_text())) == 6
 
 
-def test_a_changed_row_in_the_same_folder_is_refused(folder):
-    run(folder)
-    with refuses(InputError, "boosted-seed0", "--boost 0.03"):
-        run(folder, changed(rows={**STUDY.rows, "boosted": {"method": "ass", "boost": 0.03}}))
+@pytest.mark.parametrize(
+    ("edit", "stale"),
+    [
+        (lambda settings: settings.pop("labelled"), None),
+        (lambda settings: settings.pop("global_alignment.weight"), "global_alignment.weight"),
+        (lambda settings: settings.update(labelled=5), "labelled"),
+        (lambda settings: settings.update({"self_training.gone": True}), "self_training.gone"),
+    ],
+    ids=["a setting at its default is new", "a setting is new", "a default has changed", "a setting is gone"],
+)
+def test_a_record_counts_while_its_settings_are_those_of_the_row(folder, capsys, edit, stale):
+    (*_, record) = run(folder, changed(seeds=[0]))
+    edit(record["settings"])
+    (folder / "study.json").write_text(json.dumps([record]))
+    capsys.readouterr()
+    assert len(read_records(STUDY, folder / "study.json")) == (stale is None)
+    assert (stale is None) == (capsys.readouterr().err == "")
+    with_other_intervals = changed(train={"steps": 7, "log_every": 3, "save_every": 4})
+    assert len(read_records(with_other_intervals, folder / "study.json")) == (stale is None)
 
 
-def test_an_interrupted_study_keeps_its_records_and_goes_on(folder):
-    rows = {**STUDY.rows, "fails": {"method": "ass", "fail": "once"}}
-    study = changed(rows=rows, seeds=[0])
-    with refuses(InputError, "expected luck"):
-        run(folder, study, jobs=1)
-    kept = json.loads((folder / "records" / "study.json").read_text())
-    assert [record["row"] for record in kept] == ["joint", "boosted"]
-    results = run(folder, study, jobs=1)
-    assert [record["row"] for record in results] == ["joint", "boosted", "fails"]
-    assert started(folder) == ["boosted-seed0", "fails-seed0", "fails-seed0", "joint-seed0"]
+def test_a_folder_with_other_settings_is_refused(folder):
+    run(folder, changed(seeds=[0]))
+    with refuses(InputError, folder / "out" / "strong-seed0" / "settings.yaml", "global_alignment.weight", 0.3, 0.2):
+        run(folder, stronger())
+    assert len(started(folder)) == 2
 
 
-def test_the_data_root_is_no_part_of_a_record(folder):
-    results = run(folder, data_root=str(folder))
-    assert "data-root" not in json.dumps(results)
-    assert run(folder, out="elsewhere", data_root="another") == results
+def test_a_finished_run_without_a_record_is_recorded_and_an_unfinished_one_resumes(folder):
+    results = run(folder, changed(seeds=[0]))
+    (folder / "study.json").unlink()
+    (folder / "out" / "strong-seed0" / "metrics.json").unlink()
+    assert run(folder, changed(seeds=[0])) == results
+    assert started(folder) == ["joint-seed0", "strong-seed0", "strong-seed0"]
 
 
-@pytest.mark.parametrize(("split", "shift"), [("test", 0.0), ("validation", 25.0)])
-def test_table_by_hand(folder, split, shift):
-    study = changed(split=split)
-    table = study_table(study, run(folder, study))
-    assert f"mIoU in percent on {split} images" in table
-    assert "Every run: `train --steps 7`." in table
-    joint = [f"{value + shift:.1f}" for value in (51.0, 50.0, 51.0, 52.0)]
-    boosted = [f"{value + shift:.1f}" for value in (53.0, 52.0, 53.0, 54.0)]
-    assert f"| joint | joint |  | {joint[0]} ± 1.0 |  | {' | '.join(joint[1:])} |" in table
-    assert f"| boosted | ass | boost 0.02 | {boosted[0]} ± 1.0 | +2.0 ± 0.0 | {' | '.join(boosted[1:])} |" in table
-    assert "| boosted | 53.0 | – |" in table
-    assert "6 runs, 6 min 0 s in all. Versions: torch 2.13.0." in table
+def test_one_job_runs_one_at_a_time(folder):
+    run(folder, changed(seeds=[0]), jobs=1, threads=3, data_root=folder)
+    lines = [line.split() for line in (folder / "out" / "started").read_text().splitlines()]
+    assert [line[0] for line in lines] == ["joint-seed0", "ended", "strong-seed0", "ended"]
+    assert lines[0][1:3] == ["3", str(folder)]
 
 
-def test_the_difference_is_over_the_seeds_of_both_with_its_standard_error(folder):
-    results = [dict(r) for r in run(folder)]
-    results[4]["miou"] += 0.03
-    results = [r for r in results if (r["row"], r["seed"]) != ("joint", 2)]
-    # Differences of 2 and 5 points: mean 3.5, deviation 2.12, divided by the root of two.
-    assert "| +3.5 ± 1.5 |" in study_table(STUDY, results)
+def alive(folder):
+    """The runs whose processes have not ended."""
+    for path in (folder / "out").glob("*/pid"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
+            yield path.parent.name
 
 
-def test_the_figure_is_drawn(folder):
-    draw_study(folder / "study.png", STUDY, run(folder))
-    assert (folder / "study.png").stat().st_size > 10_000
+@pytest.mark.parametrize(("jobs", "first"), [(1, "joint"), (2, "semantic")])
+def test_a_run_that_fails_terminates_the_others(folder, monkeypatch, jobs, first):
+    monkeypatch.setenv("FAIL", "ass")
+    monkeypatch.setenv("SLEEP", "semantic")
+    # With two jobs the second fails only once the first, which would take two minutes, has started.
+    monkeypatch.setenv("GATHER", str(jobs))
+    rows = {name: {"method": name} for name in (first, "ass", "global")}
+    began = time.monotonic()
+    with refuses(InputError, "ass-seed0", 1, "error: expected luck", folder / "out" / "ass-seed0.log"):
+        run(folder, changed(baseline=first, rows=rows, seeds=[0]), jobs=jobs)
+    assert time.monotonic() - began < 60
+    assert not list(alive(folder))
+    assert {path.stem for path in (folder / "out").glob("*.yaml")} == {"ass-seed0", f"{first}-seed0"}
+    # What had finished is on record.
+    assert (folder / "study.json").exists() == (first == "joint")
 
 
-def test_curves_are_those_of_the_runs_and_their_mean(folder, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(study_module, "save_figure", lambda figure, path: drawn.append((figure, path)))
-    results = run(folder)
-    assert not draw_curves(folder / "curves.png", STUDY, results)
-    assert not drawn
-    curves = {0: [[5, 0.2], [7, 0.5]], 1: [[5, 0.4], [7, 0.6]], 2: [[7, 0.7]]}
-    results = [{**r, "curve": curves[r["seed"]]} if r["row"] == "boosted" else r for r in results]
-    assert draw_curves(folder / "curves.png", STUDY, results)
-    ((figure, path),) = drawn
-    assert path == folder / "curves.png"
-    lines = [line.get_xydata().tolist() for line in figure.axes[0].lines]
-    # Where one of the runs has not looked, there is no mean.
-    expected = [[[5, 20], [7, 50]], [[5, 40], [7, 60]], [[7, 70]], [[7, 60]]]
-    assert [np.round(line, 9).tolist() for line in lines] == expected
-    assert [text.get_text() for text in figure.legends[0].texts] == ["boosted"]
-
-
-def test_the_command_draws_curves_where_there_are_some(folder, monkeypatch):
-    (folder / "mine.yaml").write_text(yaml.safe_dump(STUDY.__dict__))
-    (folder / "trainer.py").write_text(
-        TRAINER.replace('"resumed_from": []', '"curve": [[7, miou]], "resumed_from": []')
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_study_terminates_its_runs(folder, signum):
+    (folder / "study.yaml").write_text(yaml.safe_dump({**dataclasses.asdict(STUDY), "seeds": [0]}))
+    program = (
+        "import sys, pathlib\n"
+        "from examples.workbench.studies import runs, study\n"
+        "from examples.workbench.training.signals import stop_at_once\n"
+        f"runs._TRAIN, folder = [sys.executable, {str(folder / 'trainer.py')!r}], pathlib.Path({str(folder)!r})\n"
+        "with stop_at_once():\n"
+        "    read = study.read_study(folder / 'study.yaml')\n"
+        "    runs.run_study(read, records=folder / 'study.json', out=folder / 'out')\n"
     )
-    assert main(["study", str(folder / "mine.yaml"), "--records", str(folder / "r"), "--out", str(folder / "o")]) == 0
-    assert {path.name for path in (folder / "r").iterdir()} == {"mine.json", "mine.md", "mine.png", "mine-curves.png"}
-
-
-def test_the_command_leaves_records_table_and_figure(folder, capsys):
-    (folder / "mine.yaml").write_text(yaml.safe_dump(STUDY.__dict__))
-    arguments = ["study", str(folder / "mine.yaml"), "--records", str(folder / "r"), "--out", str(folder / "o")]
-    assert main(arguments) == 0
-    assert {path.name for path in (folder / "r").iterdir()} == {"mine.json", "mine.md", "mine.png"}
-    assert "| boosted |" in capsys.readouterr().out
-
-
-def test_the_report_of_what_is_on_record_runs_nothing(folder, capsys, monkeypatch):
-    (folder / "mine.yaml").write_text(yaml.safe_dump({**STUDY.__dict__, "seeds": STUDY.seeds[:1]}))
-    arguments = ["study", str(folder / "mine.yaml"), "--records", str(folder / "r"), "--out", str(folder / "o")]
-    assert main([*arguments, "--report-only"]) == 2
-    mentions(capsys.readouterr().err, "error", folder / "r" / "mine.json")
-    assert main(arguments) == 0
-    before, _ = capsys.readouterr()
-    (folder / "mine.yaml").write_text(yaml.safe_dump({**STUDY.__dict__, "seeds": [*STUDY.seeds, 99]}))
-    monkeypatch.setattr("examples.workbench.run_queue._TRAIN", ["/none"])
-    assert main([*arguments, "--report-only"]) == 0
-    after, _ = capsys.readouterr()
-    assert f"{len(STUDY.rows)} runs, " in before
-    assert f"{len(STUDY.rows)} runs, " in after
-    assert "seed 99" in after
+    root = Path(__file__).parents[4]
+    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "SLEEP": "ass"}
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 60
+        while not (folder / "out" / "strong-seed0" / "pid").exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(signum)
+        assert process.wait(30)
+    assert not list(alive(folder))
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"split": "train"}, ("split", "validation", "test", "train")),
-        ({"baseline": "none"}, ("baseline", "rows", "none")),
+        ({"baseline": "none"}, ("baseline", "joint", "none")),
         ({"seeds": [1, 1]}, ("seeds", [1, 1])),
         ({"seeds": []}, ("seeds", "[]")),
-        ({"rows": {"joint": {"method": "magic"}}}, ("row joint", "method", "magic")),
-        ({"rows": {"joint": {}}}, ("row joint", "method", "None")),
+        ({"seeds": [-1]}, ("seeds", [-1])),
         ({"rows": ["joint"]}, ('"rows"', ["joint"])),
-        ({"seeds": 3}, ('"seeds"', 3)),
         ({"train": None}, ("required: train",)),
         ({"colour": "red"}, ("title, split, baseline, seeds, train, rows", "'colour'")),
+        ("[1, 2", ()),
+        ("just words", ()),
     ],
 )
 def test_bad_studies(tmp_path, changes, words):
-    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**STUDY.__dict__, **changes}))
+    plain = changes if isinstance(changes, str) else yaml.safe_dump({**dataclasses.asdict(STUDY), **changes})
+    (tmp_path / "bad.yaml").write_text(plain)
     with pytest.raises(InputError) as caught:
         read_study(tmp_path / "bad.yaml")
     # On the command line what jsonargparse says in two lines is one.
     mentions(" ".join(str(caught.value).split()), tmp_path / "bad.yaml", *words)
+    with refuses(InputError, tmp_path / "none.yaml"):
+        read_study(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("content", [None, "[1, 2", "just words"])
-def test_files_that_are_no_study(tmp_path, content, capsys):
-    if content is not None:
-        (tmp_path / "bad.yaml").write_text(content)
-    assert main(["study", str(tmp_path / "bad.yaml")]) == 2
-    mentions(capsys.readouterr().err, "error", tmp_path / "bad.yaml")
+@pytest.mark.parametrize("content", ["[1, 2", "[1]", '[{"row": "joint", "seed": 0, "options": {}}]'])
+def test_files_that_hold_no_records(tmp_path, content):
+    (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(InputError, match=r"bad\.json"):
+        read_records(STUDY, tmp_path / "bad.json")
+
+
+def test_rows_with_wrong_options_are_named():
+    with pytest.raises(InputError, match=r"strong.*global_alignment\.weight"):
+        _ = stronger(-1).settings
+
+
+def test_methods_on_the_command_line_are_rows():
+    study = study_of_methods(["ass", "joint"], [3, 4], ["--steps", "9", "--data.scenes.test=5"])
+    assert (study.baseline, study.split, study.seeds, list(study.rows)) == ("joint", "test", [3, 4], ["ass", "joint"])
+    assert study.settings["ass"].steps == 9
+    assert [settings.method for settings in study.settings.values()] == ["ass", "joint"]
+    assert study.settings["joint"].data.scenes.test == 5
+    assert study_of_methods(["ass", "semantic"], [0], []).baseline == "ass"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--seed", "3"], ["--method=ass"], ["--resume"], ["5"], ["--steps", "5", "6", "7"]], ids=" ".join
+)
+def test_options_that_a_study_cannot_pass_on(arguments):
+    with refuses(InputError, *arguments):
+        study_of_methods(["ass"], [0], arguments)
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_studies_that_come_with_the_trainer_parse(path):
+def test_the_studies_of_the_workbench_have_records(path, capsys):
     study = read_study(path)
-    for options in study.rows.values():
-        named = {**study.train, **options}
-        arguments = [f"--{key}={json.dumps(v) if isinstance(v, bool | list) else v}" for key, v in named.items()]
-        settings, _ = parse_train("train", arguments)
-        assert settings.method == options["method"]
+    assert [settings.method for settings in study.settings.values()] == [row["method"] for row in study.rows.values()]
+    records = Path(__file__).parents[4] / "docs" / "results" / f"{path.stem}.json"
+    assert study.baseline in {record["row"] for record in read_records(study, records)}

@@ -1,0 +1,121 @@
+"""Tables and figures of studies, by hand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from matplotlib.colors import same_color
+
+from examples.workbench.errors import InputError
+from examples.workbench.studies import report
+from examples.workbench.studies.report import draw_curves, draw_study, study_table, write_report
+from examples.workbench.studies.study import Study
+from tests.errors import refuses
+
+STUDY = Study(
+    title="A study",
+    split="test",
+    baseline="joint",
+    seeds=[0, 1, 2],
+    train={"steps": 7},
+    rows={"joint": {"method": "joint"}, "late": {"method": "ass", "network.auxiliary": False}, "none": {}},
+)
+# joint 40, 42, 47: mean 43, deviations -3, -1, 4, variance 26 / 2, spread 3.606.
+# late 45, 50, 49: mean 48, deviations -3, 2, 1, variance 14 / 2, spread 2.646.
+# Differences 5, 8, 2: mean 5, spread 3, divided by the root of three 1.732. Bus, in seed 0 only: 20 and 22.5.
+MIOU = {"joint": [0.40, 0.42, 0.47], "late": [0.45, 0.50, 0.49]}
+
+
+def record(row, seed, miou, **changes):
+    iou = {"road": miou, "pole": None, "bus": None if seed else miou / 2}
+    validation = {"miou": miou + 0.25, "iou": iou}
+    versions = {"python": "3.11.2", "torch": "2.13.0"}
+    run = {"row": row, "seed": seed, "miou": miou, "iou": iou, "validation": validation, "seconds": 30.6}
+    return run | {"versions": versions} | changes
+
+
+RESULTS = [record(row, seed, miou) for row, of in MIOU.items() for seed, miou in enumerate(of)]
+
+
+def cells(table):
+    """The lines of the two tables by their first cells, without the padding."""
+    lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines() if line[:2] == "| "]
+    second = [line[0] for line in lines].index("row", 1)
+    return [{line[0]: line[1:] for line in part} for part in (lines[:second], lines[second:])]
+
+
+def test_table_by_hand():
+    table = study_table(STUDY, RESULTS)
+    rows, classes = cells(table)
+    assert rows["row"] == ["method", "settings", "mIoU", "difference", "seed 0", "seed 1", "seed 2"]
+    assert rows["joint"] == ["joint", "", "43.0 ± 3.6", "–", "40.0", "42.0", "47.0"]
+    assert rows["late"] == ["ass", "network.auxiliary false", "48.0 ± 2.6", "+5.0 ± 1.7", "45.0", "50.0", "49.0"]
+    assert "none" not in rows
+    expected = {"row": ["road", "pole", "bus"], "joint": ["43.0", "–", "20.0"], "late": ["48.0", "–", "22.5"]}
+    assert classes == expected
+    assert "`train --steps=7`" in table
+    assert table.splitlines()[-1] == "6 runs, 3 min 4 s in all. Versions: python 3.11.2, torch 2.13.0."
+
+
+def test_missing_runs_and_single_seeds():
+    # Differences only where both have the seed, and no negative zero.
+    results = [record("joint", 1, 0.4), record("late", 0, 0.5), record("late", 1, 0.39996)]
+    rows, _ = cells(study_table(STUDY, results))
+    assert rows["joint"] == ["joint", "", "40.0 ± –", "–", "–", "40.0", "–"]
+    assert rows["late"][2:] == ["45.0 ± 7.1", "+0.0 ± –", "50.0", "40.0", "–"]
+    rows, _ = cells(study_table(STUDY, results[1:]))
+    assert rows["late"][2:4] == ["45.0 ± 7.1", "–"]
+
+
+def test_validation_images_hours_and_versions_that_differ():
+    study = dataclasses.replace(STUDY, split="validation")
+    results = [*RESULTS[:5], RESULTS[5] | {"versions": {"torch": "2.4.1"}, "seconds": 7200}]
+    table = study_table(study, results)
+    assert cells(table)[0]["late"][2:] == ["73.0 ± 2.6", "+5.0 ± 1.7", "70.0", "75.0", "74.0"]
+    assert "validation" in table
+    assert table.splitlines()[-1] == "6 runs, 2 h 2 min in all. Versions: python 3.11.2, torch 2.13.0 and 2.4.1."
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures that would have been saved."""
+    drawn = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: drawn.append(figure))
+    return drawn
+
+
+def test_the_figure_has_a_mark_for_each_run_and_the_means(figures, tmp_path):
+    draw_study(tmp_path / "a.png", STUDY, RESULTS)
+    left, right = figures[0].axes
+    for axes, expected in ((left, [[40, 42, 47], [45, 50, 49]]), (right, [[np.nan] * 3, [5, 8, 2]])):
+        marks = {line.get_label(): line.get_xdata() for line in axes.lines}
+        np.testing.assert_allclose(np.transpose([marks[f"seed {seed}"] for seed in range(3)]), expected)
+    assert [text.get_text() for text in left.texts] == ["43.0", "48.0"]
+    assert [text.get_text() for text in right.texts] == ["+5.0"]
+    draw_study(tmp_path / "a.png", STUDY, RESULTS[3:])
+    assert len(figures[1].axes) == 1
+
+
+def test_curves_are_those_of_the_runs_and_their_mean(figures, tmp_path):
+    draw_curves(tmp_path / "a.png", STUDY, RESULTS)
+    assert not figures
+    curves = [[[5, 0.2], [7, 0.5]], [[5, 0.4], [7, 0.6]], [[7, 0.7]]]
+    draw_curves(tmp_path / "a.png", STUDY, [*RESULTS[:3], *(r | {"curve": c} for r, c in zip(RESULTS[3:], curves))])
+    lines = figures[0].axes[0].lines
+    # Where one of the runs was not evaluated, there is no mean.
+    expected = [[[5, 20], [7, 50]], [[5, 40], [7, 60]], [[7, 70]], [[7, 60]]]
+    assert [np.round(line.get_xydata(), 9).tolist() for line in lines] == expected
+    assert all(same_color(line.get_color(), lines[0].get_color()) for line in lines)
+    assert [text.get_text() for text in figures[0].legends[0].texts] == ["late"]
+
+
+def test_the_report_stands_beside_the_records(tmp_path):
+    results = [r | {"curve": [[7, r["miou"]]]} for r in RESULTS]
+    for name, found in (("a", RESULTS), ("b", results)):
+        table = write_report(STUDY, found, tmp_path / f"{name}.json", "python -m examples.workbench study a")
+        text = (tmp_path / f"{name}.md").read_text(encoding="utf-8")
+        assert text == f"{table}\n`python -m examples.workbench study a`\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.md", "a.png", "b.md", "b.png", "b-curves.png"}
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with refuses(InputError, tmp_path / "c.json", STUDY.title, "none"):
+        write_report(STUDY, [], tmp_path / "c.json", "")
