@@ -15,8 +15,8 @@ from docs.drawings.schedules import draw_schedules
 from docs.drawings.shifts import draw_shifts
 from docs.drawings.tutorial import draw_discriminators, draw_health, draw_predictions, draw_scenes
 from examples import ass
-from examples.workbench.__main__ import STUDIES
-from examples.workbench.studies.study import draw_curves, draw_study, read_study, recorded
+from examples.workbench.studies.report import draw_curves, draw_study
+from examples.workbench.studies.study import STUDIES, read_records, read_study
 
 __all__ = ["DRAWINGS", "FIGURES", "main"]
 
@@ -31,15 +31,14 @@ def main(names: Sequence[str]) -> None:
     for name in chosen or [name for name in DRAWINGS if name not in slow]:
         DRAWINGS[name](FIGURES / name)
         print(FIGURES / name, flush=True)
-    for study in [] if chosen else sorted(STUDIES.glob("*.yaml")):
-        records = RESULTS / f"{study.stem}.json"
-        if records.exists():
-            asked = read_study(study)
-            results = recorded(asked, records=records)
-            draw_study(records.with_suffix(".png"), asked, results)
+    for path in [] if chosen else sorted(STUDIES.glob("*.yaml")):
+        records = RESULTS / f"{path.stem}.json"
+        study = read_study(path)
+        results = read_records(study, records)
+        if results:
+            draw_study(records.with_suffix(".png"), study, results)
+            draw_curves(records.with_name(f"{path.stem}-curves.png"), study, results)
             print(records.with_suffix(".png"), flush=True)
-            if draw_curves(records.with_name(f"{study.stem}-curves.png"), asked, results):
-                print(records.with_name(f"{study.stem}-curves.png"), flush=True)
 
 
 def draw_demo(path: Path) -> None:

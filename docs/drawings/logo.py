@@ -6,7 +6,7 @@ from examples.workbench.files import write_whole
 
 __all__ = ["draw_logo"]
 
-# Colours of examples/workbench/style.py that differ in lightness too, and the lines between the domains.
+# Colours of examples/workbench/reporting/style.py that differ in lightness too, and the lines between the domains.
 _PAIRS = [((10, 11), (23, 24)), ((54, 11), (41, 24)), ((32, 56), (32, 39))]
 _LIGHT = (("#332288", "#ee6677", "#228833"), "#555555")
 _DARK = (("#99ddff", "#f0e442", "#ee6677"), "#bbbbbb")
