@@ -21,8 +21,8 @@ from timing import head, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from examples.workbench.training import checkpoints
 from examples.workbench.settings import Data, SceneSettings, Settings
+from examples.workbench.training import checkpoints
 from examples.workbench.training.train import train
 
 NEVER = 10**9

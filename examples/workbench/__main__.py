@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from examples.workbench.networks.segmentation import Segmenter
 from examples.workbench.options import OneLineParser, read_settings
 from examples.workbench.reporting.scores import Scores, evaluate, score_table
 from examples.workbench.settings import METHODS, Settings
+from examples.workbench.studies.report import write_report
+from examples.workbench.studies.runs import run_study
+from examples.workbench.studies.study import STUDIES, read_records, read_study, study_of_methods
 from examples.workbench.training import checkpoints, signals
 from examples.workbench.training.ranks import check_accelerator
 from examples.workbench.training.train import train
@@ -163,7 +167,48 @@ def _load(settings: Settings, checkpoint: Path) -> Segmenter:
 
 
 def _study(arguments: Sequence[str]) -> None:
-    raise InputError("study comes with its folder")
+    names = sorted(path.stem for path in STUDIES.glob("*.yaml"))
+    parser = OneLineParser("study", epilog="After --methods, options of train may follow; they hold for every run.")
+    parser.add_argument("study", metavar="NAME", nargs="?", help=f"{', '.join(names)}, or a YAML file")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help="in place of NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of each method (default: 0 1 2)")
+    parser.add_argument("--data-root", metavar="DIR", type=Path, help="folder of the image folders")
+    parser.add_argument("--records", metavar="DIR", type=Path, help="(default: docs/results; with --methods, --out)")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/study"), help="(default: runs/study)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
+    parser.add_argument("--report-only", action="store_true", help="table and figures of the records; run nothing")
+    options, rest = parser.parse_known_args(arguments)
+    if min(options.jobs, options.threads) < 1:
+        raise InputError(f"expected --jobs and --threads of at least 1, got {options.jobs} and {options.threads}")
+    if (options.study is None) == (options.methods is None):
+        raise InputError(f"expected the name of a study or --methods, got {options.study or 'neither'}")
+    records = options.records
+    if options.study is not None:
+        if rest or options.seeds:
+            raise InputError(f"expected {' '.join(rest) or '--seeds'} with --methods only, got it with {options.study}")
+        path = STUDIES / f"{options.study}.yaml" if options.study in names else Path(options.study)
+        study, name, records = read_study(path), path.stem, records or Path("docs/results")
+    else:
+        study, name = study_of_methods(options.methods, options.seeds or [0, 1, 2], rest), "methods"
+        records = records or options.out / name
+    file = records / f"{name}.json"
+    if options.report_only:
+        results = read_records(study, file)
+    else:
+        results = run_study(
+            study,
+            records=file,
+            out=options.out / name,
+            data_root=options.data_root,
+            jobs=options.jobs,
+            threads=options.threads,
+        )
+    command = shlex.join(
+        ["python", "-m", "examples.workbench", "study", options.study or "--methods", *(options.methods or [])]
+    )
+    print(write_report(study, results, file, command))
+    print(f"records: {file}")
 
 
 if __name__ == "__main__":

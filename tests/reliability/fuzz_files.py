@@ -16,11 +16,11 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
-from examples.workbench.training.checkpoints import Progress, load_checkpoint, load_weights, save_checkpoint
-from examples.workbench.errors import InputError
 from examples.workbench.data.folders import FolderPair
-from examples.workbench.settings import Folder
 from examples.workbench.data.layouts import LAYOUTS
+from examples.workbench.errors import InputError
+from examples.workbench.settings import Folder
+from examples.workbench.training.checkpoints import Progress, load_checkpoint, load_weights, save_checkpoint
 from tests.reliability.fuzz_tensors import documented
 
 __all__ = ["LABELS", "fuzz_checkpoints", "fuzz_label_files", "read_label"]

@@ -20,8 +20,18 @@ from examples.workbench.__main__ import main
 from examples.workbench.errors import describe_machine_error
 from examples.workbench.training import checkpoints
 from tests.errors import mentions
-from tests.reliability.tiny import at_step, children, kept, kill_group, kill_second_rank, rows, same_run, state, steps
-from tests.reliability.tiny import wait_until
+from tests.reliability.tiny import (
+    at_step,
+    children,
+    kept,
+    kill_group,
+    kill_second_rank,
+    rows,
+    same_run,
+    state,
+    steps,
+    wait_until,
+)
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")

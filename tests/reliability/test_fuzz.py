@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from examples.workbench.training.checkpoints import load_checkpoint
-from examples.workbench.errors import InputError
-from tests.errors import refuses
 from tests.reliability.fuzz import TARGETS, main
+
+from examples.workbench.errors import InputError
+from examples.workbench.training.checkpoints import load_checkpoint
+from tests.errors import refuses
 from tests.reliability.fuzz_files import CHECKPOINT, LABELS, RUN, STATE, parts, read_label, signed
 from tests.reliability.fuzz_tensors import documented
 

@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from examples.workbench.settings import Settings
-from examples.workbench.settings import Data, GlobalSettings, NetworkSettings, OptimiserSettings, SceneSettings
-from examples.workbench.settings import SemanticSettings
+from examples.workbench.settings import (
+    Data,
+    GlobalSettings,
+    NetworkSettings,
+    OptimiserSettings,
+    SceneSettings,
+    SemanticSettings,
+    Settings,
+)
 from examples.workbench.training import run_folder
 from examples.workbench.training.train import train
 

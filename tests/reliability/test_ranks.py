@@ -15,8 +15,16 @@ from examples.workbench.__main__ import main
 from examples.workbench.data.loading import TrainingSet
 from examples.workbench.errors import InputError
 from examples.workbench.networks.build import build_segmenter
-from examples.workbench.settings import Data, GlobalSettings, NetworkSettings, OptimiserSettings, SceneSettings
-from examples.workbench.settings import SelfTraining, SemanticSettings, Settings
+from examples.workbench.settings import (
+    Data,
+    GlobalSettings,
+    NetworkSettings,
+    OptimiserSettings,
+    SceneSettings,
+    SelfTraining,
+    SemanticSettings,
+    Settings,
+)
 from examples.workbench.training import step as step_module
 from examples.workbench.training.learners import build_learners
 from examples.workbench.training.ranks import launch_fabric, run_on_first_rank, split_batch, synchronise_batch_norm

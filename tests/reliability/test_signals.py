@@ -45,7 +45,10 @@ def test_a_stop_signal_finishes_the_step_and_the_run_resumes(signum, status, run
 def test_usr1_writes_a_checkpoint_and_the_run_continues(run, tmp_path, monkeypatch):
     at_step(monkeypatch, 1, lambda: send(signal.SIGUSR1))
     assert run("--steps", 4, "--save_every", 100) == 0
-    assert [path.name[5:13] for path in sorted((tmp_path / "run/checkpoints").glob("step-*"))] == ["00000002", "00000004"]
+    assert [path.name[5:13] for path in sorted((tmp_path / "run/checkpoints").glob("step-*"))] == [
+        "00000002",
+        "00000004",
+    ]
 
 
 @pytest.mark.parametrize("at", ["a step", "a checkpoint"])

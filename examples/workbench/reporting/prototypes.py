@@ -7,8 +7,7 @@ from matplotlib.patheffects import withStroke
 from torch import nn
 
 import semshift
-from examples.workbench.data.augment import image_tensor, resize_image
-from examples.workbench.data.samples import Samples
+from examples.workbench.data.samples import Samples, image_tensor, resize_image
 from examples.workbench.reporting.style import class_colours
 
 __all__ = ["draw_prototypes", "pool_prototypes"]

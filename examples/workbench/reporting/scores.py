@@ -14,8 +14,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from tqdm import tqdm
 
 from examples.scenes import Sample
-from examples.workbench.data.samples import Samples, Subset, image_tensor, resize_image
-from examples.workbench.data.samples import Samples
+from examples.workbench.data.samples import Samples, image_tensor, resize_image
 from examples.workbench.errors import InputError
 
 __all__ = ["Scores", "evaluate", "mean_iou", "predict", "save_masks", "score_table", "subset_means"]

@@ -12,13 +12,11 @@ from PIL import Image
 
 import semshift
 from examples.workbench.data.augment import augment
-from examples.workbench.data.samples import image_tensor, resize_image
-from examples.workbench.data.loading import TrainingSet, batches
-from examples.workbench.data.samples import Subset, labelled_subset
-from examples.workbench.errors import InputError
-from examples.workbench.settings import Augmentation
 from examples.workbench.data.folders import FolderPair
-from examples.workbench.settings import Folder
+from examples.workbench.data.loading import TrainingSet
+from examples.workbench.data.samples import Subset, image_tensor, labelled_subset, resize_image
+from examples.workbench.errors import InputError
+from examples.workbench.settings import Augmentation, Folder
 from tests.errors import refuses
 
 PLAIN = Augmentation(scale=(1.0, 1.0), flip=0.0, colour=0.0)

@@ -11,14 +11,14 @@ import torch
 import yaml
 from PIL import Image
 
-from examples.workbench.training import checkpoints
 from examples.workbench.__main__ import PRESETS, main
 from examples.workbench.__main__ import _parse as parse
-from examples.workbench.errors import InputError
 from examples.workbench.data.check import check_data
-from examples.workbench.networks.deeplab import DeepLabV2
 from examples.workbench.data.folders import FolderPair
+from examples.workbench.errors import InputError
+from examples.workbench.networks.deeplab import DeepLabV2
 from examples.workbench.settings import Folder
+from examples.workbench.training import checkpoints
 from tests.errors import mentions, refuses
 
 # Libraries under the trainer warn of things that are not ours to mend.

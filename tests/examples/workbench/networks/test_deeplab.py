@@ -11,22 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from examples.workbench.training.views import supervised_loss
 from torch import nn
 from torch.nn import functional as F
 
-from examples.workbench.training import checkpoints, run_folder as runs
-from examples.workbench.training import train as train_module
 from examples.workbench.__main__ import main
-from examples.workbench.networks.build import build_segmenter
-from examples.workbench.training.learners import build_optimiser
 from examples.workbench.data.samples import image_tensor
 from examples.workbench.errors import InputError
-from examples.workbench.networks.deeplab import DeepLabV2
+from examples.workbench.networks.build import build_segmenter
+from examples.workbench.networks.deeplab import DeepLabV2, load_pretrained
 from examples.workbench.networks.segmentation import Segmentation
-from examples.workbench.networks.deeplab import load_pretrained
 from examples.workbench.settings import Data, NetworkSettings, OptimiserSettings, SceneSettings, Settings
+from examples.workbench.training import checkpoints
+from examples.workbench.training import run_folder as runs
+from examples.workbench.training import train as train_module
+from examples.workbench.training.learners import build_optimiser
 from examples.workbench.training.train import train
-from examples.workbench.training.views import supervised_loss
 from tests.errors import mentions, refuses
 
 # Libraries under the trainer warn of things that are not ours to mend.

@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 
-from examples.workbench.training import checkpoints
 from examples.workbench.__main__ import main
-from examples.workbench.networks.build import build_segmenter, load_init
 from examples.workbench.data.samples import image_tensor
 from examples.workbench.errors import InputError
+from examples.workbench.networks.build import build_segmenter, load_init
 from examples.workbench.networks.segformer import SegFormer, load_segformer
 from examples.workbench.settings import Data, NetworkSettings, OptimiserSettings, SceneSettings, Settings
+from examples.workbench.training import checkpoints
 from examples.workbench.training.train import train
 from tests.errors import mentions, refuses
 
