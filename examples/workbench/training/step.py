@@ -1,6 +1,7 @@
 """One step of ASS and its simpler relatives, top to bottom as in the paper (Wang et al. 2020, arXiv 2004.00794)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from lightning_fabric import Fabric
@@ -19,6 +20,7 @@ from examples.workbench.training.self_training import self_training_loss
 __all__ = ["learn"]
 
 Batch = dict[str, dict[str, Tensor]]
+Outputs = dict[str, Segmentation]
 
 
 def learn(
@@ -43,48 +45,33 @@ def learn(
     Raises:
         InputError: the loss is not finite; no network has learnt from it.
     """
-    segmenter, alignments, weights = learners.segmenter, learners.alignments, learners.weights
+    segmenter, teacher, weights = learners.segmenter, learners.teacher, learners.weights
     learners.set_learning_rates(step)
     seed_step(settings.seed, step, fabric.global_rank)
-
     with fabric.autocast():
-        outputs: dict[str, Segmentation] = {
+        outputs: Outputs = {
             domain: segmenter(part["image"])
             for domain, part in batch.items()
             if domain != "unlabelled" or settings.segments_unlabelled
         }
 
-    # Supervised: cross-entropy on source and labelled target images.
+    # The segmenter's loss: cross-entropy on source and labelled images, and the confusion of each discriminator.
     segmentation = torch.zeros((), device=fabric.device)
     for domain, part in batch.items():
         if "label" in part:
             weight = weights["source"](step) if domain == "source" else 1.0
             segmentation = segmentation + weight * _supervised_loss(outputs[domain], part["label"], settings)
-            if settings.global_alignment.inputs == "balanced":
-                learners.class_counts.add(domain, part["label"])
-
-    # Global view: output maps of source and unlabelled images. Semantic view: prototypes of source and labelled images.
-    losses: dict[str, semshift.AlignmentLosses] = {}
-    for name in ("global", "auxiliary"):
-        if name in alignments:
-            reference, unlabelled = _output_maps(name, outputs, batch, learners, settings)
-            losses[name] = alignments[name](reference, unlabelled)
-    if "semantic" in alignments:
-        source, target = outputs["source"].features, outputs["labelled"].features
-        losses["semantic"] = alignments["semantic"](
-            source, batch["source"]["label"], target, batch["labelled"]["label"]
-        )
+    alignments = _align(outputs, batch, learners, settings)
     loss = segmentation
-    for name, of in losses.items():
-        loss = loss + weights[name](step) * of.confusion
+    for name, losses in alignments.items():
+        loss = loss + weights[name](step) * losses.confusion
 
     # Beyond the paper: the teacher labels the unlabelled images.
     self_training = None
-    if learners.teacher is not None:
-        self_training = self_training_loss(step, batch, segmenter, learners.teacher, settings, fabric)
+    if teacher is not None:
+        self_training = self_training_loss(step, batch, segmenter, teacher, settings, fabric)
     if self_training is not None:
         loss = loss + weights["self-training"](step) * self_training
-
     value = float(loss.detach())
     if not math.isfinite(value):
         raise InputError(
@@ -97,28 +84,49 @@ def learn(
         if self_training is not None:
             row["loss/self-training"] = float(self_training.detach())
             row["weight/self-training"] = weights["self-training"](step)
-        for name, of in losses.items():
+        for name, losses in alignments.items():
             reached = outputs["labelled" if name == "semantic" else "unlabelled"]
-            row |= alignment_figures(name, of, weights[name](step), reached, ranks=fabric.world_size)
+            row |= alignment_figures(name, losses, weights[name](step), reached, ranks=fabric.world_size)
 
-    stepped = ["segmenter"]
-    for name, of in losses.items():
-        if step % settings.alignments[name].every == 0:
-            stepped.append(name)
-            loss = loss + of.discriminator
-            if settings.alignments[name].r1 > 0:
-                loss = loss + settings.alignments[name].r1 * _penalty(name, outputs, batch, learners, settings)
-    networks = (segmenter, *alignments.values())
+    # The discriminators' losses, of those that learn at this step.
+    learning = [name for name in alignments if step % settings.alignments[name].every == 0]
+    for name in learning:
+        loss = loss + alignments[name].discriminator
+        if settings.alignments[name].r1 > 0:
+            loss = loss + settings.alignments[name].r1 * _penalty(name, outputs, batch, learners, settings)
+    _update(loss, ["segmenter", *learning], learners, fabric)
+    return row
+
+
+def _align(
+    outputs: Outputs, batch: Batch, learners: Learners, settings: Settings
+) -> dict[str, semshift.AlignmentLosses]:
+    """Both views of ASS: output maps of source and unlabelled images, prototypes of source and labelled images."""
+    losses: dict[str, semshift.AlignmentLosses] = {}
+    if settings.segments_unlabelled and settings.global_alignment.inputs == "balanced":
+        for domain in ("source", "labelled"):
+            learners.class_counts.add(domain, batch[domain]["label"])
+    for name, align in learners.alignments.items():
+        if name == "semantic":
+            source, target = outputs["source"].features, outputs["labelled"].features
+            losses[name] = align(source, batch["source"]["label"], target, batch["labelled"]["label"])
+        else:
+            losses[name] = align(*_output_maps(name, outputs, batch, learners, settings))
+    return losses
+
+
+def _update(loss: Tensor, learning: Sequence[str], learners: Learners, fabric: Fabric) -> None:
+    """The backward, and a step of the optimisers of the networks that learn."""
+    networks = (learners.segmenter, *learners.alignments.values())
     for network in networks:
         network.zero_grad()
     fabric.backward(loss)
     for network in networks:
         semshift.average_gradients(network.parameters())
-    for name in stepped:
+    for name in learning:
         learners.optimisers[name].step()
     if learners.teacher is not None:
-        learners.teacher.update_parameters(segmenter)
-    return row
+        learners.teacher.update_parameters(learners.segmenter)
 
 
 def _supervised_loss(output: Segmentation, labels: Tensor, settings: Settings) -> Tensor:
@@ -138,7 +146,7 @@ def _supervised_loss(output: Segmentation, labels: Tensor, settings: Settings) -
 
 
 def _output_maps(
-    name: str, outputs: dict[str, Segmentation], batch: Batch, learners: Learners, settings: Settings
+    name: str, outputs: Outputs, batch: Batch, learners: Learners, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """Logits of the reference images (`against`) and of the unlabelled images, at the images' size.
 
@@ -158,9 +166,7 @@ def _output_maps(
     return torch.cat([output_map(domain).detach() for domain in reference]), output_map("unlabelled")
 
 
-def _penalty(
-    name: str, outputs: dict[str, Segmentation], batch: Batch, learners: Learners, settings: Settings
-) -> Tensor:
+def _penalty(name: str, outputs: Outputs, batch: Batch, learners: Learners, settings: Settings) -> Tensor:
     """R1 penalty of a discriminator at its source inputs: the mean over those of all ranks that count."""
     alignment = learners.alignments[name]
     if isinstance(alignment, semshift.SemanticAlignment):
