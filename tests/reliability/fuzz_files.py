@@ -212,10 +212,7 @@ def fuzz_checkpoints(data: st.DataObject) -> None:
     """The loaders of checkpoints: all of a run, and the weights alone."""
     draw = data.draw
     how = draw(st.sampled_from(["bytes", "bytes", "zip", "zip", "structure", "structure"]))
-    if how == "bytes":
-        content = draw(damaged(CHECKPOINT))
-    else:
-        content = (zipped if how == "zip" else restructured)(draw)
+    content = {"bytes": lambda draw: draw(damaged(CHECKPOINT)), "zip": zipped, "structure": restructured}[how](draw)
     stateful = parts()
     with tempfile.TemporaryDirectory() as root, contextlib.redirect_stderr(io.StringIO()):
         path = Path(root) / "checkpoints/step-00000007.pt"
