@@ -1,0 +1,73 @@
+"""The check of a run's images before the run."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from examples.workbench.data.check import check_data
+from examples.workbench.data.folders import FolderPair
+from examples.workbench.settings import Data, SceneSettings, Settings
+from tests.errors import mentions
+from tests.examples.workbench.data import formats
+from tests.examples.workbench.data.formats import FOLDERS, save
+
+SETTINGS = Settings(data=formats.DATA, labelled=2)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return formats.write_all(tmp_path)
+
+
+def test_counts_sizes_and_frequencies(root):
+    text, notes, problems = check_data(SETTINGS, root)
+    assert "source: 4 images (as distributed: 24966), 4 with whole ends, 4 of them read" in text
+    assert "sizes: 64 x 40 (4); labels of another size, to be scaled: 1" in text
+    assert "target: 6 images (as distributed: 500 or 2975), 6 with whole ends, 6 of them read" in text
+    assert "test: the validation images" in text
+    assert [(note.split()[0], "complete" in note) for note in notes] == [
+        (split, True) for split in ("source", "target", "validation")
+    ]
+    assert problems == []
+    shares = {line.split("  ")[0]: line.split()[-3:] for line in text.splitlines() if re.match(r"[a-z ]+ \d", line)}
+    samples = FolderPair(root, FOLDERS["cityscapes"], classes=formats.CLASSES[19])
+    label = np.concatenate([samples[i].label.ravel() for i in range(6)])
+    assert float(shares["road"][1]) == pytest.approx(100 * (label == 0).mean(), abs=6e-4)
+    assert float(shares["without a class"][1]) == pytest.approx(100 * (label == 255).mean(), abs=6e-4)
+
+
+def test_every_unusable_file_is_named(root):
+    save(formats.photo(), root / formats.GTA5)
+    (root / formats.AACHEN).write_bytes(b"")
+    cut = root / "cityscapes/leftImg8bit/val/bochum/bochum_000001_000019_leftImg8bit.png"
+    cut.write_bytes(cut.read_bytes()[:1000])
+    problems = check_data(SETTINGS, root).problems
+    expected = [(root / formats.GTA5, "RGB"), (root / formats.AACHEN, "empty"), (cut, 1000)]
+    assert len(problems) == len(expected)
+    for problem, words in zip(problems, expected):
+        mentions(problem, *words)
+
+
+def test_classes_without_a_pixel_are_noted(root):
+    for i in range(1, 5):
+        formats.save_palette(np.full((40, 64), 7, np.uint8), root / f"gta5/labels/{i:05d}.png")
+    data = dataclasses.replace(formats.DATA, classes=["road", "sky", "car"])
+    notes = check_data(dataclasses.replace(SETTINGS, data=data), root).notes
+    assert any(note.startswith("source") and "sky, car in the 4 images" in note for note in notes)
+
+
+def test_some_images_are_read_however_short_the_time(root):
+    report = check_data(SETTINGS, root, seconds=0.0)
+    read = re.findall(r"(\d+) of them read", report.text)
+    assert len(read) == 3
+    assert all(int(n) > 0 for n in read)
+    assert report.problems == []
+
+
+def test_scenes():
+    data = Data(size=(32, 32), scenes=SceneSettings(source=3, target=3, validation=2, test=2))
+    text = check_data(Settings(labelled=2, data=data), None).text
+    assert "source: 3 images, 3 of them read" in text
+    assert "test: 2 images, 2 of them read" in text

@@ -1,0 +1,204 @@
+"""The segmenter of a run: its settings, its first weights, and runs of the trained networks."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from examples.workbench.__main__ import main
+from examples.workbench.networks.build import build_segmenter, load_init
+from examples.workbench.networks.deeplab import DeepLabV2
+from examples.workbench.networks.small import SmallSegmenter
+from examples.workbench.settings import Data, NetworkSettings, OptimiserSettings, SceneSettings, Settings, as_plain
+from examples.workbench.training import checkpoints, run_folder
+from examples.workbench.training import train as train_module
+from examples.workbench.training.train import train
+from tests.errors import mentions, refuses
+
+# Transformers and other libraries warn of things that we cannot change.
+pytestmark = pytest.mark.filterwarnings("default")
+
+SMALL_SEGFORMER = {
+    "model_type": "segformer",
+    "hidden_sizes": [8, 16, 24, 32],
+    "depths": [1, 1, 1, 1],
+    "num_attention_heads": [1, 1, 2, 2],
+    "decoder_hidden_size": 16,
+    # High, so that a resumed run with other random numbers is noticed.
+    "hidden_dropout_prob": 0.3,
+    "drop_path_rate": 0.3,
+}
+
+
+def settings(network, **changes):
+    tiny = Settings(
+        method="ass",
+        steps=2,
+        labelled=2,
+        log_every=1,
+        save_every=1,
+        data=Data(size=(32, 32), scenes=SceneSettings(source=4, target=4, validation=2, test=2)),
+        network=network,
+        optimiser=OptimiserSettings(
+            name="sgd", learning_rate=1e-3, classifier_factor=10.0, batch_size=1, unlabelled_batch_size=1
+        ),
+    )
+    return dataclasses.replace(tiny, **changes)
+
+
+DEEPLAB = NetworkSettings(name="deeplab-v2", depth=50)
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        ({"width": 12}, ("network.width", 8, 12)),
+        ({"aspp_dilations": ()}, ("network.aspp_dilations", "none")),
+        ({"init": "w.pth"}, ("network.init", "deeplab-v2", "segformer", "w.pth", "small")),
+        ({"frozen_batch_norm": True}, ("network.frozen_batch_norm", "deeplab-v2", "small")),
+        ({"name": "segformer", "auxiliary": True}, ("network.auxiliary", "deeplab-v2", "segformer")),
+        ({"name": "deeplab-v2", "feature_layer": "decoder"}, ("network.feature_layer", "encoder", "decoder")),
+        ({"config": "x"}, ("network.config", "segformer", "network.init", "x", "small", "none")),
+        ({"name": "segformer", "config": "x", "init": "y"}, ("network.config", "network.init", "x", "y")),
+    ],
+)
+def test_settings_that_do_not_fit_together(network, words):
+    with refuses(ValueError, *words):
+        NetworkSettings(**network)
+
+
+@pytest.mark.parametrize(("layer", "channels", "stride"), [("encoder", 32, 8), ("decoder", 8, 2)])
+def test_the_small_segmenter(layer, channels, stride):
+    segmenter = SmallSegmenter(5, width=8, feature_layer=layer)
+    features, logits, auxiliary = segmenter(torch.rand(2, 3, 32, 64))
+    assert features.shape == (2, segmenter.feature_channels, 32 // stride, 64 // stride)
+    assert segmenter.feature_channels == channels
+    assert logits.shape == (2, 5, 16, 32)
+    assert auxiliary is None
+
+
+@pytest.mark.parametrize(
+    ("network", "classifier"),
+    [
+        (NetworkSettings(width=8), {"classifier"}),
+        (dataclasses.replace(DEEPLAB, auxiliary=True), {"layer5", "layer6"}),
+        (NetworkSettings(name="segformer"), {"classifier"}),
+    ],
+    ids=["small", "deeplab", "segformer"],
+)
+def test_first_weights_and_the_classifier(network, classifier):
+    first, again = (build_segmenter(settings(network)) for _ in range(2))
+    other = build_segmenter(settings(network, seed=1)).state_dict()
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in first.state_dict().items())
+    names = {id(parameter): name for name, parameter in first.named_parameters()}
+    last = [names[id(parameter)] for parameter in first.classifier_parameters()]
+    assert {name.split(".")[0] for name in last} == classifier
+    assert len(last) == sum(name.split(".")[0] in classifier for name in names.values())
+    assert not torch.equal(first.state_dict()[last[0]], other[last[0]])
+    assert load_init(settings(network), first) is None
+
+
+@pytest.fixture
+def init(tmp_path):
+    """Weights of a ResNet whose values stay in range, and whose statistics differ from untrained ones."""
+    state = {n: t for n, t in DeepLabV2(2, depth=50).state_dict().items() if not n.startswith("layer5")}
+    state = {name: tensor * 0.1 if name.endswith("bn3.weight") else tensor for name, tensor in state.items()}
+    state["bn1.running_mean"] += 0.25
+    torch.save(state, tmp_path / "resnet50.pth")
+    return tmp_path / "resnet50.pth"
+
+
+def stateful(out):
+    return torch.load(checkpoints.newest_checkpoint(out), weights_only=True)["stateful"]
+
+
+@pytest.mark.slow
+def test_from_the_command_line_with_weights(init, tmp_path, capsys):
+    """Two steps from a file of weights, and an evaluation without the file; frozen tensors equal the file's."""
+    state, out, config = torch.load(init, weights_only=True), tmp_path / "run", tmp_path / "settings.yaml"
+    plain = as_plain(settings(DEEPLAB, method="joint"))
+    plain["network"] |= {"frozen_batch_norm": True, "origin": "caffe"}
+    config.write_text(yaml.safe_dump(plain))
+    arguments = ["train", "--config", str(config), "--out", str(out)]
+    assert main(arguments) == 2
+    mentions(capsys.readouterr().err.splitlines()[-1], "error", "network.init", "network.frozen_batch_norm", "none")
+    assert main([*arguments, "--init", str(init)]) == 0
+    report = capsys.readouterr().err
+    mentions(next(line for line in report.splitlines() if str(init) in line), 318, "caffe", "BGR", "1x1")
+    rates = [group["lr"] for group in stateful(out)["segmenter optimiser"]["param_groups"]]
+    assert rates[1] == pytest.approx(10 * rates[0])
+    weights = stateful(out)["segmenter"]
+    norms = [name for name in state if "bn" in name or "downsample.1" in name]
+    assert all(torch.equal(weights[name], state[name]) for name in norms)
+    assert not torch.equal(weights["conv1.weight"], state["conv1.weight"])
+    init.unlink()
+    assert main(["evaluate", "--out", str(out)]) == 0
+    assert "mean over all classes" in capsys.readouterr().out
+    shutil.rmtree(out)
+    assert main([*arguments, "--init", str(init)]) == 2
+    mentions(capsys.readouterr().err.splitlines()[-1], "error", "network.init", init)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.0])
+@pytest.mark.slow
+def test_the_second_level_has_an_alignment_of_its_own(weight, tmp_path):
+    how = dataclasses.replace(Settings().global_alignment, start=0.0, ramp=0.0, auxiliary_weight=weight)
+    network = dataclasses.replace(DEEPLAB, auxiliary=True)
+    train(settings(network, global_alignment=how, steps=1), tmp_path / "run")
+    (row,) = run_folder.read_history(tmp_path / "run")
+    names = {"global", "auxiliary", "semantic"} if weight else {"global", "semantic"}
+    assert {name.split("/")[1] for name in row if name.startswith("weight/")} == names
+    assert {name.split()[0] for name in stateful(tmp_path / "run") if name.endswith("alignment")} == names
+    if weight:
+        assert row["weight/auxiliary"] == weight
+        assert row["gradient/auxiliary"] > 0
+        assert row["loss/auxiliary"] != row["loss/global"]
+
+
+def test_networks_are_evaluated_with_their_running_statistics(tmp_path, monkeypatch):
+    training, evaluate = [], train_module.evaluate
+
+    def evaluated(segmenter, *arguments, **options):
+        training.append(segmenter.training)
+        return evaluate(segmenter, *arguments, **options)
+
+    def drawn(*arguments, before, after, **options):
+        training.extend(segmenter.training for _, segmenter in (before, after))
+
+    monkeypatch.setattr(train_module, "evaluate", evaluated)
+    monkeypatch.setattr(train_module, "draw_report", drawn)
+    train_module.train(settings(NetworkSettings(width=8), steps=1, method="source-only"), tmp_path / "run")
+    assert training == [False] * 4
+
+
+@pytest.mark.parametrize("name", ["deeplab-v2", "segformer"])
+@pytest.mark.slow
+def test_resumed_equals_uninterrupted(name, init, tmp_path, monkeypatch):
+    """With running statistics, both groups of the optimiser, and dropout whose draws are a function of the step."""
+    network = dataclasses.replace(DEEPLAB, init=str(init))
+    if name == "segformer":
+        (tmp_path / "config.json").write_text(json.dumps(SMALL_SEGFORMER))
+        network = NetworkSettings(name="segformer", config=str(tmp_path / "config.json"))
+    run = settings(network)
+    train(run, tmp_path / "whole")
+    save = checkpoints.save_checkpoint
+
+    def interrupt(*arguments, **options):
+        save(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tmp_path / "cut")
+    monkeypatch.undo()
+    # Neither the file of weights nor the state of the generator matters any more.
+    init.unlink()
+    torch.rand(7)
+    assert train(run, tmp_path / "cut", resume=True)["resumed_from"] == [1]
+    whole, cut = stateful(tmp_path / "whole"), stateful(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    torch.testing.assert_close(cut, whole, rtol=0, atol=0)
