@@ -43,6 +43,21 @@ def test_batches():
     same(batches[2:], load(first_step=2))
 
 
+def test_an_image_depends_on_seed_step_and_place():
+    first, again, *others = (
+        TrainingSet(DOMAINS, dict.fromkeys(DOMAINS, (32, 32)), Augmentation(), seed)[step, place, 0]["image"]
+        for seed, step, place in ((0, 0, 0), (0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+    )
+    assert torch.equal(first, again)
+    assert not any(torch.equal(first, other) for other in others)
+
+
+def test_no_label_of_an_unlabelled_image_is_used():
+    for scale, inside in ((1.0, True), (0.5, False)):
+        training = TrainingSet(DOMAINS, dict.fromkeys(DOMAINS, (32, 32)), Augmentation((scale, scale)), 0)
+        assert bool(training[0, 0, 5]["inside"].all()) == inside
+
+
 def test_two_ranks_equal_one():
     for (_, whole), (_, one), (_, two) in zip(load((4, 2)), *(load(rank=rank, world_size=2) for rank in range(2))):
         for domain, part in whole.items():
