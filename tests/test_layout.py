@@ -114,7 +114,7 @@ BELOW = {
     "networks": set(),
     "reporting": {"data", "networks"},
     "training": {"data", "networks", "reporting"},
-    "studies": {"reporting"},
+    "studies": {"reporting", "training"},
 }
 
 

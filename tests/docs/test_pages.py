@@ -97,7 +97,7 @@ def test_two_folders_of_your_own(tmp_path, capsys):
                 Image.fromarray(rng.integers(0, 3, shape, dtype=np.uint8)).save(tmp_path / folder / f"{i}.png")
     arguments = ["train", "--config", str(tmp_path / "mine.yaml"), "--data-root", str(tmp_path), "--check"]
     assert trainer(arguments) == 0
-    assert re.search(r"^no file .*is unfit$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("no problem")
 
 
 def test_every_picture_has_its_source():
