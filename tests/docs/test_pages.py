@@ -100,6 +100,14 @@ def test_two_folders_of_your_own(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("no problem")
 
 
+def test_every_fault_has_its_test():
+    """The tests that docs/resuming.md names."""
+    named = re.findall(r"`(test_\w+)\.(test_\w+)`", (ROOT / "docs" / "resuming.md").read_text())
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / "reliability" / f"{file}.py").read_text()
+
+
 def test_every_picture_has_its_source():
     assert {path.name for path in FIGURES.iterdir()} == set(DRAWINGS)
     for path in RESULTS.glob("*.png"):
