@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from examples.scenes import Sample
-from examples.workbench.data.augment import augment, image_tensor, resize_image
+from examples.workbench.data.augment import augment
 from examples.workbench.settings import Augmentation
-from tests.errors import refuses
 from tests.examples.workbench.data.formats import random_sample
 
 
@@ -50,17 +49,3 @@ def test_augmentation_is_a_function_of_its_generator():
     first, again, other = (augment(sample, (32, 32), np.random.default_rng(s), Augmentation()) for s in (0, 0, 1))
     assert np.array_equal(first.image, again.image)
     assert not np.array_equal(first.image, other.image)
-
-
-def test_resizing_and_tensor():
-    sample = random_sample(20, 30)
-    assert resize_image(sample, (20, 30)) is sample.image
-    assert resize_image(sample, (32, 48)).shape == (32, 48, 3)
-    tensor = image_tensor(np.array([[[0, 127.5, 255]]]))
-    assert tensor.shape == (3, 1, 1)
-    assert tensor.flatten().tolist() == [-2, 0, 2]
-
-
-def test_the_smaller_factor_comes_first():
-    with refuses(ValueError, "augmentation.scale", [1.5, 0.5]):
-        Augmentation(scale=(1.5, 0.5))

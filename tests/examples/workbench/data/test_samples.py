@@ -1,8 +1,8 @@
-"""Subsets, and the images that keep their labels."""
+"""Subsets, the images that keep their labels, and images as the network's input."""
 
 import numpy as np
 
-from examples.workbench.data.samples import Subset, labelled_subset
+from examples.workbench.data.samples import Subset, image_tensor, labelled_subset, resize_image
 from tests.examples.workbench.data.formats import random_sample
 
 
@@ -20,3 +20,12 @@ def test_labelled_subsets_nest():
     order = np.random.RandomState(0).permutation(50).tolist()
     assert labelled_subset(50, 10) == order[:10]
     assert labelled_subset(50, 50) == order
+
+
+def test_resizing_and_tensor():
+    sample = random_sample(20, 30)
+    assert resize_image(sample, (20, 30)) is sample.image
+    assert resize_image(sample, (32, 48)).shape == (32, 48, 3)
+    tensor = image_tensor(np.array([[[0, 127.5, 255]]]))
+    assert tensor.shape == (3, 1, 1)
+    assert tensor.flatten().tolist() == [-2, 0, 2]

@@ -12,11 +12,11 @@ from examples.workbench.__main__ import main
 from examples.workbench.networks.build import build_segmenter, load_init
 from examples.workbench.networks.deeplab import DeepLabV2
 from examples.workbench.networks.small import SmallSegmenter
-from examples.workbench.settings import Data, NetworkSettings, OptimiserSettings, SceneSettings, Settings, as_plain
-from examples.workbench.training import checkpoints, run_folder
+from examples.workbench.settings import NetworkSettings, as_plain
+from examples.workbench.training import checkpoints
 from examples.workbench.training import train as train_module
-from examples.workbench.training.train import train
-from tests.errors import mentions, refuses
+from tests.errors import mentions
+from tests.examples.workbench.tiny import checkpoint, equal, history, tiny
 
 # Transformers and other libraries warn of things that we cannot change.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -33,41 +33,12 @@ SMALL_SEGFORMER = {
 }
 
 
-def settings(network, **changes):
-    tiny = Settings(
-        method="ass",
-        steps=2,
-        labelled=2,
-        log_every=1,
-        save_every=1,
-        data=Data(size=(32, 32), scenes=SceneSettings(source=4, target=4, validation=2, test=2)),
-        network=network,
-        optimiser=OptimiserSettings(
-            name="sgd", learning_rate=1e-3, classifier_factor=10.0, batch_size=1, unlabelled_batch_size=1
-        ),
-    )
-    return dataclasses.replace(tiny, **changes)
-
-
 DEEPLAB = NetworkSettings(name="deeplab-v2", depth=50)
 
 
-@pytest.mark.parametrize(
-    ("network", "words"),
-    [
-        ({"width": 12}, ("network.width", 8, 12)),
-        ({"aspp_dilations": ()}, ("network.aspp_dilations", "none")),
-        ({"init": "w.pth"}, ("network.init", "deeplab-v2", "segformer", "w.pth", "small")),
-        ({"frozen_batch_norm": True}, ("network.frozen_batch_norm", "deeplab-v2", "small")),
-        ({"name": "segformer", "auxiliary": True}, ("network.auxiliary", "deeplab-v2", "segformer")),
-        ({"name": "deeplab-v2", "feature_layer": "decoder"}, ("network.feature_layer", "encoder", "decoder")),
-        ({"config": "x"}, ("network.config", "segformer", "network.init", "x", "small", "none")),
-        ({"name": "segformer", "config": "x", "init": "y"}, ("network.config", "network.init", "x", "y")),
-    ],
-)
-def test_settings_that_do_not_fit_together(network, words):
-    with refuses(ValueError, *words):
-        NetworkSettings(**network)
+def settings(network, **changes):
+    sgd = {"name": "sgd", "learning_rate": 1e-3, "classifier_factor": 10.0, "batch_size": 1, "unlabelled_batch_size": 1}
+    return tiny(**({"steps": 2, "save_every": 1, "network": network, "optimiser": sgd} | changes))
 
 
 @pytest.mark.parametrize(("layer", "channels", "stride"), [("encoder", 32, 8), ("decoder", 8, 2)])
@@ -111,10 +82,6 @@ def init(tmp_path):
     return tmp_path / "resnet50.pth"
 
 
-def stateful(out):
-    return torch.load(checkpoints.newest_checkpoint(out), weights_only=True)["stateful"]
-
-
 @pytest.mark.slow
 def test_from_the_command_line_with_weights(init, tmp_path, capsys):
     """Two steps from a file of weights, and an evaluation without the file; frozen tensors equal the file's."""
@@ -128,9 +95,7 @@ def test_from_the_command_line_with_weights(init, tmp_path, capsys):
     assert main([*arguments, "--init", str(init)]) == 0
     report = capsys.readouterr().err
     mentions(next(line for line in report.splitlines() if str(init) in line), 318, "caffe", "BGR", "1x1")
-    rates = [group["lr"] for group in stateful(out)["segmenter optimiser"]["param_groups"]]
-    assert rates[1] == pytest.approx(10 * rates[0])
-    weights = stateful(out)["segmenter"]
+    weights = checkpoint(out)["stateful"]["segmenter"]
     norms = [name for name in state if "bn" in name or "downsample.1" in name]
     assert all(torch.equal(weights[name], state[name]) for name in norms)
     assert not torch.equal(weights["conv1.weight"], state["conv1.weight"])
@@ -143,20 +108,25 @@ def test_from_the_command_line_with_weights(init, tmp_path, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("weight", [0.5, 0.0])
 @pytest.mark.slow
-def test_the_second_level_has_an_alignment_of_its_own(weight, tmp_path):
-    how = dataclasses.replace(Settings().global_alignment, start=0.0, ramp=0.0, auxiliary_weight=weight)
+def test_the_second_level_has_losses_of_its_own(tmp_path):
     network = dataclasses.replace(DEEPLAB, auxiliary=True)
-    train(settings(network, global_alignment=how, steps=1), tmp_path / "run")
-    (row,) = run_folder.read_history(tmp_path / "run")
-    names = {"global", "auxiliary", "semantic"} if weight else {"global", "semantic"}
-    assert {name.split("/")[1] for name in row if name.startswith("weight/")} == names
-    assert {name.split()[0] for name in stateful(tmp_path / "run") if name.endswith("alignment")} == names
-    if weight:
-        assert row["weight/auxiliary"] == weight
-        assert row["gradient/auxiliary"] > 0
-        assert row["loss/auxiliary"] != row["loss/global"]
+    rows = {}
+    for weight in (0.5, 0.0):
+        run = settings(network, steps=1)
+        how = dataclasses.replace(run.global_alignment, start=0.0, ramp=0.0, auxiliary_weight=weight)
+        optimiser = dataclasses.replace(run.optimiser, auxiliary_weight=weight)
+        out = tmp_path / str(weight)
+        train_module.train(dataclasses.replace(run, global_alignment=how, optimiser=optimiser), out)
+        (rows[weight],) = history(out)
+        names = {"global", "auxiliary", "semantic"} if weight else {"global", "semantic"}
+        assert {name.split("/")[1] for name in rows[weight] if name.startswith("weight/")} == names
+        assert {name.split()[0] for name in checkpoint(out)["stateful"] if name.endswith("alignment")} == names
+    assert rows[0.5]["weight/auxiliary"] == 0.5
+    assert rows[0.5]["gradient/auxiliary"] > 0
+    assert rows[0.5]["loss/auxiliary"] != rows[0.5]["loss/global"]
+    # The cross-entropy of the auxiliary classifier is added.
+    assert rows[0.5]["loss/segmentation"] > rows[0.0]["loss/segmentation"]
 
 
 def test_networks_are_evaluated_with_their_running_statistics(tmp_path, monkeypatch):
@@ -184,7 +154,7 @@ def test_resumed_equals_uninterrupted(name, init, tmp_path, monkeypatch):
         (tmp_path / "config.json").write_text(json.dumps(SMALL_SEGFORMER))
         network = NetworkSettings(name="segformer", config=str(tmp_path / "config.json"))
     run = settings(network)
-    train(run, tmp_path / "whole")
+    train_module.train(run, tmp_path / "whole")
     save = checkpoints.save_checkpoint
 
     def interrupt(*arguments, **options):
@@ -193,12 +163,11 @@ def test_resumed_equals_uninterrupted(name, init, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train(run, tmp_path / "cut")
+        train_module.train(run, tmp_path / "cut")
     monkeypatch.undo()
     # Neither the file of weights nor the state of the generator matters any more.
     init.unlink()
     torch.rand(7)
-    assert train(run, tmp_path / "cut", resume=True)["resumed_from"] == [1]
-    whole, cut = stateful(tmp_path / "whole"), stateful(tmp_path / "cut")
-    assert whole.keys() == cut.keys()
-    torch.testing.assert_close(cut, whole, rtol=0, atol=0)
+    assert train_module.train(run, tmp_path / "cut", resume=True)["resumed_from"] == [1]
+    whole, cut = (checkpoint(tmp_path / name)["stateful"] for name in ("whole", "cut"))
+    assert equal(whole, cut)

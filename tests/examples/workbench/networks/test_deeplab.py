@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from examples.workbench.data.augment import image_tensor
+from examples.workbench.data.samples import image_tensor
 from examples.workbench.errors import InputError
 from examples.workbench.networks.deeplab import DeepLabV2, load_pretrained
 from tests.errors import mentions, refuses

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from examples.workbench.data.augment import image_tensor
+from examples.workbench.data.samples import image_tensor
 from examples.workbench.errors import InputError
 from examples.workbench.networks.segformer import SegFormer, load_segformer
 from tests.errors import mentions, refuses
