@@ -168,8 +168,8 @@ def _load(settings: Settings, checkpoint: Path) -> Segmenter:
 
 def _study(arguments: Sequence[str]) -> None:
     names = sorted(path.stem for path in STUDIES.glob("*.yaml"))
-    parser = OneLineParser("study", epilog="After --methods, options of train may follow; they hold for every run.")
-    parser.add_argument("study", metavar="NAME", nargs="?", help=f"{', '.join(names)}, or a YAML file")
+    epilog = f"NAME is {', '.join(names)} or a YAML file. With --methods, options of train hold for every run."
+    parser = OneLineParser("study [NAME]", epilog=epilog)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help="in place of NAME")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of each method (default: 0 1 2)")
     parser.add_argument("--data-root", metavar="DIR", type=Path, help="folder of the image folders")
@@ -178,16 +178,18 @@ def _study(arguments: Sequence[str]) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
     parser.add_argument("--report-only", action="store_true", help="table and figures of the records; run nothing")
-    options, rest = parser.parse_known_args(arguments)
+    # Not left to argparse, which would take the value of an option of train for the name.
+    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    options, rest = parser.parse_known_args(arguments[1:] if named else arguments)
     if min(options.jobs, options.threads) < 1:
         raise InputError(f"expected --jobs and --threads of at least 1, got {options.jobs} and {options.threads}")
-    if (options.study is None) == (options.methods is None):
-        raise InputError(f"expected the name of a study or --methods, got {options.study or 'neither'}")
+    if (named is None) == (options.methods is None):
+        raise InputError(f"expected the name of a study or --methods, got {named or 'neither'}")
     records = options.records
-    if options.study is not None:
+    if named is not None:
         if rest or options.seeds:
-            raise InputError(f"expected {' '.join(rest) or '--seeds'} with --methods only, got it with {options.study}")
-        path = STUDIES / f"{options.study}.yaml" if options.study in names else Path(options.study)
+            raise InputError(f"expected {' '.join(rest) or '--seeds'} with --methods only, got it with {named}")
+        path = STUDIES / f"{named}.yaml" if named in names else Path(named)
         study, name, records = read_study(path), path.stem, records or Path("docs/results")
     else:
         study, name = study_of_methods(options.methods, options.seeds or [0, 1, 2], rest), "methods"
@@ -205,7 +207,7 @@ def _study(arguments: Sequence[str]) -> None:
             threads=options.threads,
         )
     command = shlex.join(
-        ["python", "-m", "examples.workbench", "study", options.study or "--methods", *(options.methods or [])]
+        ["python", "-m", "examples.workbench", "study", named or "--methods", *(options.methods or [])]
     )
     print(write_report(study, results, file, command))
     print(f"records: {file}")
