@@ -171,6 +171,41 @@ def test_bad_command_lines(arguments, words, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_study_is_named_or_made_of_methods(monkeypatch, tmp_path, capsys):
+    """Options of train may follow in any order; their values are not taken for the study's name."""
+    asked = []
+    monkeypatch.setattr(command_line, "run_study", lambda study, **how: asked.append((study, how)) or [])
+    methods = ["study", "--steps", "10", "--methods", "joint", "ass", "--seeds", "3", "4", "--data.size", "[32,32]"]
+    assert main([*methods, "--out", str(tmp_path), "--jobs", "1"]) == 2
+    mentions(capsys.readouterr().err, "error", tmp_path / "methods" / "methods.json")
+    study, how = asked[0]
+    assert (list(study.rows), study.baseline, study.seeds) == (["joint", "ass"], "joint", [3, 4])
+    assert (study.settings["ass"].steps, study.settings["ass"].data.size) == (10, (32, 32))
+    assert (how["out"], how["jobs"], how["threads"]) == (tmp_path / "methods", 1, 1)
+    main(["study", "scenes", "--records", str(tmp_path)])
+    assert asked[1][0].title == "Built-in scenes, 4 labelled target images"
+    assert asked[1][1]["records"] == tmp_path / "scenes.json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ("--methods", "neither")),
+        (["scenes", "--methods", "ass"], ("--methods", "scenes")),
+        (["scenes", "--steps", "10"], ("--steps 10", "scenes")),
+        (["scenes", "--seeds", "1"], ("--seeds", "scenes")),
+        (["none.yaml"], ("none.yaml",)),
+        (["--methods", "magic"], ("--methods", "magic")),
+        (["--methods", "ass", "--seeds", "0", "0"], ("seeds", [0, 0])),
+        (["--methods", "ass", "--jobs", "0"], ("--jobs", 0)),
+        (["--methods", "ass", "--seed", "1"], ("--seed",)),
+    ],
+)
+def test_bad_studies(arguments, words, capsys):
+    assert main(["study", *arguments]) == 2
+    mentions(capsys.readouterr().err.strip(), "error", *words)
+
+
 def test_usage(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0
