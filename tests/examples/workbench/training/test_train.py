@@ -125,7 +125,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
     with refuses(InputError, "network.init", "frozen_batch_norm"):
         train(tiny(network={"name": "deeplab-v2", "depth": 50, "frozen_batch_norm": True}), tmp_path / "run")
     absent = "mps" if torch.cuda.is_available() else "cuda"
-    with refuses(InputError, "accelerator", "cpu", absent):
+    with refuses(InputError, "--accelerator cpu", absent):
         train(tiny(accelerator=absent), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
