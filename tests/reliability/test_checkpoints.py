@@ -103,17 +103,21 @@ def cut(run, monkeypatch, step, *arguments, **options):
             run(*arguments, **options)
 
 
+# Such that the teacher's labels and the counts of classes change the losses.
+PLUS = ("--method", "ass-plus", "--self_training.threshold", 0.2, "--global_alignment.inputs", "balanced")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "workers", "cuts"), [("ass", 2, [1]), ("ass-plus", 1, range(6))])
-def test_cut_twice_and_resumed_is_uninterrupted(method, workers, cuts, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("options", "workers", "cuts"), [((), 2, [1]), (PLUS, 1, range(6))], ids=["ass", "ass-plus"])
+def test_cut_twice_and_resumed_is_uninterrupted(options, workers, cuts, run, tmp_path, monkeypatch):
     """In the middle of any step, then with another number of workers, then once more."""
-    assert run("--method", method, out=tmp_path / "whole") == 0
+    assert run(*options, out=tmp_path / "whole") == 0
     for first in cuts:
         out, second = tmp_path / f"cut-{first}", min(first + 2, 5)
-        cut(run, monkeypatch, first, "--method", method, "--data.workers", workers, out=out)
-        cut(run, monkeypatch, second, "--method", method, "--data.workers", 0, "--resume", out=out)
+        cut(run, monkeypatch, first, *options, "--data.workers", workers, out=out)
+        cut(run, monkeypatch, second, *options, "--data.workers", 0, "--resume", out=out)
         torch.rand(9)  # whatever else has been drawn
-        assert run("--method", method, "--data.workers", workers, "--resume", out=out) == 0
+        assert run(*options, "--data.workers", workers, "--resume", out=out) == 0
         assert same_run(out, tmp_path / "whole")
         assert rows(out) == rows(tmp_path / "whole")
         resumed = json.loads((out / "metrics.json").read_text())["resumed_from"]

@@ -335,7 +335,7 @@ SURVIVED = {
     "settings": (lambda out: (out / "settings.yaml").write_bytes(b"steps: [\xff"), ("settings.yaml", "damaged")),
     "history": (cut_history, ("history.jsonl", "1 damaged")),
     "before": (lambda out: (out / checkpoints.BEFORE).write_bytes(b""), ("no report", "before.pt")),
-    "left over": (lambda out: (out / "checkpoints/.step-00000006.pt.tmp").write_bytes(b"half"), ("ass",)),
+    "left over": (lambda out: (out / "checkpoints/.step-00000005.pt.tmp").write_bytes(b"half"), ("ass",)),
 }
 
 

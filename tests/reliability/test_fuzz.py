@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from examples.workbench.errors import InputError
@@ -25,7 +25,8 @@ HARNESSES = [fuzz_class_sums, fuzz_resize_labels, fuzz_class_shares, fuzz_label_
 @pytest.mark.parametrize("harness", HARNESSES)
 def test_no_crash(harness):
     examples = int(os.environ.get("FUZZ_EXAMPLES", 60))
-    settings(max_examples=examples, suppress_health_check=list(HealthCheck))(given(st.data())(harness))()
+    phases = [Phase.generate, Phase.shrink]
+    settings(max_examples=examples, phases=phases, suppress_health_check=list(HealthCheck))(given(st.data())(harness))()
 
 
 @pytest.mark.parametrize("layout", LABELS)
