@@ -149,9 +149,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     scores = evaluate(
         _load(settings, out / checkpoints.BEST if options.best else checkpoints.newest_checkpoint(out)),
         getattr(open_images(settings, options.data_root), options.split),
-        classes=data.classes,
-        size=data.size,
-        ignore_index=data.ignore_index,
+        data,
         predictions=options.save_predictions,
     )
     print(score_table(scores, subsets=data.subsets, only=options.subset))

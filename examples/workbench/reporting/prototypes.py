@@ -1,5 +1,7 @@
 """Class prototypes of a domain, and a drawing of two domains' prototypes on two principal axes."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -9,25 +11,20 @@ from torch import nn
 import semshift
 from examples.workbench.data.samples import Samples, image_tensor, resize_image
 from examples.workbench.reporting.style import class_colours
+from examples.workbench.settings import Data
 
 __all__ = ["draw_prototypes", "pool_prototypes"]
 
 
 @torch.no_grad()
-def pool_prototypes(
-    segmenter: nn.Module, samples: Samples, size: tuple[int, int], *, num_classes: int, ignore_index: int
-) -> np.ndarray:
-    """Prototypes `[K, C]` of a domain, pooled over all its images; the row of an absent class is NaN.
-
-    `size` is the height and width of the images that the segmenter sees.
-    """
-    sums = []
+def pool_prototypes(segmenter: nn.Module, samples: Samples, size: tuple[int, int], data: Data) -> np.ndarray:
+    """Prototypes `[K, C]` of images that the segmenter sees at `size`, pooled over all; NaN where a class is absent."""
+    pooled: Any = 0
     for index in range(len(samples)):
         sample = samples[index]
         features = segmenter(image_tensor(resize_image(sample, size))[None].to(next(segmenter.parameters()))).features
         labels = torch.from_numpy(sample.label)[None].to(features.device)
-        sums.append(semshift.class_sums(features, labels, num_classes, ignore_index=ignore_index))
-    pooled = sum(sums[1:], start=sums[0])
+        pooled += semshift.class_sums(features, labels, len(data.classes), ignore_index=data.ignore_index)
     result: np.ndarray = torch.where(pooled.present[:, None], pooled.means, torch.nan).cpu().numpy()
     return result
 
@@ -66,9 +63,12 @@ def draw_prototypes(axes: Axes, source: np.ndarray, target: np.ndarray) -> None:
         )
     axes.set_xlabel(f"first principal axis, {100 * shares[0]:.0f} % of the variance")
     axes.set_ylabel(f"second, {100 * shares[1]:.0f} %")
-    gap = _domain_gap(source[present], target[present])
-    if gap is not None:
-        text = f"domain gap {gap:.2f} of class gap"
+    # How far apart a class's domains are, relative to the distances between the classes.
+    within = np.linalg.norm(source[present] - target[present], axis=1).mean()
+    centres = (source[present] + target[present]) / 2
+    between = np.linalg.norm(centres[:, None] - centres, axis=2)
+    if between.any():
+        text = f"domain gap {within / between[np.triu_indices(len(centres), 1)].mean():.2f} of class gap"
         axes.text(0.01, 0.015, text, transform=axes.transAxes, fontsize=10, color="0.35")
 
 
@@ -81,11 +81,3 @@ def _project(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     axes *= np.sign(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1))
     shares = strengths[:2] ** 2 / max((strengths**2).sum(), np.finfo(float).tiny)
     return centred @ axes[:2, : points.shape[1]].T, shares
-
-
-def _domain_gap(source: np.ndarray, target: np.ndarray) -> float | None:
-    """Mean distance between a class's domains, divided by that between the classes; None below two classes."""
-    centres = (source + target) / 2
-    first, second = np.triu_indices(len(centres), 1)
-    between = np.linalg.norm(centres[first] - centres[second], axis=1)
-    return float(np.linalg.norm(source - target, axis=1).mean() / between.mean()) if between.any() else None

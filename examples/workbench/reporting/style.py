@@ -21,20 +21,15 @@ STYLE: Any = {
     "axes.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.grid": False,
     "legend.frameon": False,
     "hatch.linewidth": 1.5,
     # A class name may hold dollars.
     "text.parse_math": False,
 }
-"""Matplotlib's settings."""
 
 
 def class_colours(num_classes: int) -> np.ndarray:
-    """Colours of the classes, `uint8 [K, 3]`: twelve that colour-blind eyes can tell apart too, then shades of them.
-
-    They repeat after 36.
-    """
+    """Colours of the classes, `uint8 [K, 3]`: twelve for colour-blind eyes too, 24 shades of them, then repetitions."""
     darker, lighter = _PALETTE * 0.6, _PALETTE + (255 - _PALETTE) * 0.55
     # A darker black would be black again, and a lighter sky white: those two go towards the other end.
     darker[11], lighter[4] = [0x00, 0x45, 0x45], [0x4A, 0x90, 0xC8]

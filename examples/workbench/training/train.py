@@ -228,15 +228,12 @@ def _validate(run: _Run, progress: checkpoints.Progress, done: int) -> checkpoin
 
 def _score(run: _Run, split: str, predictions: Path | None = None) -> Scores:
     """Evaluate the final network, and leave it in the mode it was in."""
-    data, network = run.settings.data, run.final
-    training = network.training
+    network, training = run.final, run.final.training
     network.eval()
     scores = evaluate(
         network,
         getattr(run.images, split),
-        classes=data.classes,
-        size=data.size,
-        ignore_index=data.ignore_index,
+        run.settings.data,
         predictions=predictions,
         progress=split if run.first else None,
         rank=run.fabric.global_rank,
@@ -293,6 +290,6 @@ def _report(run: _Run, miou: float) -> None:
             after=(f"step {settings.steps}", final),
             history=run_folder.read_history(out),
         )
-    except InputError as error:
+    except ValueError as error:
         # The training is done, and its metrics matter more than the picture.
         tqdm.write(f"no report: {error}", file=sys.stderr)

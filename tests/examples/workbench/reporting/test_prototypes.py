@@ -9,6 +9,7 @@ from torch import nn
 from examples.scenes import Scenes
 from examples.workbench.networks.segmentation import Segmentation
 from examples.workbench.reporting.prototypes import draw_prototypes, pool_prototypes
+from examples.workbench.settings import Data
 
 
 class Features(nn.Conv2d):
@@ -17,9 +18,12 @@ class Features(nn.Conv2d):
 
 
 def test_sums_are_added_over_the_images_and_divided_once():
-    scenes = Scenes("source", "val", 3, seed=0, size=(32, 48))
+    scenes = list(Scenes("source", "val", 3, seed=0, size=(32, 48)))
+    # Of nine classes, the last has no pixel, and those of class 2 are ignored.
+    scenes = [scene._replace(label=np.where(scene.label == 2, 100, scene.label)) for scene in scenes]
     segmenter = Features(3, 5, 1).double()
-    found = pool_prototypes(segmenter, scenes, (32, 48), num_classes=9, ignore_index=2)
+    data = Data(classes=[f"{k}" for k in range(9)], ignore_index=100)
+    found = pool_prototypes(segmenter, scenes, (32, 48), data)
     sums, counts = np.zeros((9, 5)), np.zeros((9, 1))
     for i in range(3):
         image = torch.from_numpy(scenes[i].image).permute(2, 0, 1)[None].double()
@@ -27,7 +31,6 @@ def test_sums_are_added_over_the_images_and_divided_once():
         for k in range(9):
             sums[k] += features[scenes[i].label == k].sum(0)
             counts[k] += (scenes[i].label == k).sum()
-    counts[2] = 0
     # Images are made in float32: a pixel's value has a few roundings of it.
     np.testing.assert_allclose(found, sums / np.where(counts, counts, np.nan), rtol=1e-5, atol=1e-6)
     assert np.isnan(found[[2, 8]]).all()

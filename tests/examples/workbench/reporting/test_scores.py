@@ -13,6 +13,7 @@ from examples.scenes import Sample
 from examples.workbench.errors import InputError
 from examples.workbench.networks.segmentation import Segmentation
 from examples.workbench.reporting.scores import Scores, evaluate, score_table, subset_means
+from examples.workbench.settings import Data
 from tests.errors import refuses
 
 CLASSES = ["road", "sky", "bus", "rare"]
@@ -43,10 +44,9 @@ def samples(count=3, *, ignore_index=255, labels=3):
     return found
 
 
-def scores_of(found, **options):
-    return evaluate(
-        Brightness(), found, **{"classes": CLASSES, "size": SIZE, "ignore_index": 255, "progress": None} | options
-    )
+def scores_of(found, *, ignore_index=255, **options):
+    data = Data(classes=CLASSES, size=SIZE, ignore_index=ignore_index)
+    return evaluate(Brightness(), found, data, progress=None, **options)
 
 
 @pytest.mark.parametrize("ignore_index", [255, 7])

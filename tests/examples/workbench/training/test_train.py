@@ -6,13 +6,14 @@ import pytest
 import torch
 import yaml
 
+from examples.scenes import Scenes
 from examples.workbench.errors import InputError
 from examples.workbench.networks.build import build_segmenter
 from examples.workbench.settings import METHODS
 from examples.workbench.training import checkpoints, run_folder
 from examples.workbench.training import train as train_module
 from examples.workbench.training.train import train
-from tests.errors import refuses
+from tests.errors import mentions, refuses
 from tests.examples.workbench.tiny import TINY, checkpoint, equal, history, tiny
 
 # Libraries under the trainer give warnings of their own.
@@ -102,6 +103,16 @@ def test_resume_in_a_folder_without_a_checkpoint_starts_at_step_0(tmp_path):
     (tmp_path / "run").mkdir()
     assert train(tiny(steps=1), tmp_path / "run", resume=True)["resumed_from"] == []
     assert [row["step"] for row in run_folder.read_history(tmp_path / "run")] == [0]
+
+
+def test_without_its_report_a_run_still_has_metrics(tmp_path, monkeypatch, capsys):
+    # Images three times as wide as data.size, whose labels do not fit the features' grid.
+    wide, open_images = Scenes("target", "val", 2, seed=0, size=(32, 96)), train_module.open_images
+    monkeypatch.setattr(train_module, "open_images", lambda *which: open_images(*which)._replace(validation=wide))
+    metrics = train(tiny(method="source-only", steps=1), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
+    assert not (tmp_path / "run" / "report.png").exists()
+    mentions(capsys.readouterr().err.splitlines()[-1], "no report", 96)
 
 
 def test_run_folders_are_not_mixed_up(tmp_path):
