@@ -21,23 +21,12 @@ __all__ = ["draw_curves", "draw_study", "study_table", "write_report"]
 def write_report(study: Study, results: Sequence[Record], records: Path, command: str) -> str:
     """Write the table and the figures beside the records: `.md`, `.png` and, where there are curves, `-curves.png`.
 
-    Args:
-        study: of the results.
-        results: its records; a row may lack seeds.
-        records: their file.
-        command: that wrote the table, named below it.
-
-    Returns:
-        The table.
-
-    Raises:
-        InputError: there are no results.
+    Returns the table. The file names below it the `command` that wrote it.
     """
     if not results:
         raise InputError(f"expected {records} to hold runs of {study.title}, got none")
     table = study_table(study, results)
-    text = f"{table}\n`{command}`\n"
-    write_whole(records.with_suffix(".md"), lambda to: to.write_text(text, encoding="utf-8"))
+    write_whole(records.with_suffix(".md"), lambda to: to.write_text(f"{table}\n`{command}`\n", encoding="utf-8"))
     draw_study(records.with_suffix(".png"), study, results)
     draw_curves(records.with_name(f"{records.stem}-curves.png"), study, results)
     return table
@@ -46,18 +35,18 @@ def write_report(study: Study, results: Sequence[Record], records: Path, command
 def study_table(study: Study, results: Sequence[Record]) -> str:
     """Tables in Markdown: mIoU of each row and seed, difference to the baseline, and IoU of each class."""
     common = " ".join(as_arguments(study.train))
-    scores = _scores(study, results)
-    miou, differences = _miou(study, scores)
+    miou, differences, iou = _tabulate(study, results)
+    # The method has a column of its own.
+    own = {row: as_arguments({k: v for k, v in study.rows[row].items() if k != "method"}) for row in miou.index}
     table = pd.DataFrame(
         {
             "method": [study.settings[row].method for row in miou.index],
-            "settings": [", ".join(_listed(study.rows[row])) for row in miou.index],
+            "settings": [", ".join(text[2:].replace("=", " ", 1) for text in own[row]) for row in miou.index],
             "mIoU": _spread(miou.mean(axis=1), miou.std(axis=1)),
             "difference": _spread(differences.mean(axis=1), differences.sem(axis=1), sign="+"),
             **{f"seed {seed}": miou[seed].map(_number) for seed in miou},
         }
     )
-    classes = scores.drop(columns="mIoU").groupby("row").mean().reindex(miou.index).map(_number)
     versions = pd.DataFrame([record["versions"] for record in results])
     found = ", ".join(f"{name} {' and '.join(versions[name].dropna().unique())}" for name in versions)
     minutes, seconds = divmod(round(sum(record["seconds"] for record in results)), 60)
@@ -68,7 +57,7 @@ def study_table(study: Study, results: Sequence[Record]) -> str:
         f"{study.baseline} with the same seed: mean ± standard error. Every run: `train {common}`.",
         table.to_markdown(disable_numparse=True, colalign=["left"] * 3 + ["right"] * (len(table.columns) - 2)),
         "IoU of each class in percent, mean over the seeds.",
-        classes.to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * len(classes.columns)),
+        iou.map(_number).to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * len(iou.columns)),
         f"{len(results)} runs, {duration} in all. Versions: {found}.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -76,7 +65,7 @@ def study_table(study: Study, results: Sequence[Record]) -> str:
 
 def draw_study(path: Path, study: Study, results: Sequence[Record]) -> None:
     """Draw each run and the mean of each row, and beside them the differences to the baseline with the same seed."""
-    miou, differences = _miou(study, _scores(study, results))
+    miou, differences, _ = _tabulate(study, results)
     panels = [(miou, f"mIoU on the {study.split} images", "percent")]
     if differences.notna().any(axis=None):
         panels.append((differences, f"Difference to {study.baseline}, same seed", "points of mIoU"))
@@ -84,8 +73,8 @@ def draw_study(path: Path, study: Study, results: Sequence[Record]) -> None:
         figure = Figure(figsize=(1.5 + 5.5 * len(panels), 1.9 + 0.5 * len(miou)), layout="constrained")
         all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (values, title, unit) in zip(all_axes, panels, strict=True):
-            _draw_runs(axes, values, sign="" if values is miou else "+")
             axes.set(title=title, xlabel=unit)
+            _draw_runs(axes, values, sign="" if values is miou else "+")
         figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(study.seeds) + 1)
         save_figure(figure, path)
 
@@ -116,21 +105,18 @@ def draw_curves(path: Path, study: Study, results: Sequence[Record]) -> None:
         save_figure(figure, path)
 
 
-def _scores(study: Study, results: Sequence[Record]) -> pd.DataFrame:
-    """Scores in percent: a line for each run, a column for mIoU and for each class."""
+def _tabulate(study: Study, results: Sequence[Record]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Rows with runs, in percent: mIoU of each seed, its difference to the baseline's, and mean IoU of each class."""
     scores = [record["validation"] if study.split == "validation" else record for record in results]
     runs = pd.MultiIndex.from_tuples([(r["row"], r["seed"]) for r in results], names=["row", "seed"])
-    table: pd.DataFrame = 100 * pd.DataFrame([{"mIoU": of["miou"], **of["iou"]} for of in scores], runs, dtype=float)
-    return table
-
-
-def _miou(study: Study, scores: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The mIoU of each row with runs and each seed, and its difference to that of the baseline."""
-    miou = scores["mIoU"].unstack("seed")
-    miou = miou.reindex(index=[row for row in study.rows if row in miou.index], columns=study.seeds)
+    iou = 100 * pd.DataFrame([of["iou"] for of in scores], runs, dtype=float)
+    means = iou.groupby("row", sort=False).mean()
+    miou = 100 * pd.Series([of["miou"] for of in scores], runs).unstack("seed")
+    miou = miou.reindex(index=means.index, columns=study.seeds)
     # Seed by seed: what a lucky seed gives to both cancels.
     differences = miou - miou.reindex([study.baseline]).iloc[0]
-    return miou, differences.drop(index=study.baseline, errors="ignore").reindex(miou.index)
+    differences[miou.index == study.baseline] = math.nan
+    return miou, differences, means
 
 
 def _number(value: float, sign: str = "") -> str:
@@ -142,11 +128,6 @@ def _spread(means: pd.Series, errors: pd.Series, sign: str = "") -> list[str]:
     return [
         "–" if math.isnan(mean) else f"{_number(mean, sign)} ± {_number(error)}" for mean, error in zip(means, errors)
     ]
-
-
-def _listed(options: Record) -> list[str]:
-    """Options as text, without the method, which has a column of its own."""
-    return [text[2:].replace("=", " ", 1) for text in as_arguments(options) if not text.startswith("--method=")]
 
 
 def _draw_runs(axes: Axes, values: pd.DataFrame, *, sign: str) -> None:

@@ -1,13 +1,14 @@
 """The runs of a study: processes of their own, some at a time, with a folder and a log each."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 from joblib import Parallel, delayed
@@ -46,21 +47,16 @@ def run_study(
         data_root: folder of the image folders; no part of a record.
         jobs: number of runs at a time.
         threads: of each run.
-
-    Raises:
-        InputError: a run failed, or a folder in `out` holds a run with other settings.
     """
-    recorded = {(record["row"], record["seed"]) for record in read_records(study, records)}
-    runs = [
-        _Run(row, dataclasses.replace(settings, seed=seed), out / f"{row}-seed{seed}")
-        for row, settings in study.settings.items()
-        for seed in study.seeds
-        if (row, seed) not in recorded
-    ]
-    due = [run for run in runs if not _finished(run)]
-    for run in runs:
-        if run not in due:
+    recorded, due = {(record["row"], record["seed"]) for record in read_records(study, records)}, []
+    for row, seed in itertools.product(study.rows, study.seeds):
+        if (row, seed) in recorded:
+            continue
+        run = _Run(row, dataclasses.replace(study.settings[row], seed=seed), out / f"{row}-seed{seed}")
+        if _finished(run):
             _record(study, run, records)
+        else:
+            due.append(run)
     total, processes = len(study.rows) * len(study.seeds), _Processes()
     parallel = Parallel(n_jobs=jobs, prefer="threads", return_as="generator_unordered")
     with tqdm(total=total, initial=total - len(due), desc="study", unit="run") as bar:
@@ -98,8 +94,7 @@ class _Processes:
         if process.wait() and not self.stopped:
             # Before this thread takes up the next run.
             self.stopped = True
-            lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-            last = next(filter(None, reversed(lines)), "")
+            *_, last = ["", *log.read_text(encoding="utf-8", errors="replace").strip().splitlines()]
             raise InputError(f"{run.folder.name} ended with status {process.returncode}: {last} (see {log})")
         return run
 
@@ -114,11 +109,7 @@ class _Processes:
 
 
 def _finished(run: _Run) -> bool:
-    """Whether the folder holds the finished run.
-
-    Raises:
-        InputError: it holds a run with other settings.
-    """
+    """Whether the folder holds the finished run; one with other settings is refused."""
     settings = run.folder / "settings.yaml"
     if settings.exists():
         check_same_run(yaml.safe_load(settings.read_text(encoding="utf-8")), as_plain(run.settings), settings)
@@ -126,7 +117,7 @@ def _finished(run: _Run) -> bool:
 
 
 def _record(study: Study, run: _Run, records: Path) -> None:
-    metrics: dict[str, Any] = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
     options, settings = study.options(run.row), known_settings(run.settings)
     record = {"row": run.row, "seed": run.settings.seed, "options": options, "settings": settings}
     write_record(records, {**record, **metrics})

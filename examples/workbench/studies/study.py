@@ -20,7 +20,6 @@ __all__ = ["STUDIES", "Record", "Study", "as_arguments", "known_settings", "read
 __all__ += ["study_of_methods", "write_record"]
 
 STUDIES = Path(__file__).parent
-"""The folder of the studies that come with the workbench."""
 
 Record = dict[str, Any]
 """Row, seed, options, settings and metrics of a run."""
@@ -48,9 +47,9 @@ class Study:
 
     def __post_init__(self) -> None:
         if self.baseline not in self.rows:
-            raise ValueError(f"expected baseline to be one of the rows {', '.join(self.rows)}, got {self.baseline}")
+            raise InputError(f"expected baseline to be one of the rows {', '.join(self.rows)}, got {self.baseline}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"expected seeds to be different numbers of at least 0, got {self.seeds}")
+            raise InputError(f"expected seeds to be different numbers of at least 0, got {self.seeds}")
 
     def options(self, row: str) -> dict[str, Any]:
         """The options of `train` for a row, without the seed."""
@@ -58,11 +57,7 @@ class Study:
 
     @functools.cached_property
     def settings(self) -> dict[str, Settings]:
-        """The full settings of each row, with any seed.
-
-        Raises:
-            InputError: the options of a row are invalid.
-        """
+        """The full settings of each row, with any seed."""
         found = {}
         for row in self.rows:
             try:
@@ -73,11 +68,7 @@ class Study:
 
 
 def read_study(path: Path) -> Study:
-    """Read a study's YAML file.
-
-    Raises:
-        InputError: the file is missing or does not describe a study.
-    """
+    """Read a study's YAML file."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Study, None)
     try:
@@ -90,13 +81,7 @@ def read_study(path: Path) -> Study:
 def study_of_methods(methods: Sequence[str], seeds: Sequence[int], train_arguments: Sequence[str]) -> Study:
     """A study with a row for each method; its baseline is `joint`, or else the first method.
 
-    Args:
-        methods: names of methods.
-        seeds: of each method.
-        train_arguments: options of `train` that all runs share, as on the command line.
-
-    Raises:
-        InputError: an argument is invalid.
+    `train_arguments` are options of `train` for all runs, as on the command line.
     """
     words = [part for word in train_arguments for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     train = dict(zip(words[::2], words[1::2]))
@@ -105,10 +90,7 @@ def study_of_methods(methods: Sequence[str], seeds: Sequence[int], train_argumen
         raise InputError(f"expected options of train as --NAME VALUE, without --method and --seed, got {given}")
     options, rows = {name[2:]: value for name, value in train.items()}, {name: {"method": name} for name in methods}
     baseline = "joint" if "joint" in methods else methods[0]
-    try:
-        return Study(", ".join(methods), "test", baseline, list(seeds), options, rows)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    return Study(", ".join(methods), "test", baseline, list(seeds), options, rows)
 
 
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
@@ -122,19 +104,18 @@ def known_settings(settings: Settings) -> dict[str, Any]:
 
 
 def read_records(study: Study, path: Path) -> list[Record]:
-    """The records of a study's runs, row by row; those whose settings are no longer the study's are left out.
-
-    Raises:
-        InputError: the file is damaged, or the options of a row are invalid.
-    """
-    records, found, changed = _load(path), [], []
+    """The records of a study's runs, row by row; those whose settings are no longer the study's are left out."""
+    records, found, changed, defaults = _load(path), [], [], known_settings(Settings())
     for row, settings in study.settings.items():
+        now = known_settings(settings)
         for record in (records[row, seed] for seed in study.seeds if (row, seed) in records):
-            name = _changed_setting(record["settings"], settings)
-            if name is None:
-                found.append(record)
+            # A setting that the record lacks is new: the run had its present default.
+            before = record["settings"]
+            differing = [n for n in [*before, *now] if n not in now or now[n] != before.get(n, defaults.get(n))]
+            if differing:
+                changed.append(differing[0])
             else:
-                changed.append(name)
+                found.append(record)
     if changed:
         names = ", ".join(sorted(set(changed)))
         print(f"{path}: {len(changed)} records are stale and left out, since {names} differs", file=sys.stderr)
@@ -156,12 +137,3 @@ def _load(path: Path) -> dict[tuple[str, int], Record]:
         return {(record["row"], record["seed"]): record for record in records}
     except (ValueError, AttributeError, TypeError) as error:
         raise InputError(f"expected {path} to hold records with row, seed and settings: {error}") from error
-
-
-def _changed_setting(before: Mapping[str, Any], settings: Settings) -> str | None:
-    """The first setting whose value has changed since a record; one that the record lacks had its present default."""
-    now, defaults = known_settings(settings), known_settings(Settings())
-    for name in [*before, *now]:
-        if name not in now or now[name] != before.get(name, defaults.get(name)):
-            return name
-    return None
