@@ -1,6 +1,5 @@
 """The command line: `python -m examples.workbench train | evaluate | study`."""
 
-import argparse
 import dataclasses
 import os
 import shlex
@@ -41,11 +40,10 @@ commands:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a command.
+    """Run a command, and print an error in one line.
 
     Returns:
-        0; 2 for wrong input, 3 for a failure of the machine, and 128 plus its number for a signal, each with one line
-        on standard error.
+        0; 2 for wrong input, 3 for a failure of the machine, and 128 plus its number for a signal.
     """
     commands = {"train": _train, "evaluate": _evaluate, "study": _study}
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -60,15 +58,11 @@ def main(arguments: Sequence[str]) -> int:
             commands[arguments[0]](arguments[1:])
     except InputError as error:
         return _fail(2, str(error))
-    except argparse.ArgumentError as error:
-        return _fail(2, str(error))
-    except signals.Stopped as stop:
+    except KeyboardInterrupt as error:
+        stop = error if isinstance(error, signals.Stopped) else signals.Stopped(signal.SIGINT)
         if os.environ.get("RANK", "0") == "0":
             print(stop, file=sys.stderr)
         return stop.status
-    except KeyboardInterrupt:
-        print(signals.Stopped(signal.SIGINT), file=sys.stderr)
-        return 128 + signal.SIGINT
     except Exception as error:
         line = describe_machine_error(error)
         if line is None:
@@ -92,11 +86,7 @@ def _train(arguments: Sequence[str]) -> None:
     name = options.preset or ("scenes" if options.config is None else Path(options.config).stem)
     out = Path(options.out or f"runs/{name}-{settings.method}-{settings.labelled}-seed{settings.seed}")
     metrics = train(
-        settings,
-        out,
-        data_root=options.data_root,
-        resume=options.resume,
-        save_predictions=options.save_predictions,
+        settings, out, data_root=options.data_root, resume=options.resume, save_predictions=options.save_predictions
     )
     if first:
         print(score_table(Scores(metrics["iou"], metrics["miou"]), subsets=settings.data.subsets))
@@ -114,9 +104,8 @@ def _check(settings: Settings, data_root: Path | None) -> None:
     print(report.text)
     for note in report.notes:
         print(f"note: {note}")
-    for problem in report.problems:
-        print(f"error: {problem}", file=sys.stderr)
     if report.problems:
+        print(*(f"error: {problem}" for problem in report.problems), sep="\n", file=sys.stderr)
         raise InputError(f"{len(report.problems)} of the files that were checked cannot be used")
     print("no problem found in the files that were checked")
 
@@ -183,30 +172,22 @@ def _study(arguments: Sequence[str]) -> None:
         raise InputError(f"expected --jobs and --threads of at least 1, got {options.jobs} and {options.threads}")
     if (named is None) == (options.methods is None):
         raise InputError(f"expected the name of a study or --methods, got {named or 'neither'}")
-    records = options.records
-    if named is not None:
-        if rest or options.seeds:
-            raise InputError(f"expected {' '.join(rest) or '--seeds'} with --methods only, got it with {named}")
-        path = STUDIES / f"{named}.yaml" if named in names else Path(named)
-        study, name, records = read_study(path), path.stem, records or Path("docs/results")
-    else:
+    if named is None:
         study, name = study_of_methods(options.methods, options.seeds or [0, 1, 2], rest), "methods"
-        records = records or options.out / name
+        records = options.records or options.out / name
+    elif rest or options.seeds:
+        raise InputError(f"expected {' '.join(rest) or '--seeds'} with --methods only, got it with {named}")
+    else:
+        path = STUDIES / f"{named}.yaml" if named in names else Path(named)
+        study, name, records = read_study(path), path.stem, options.records or Path("docs/results")
     file = records / f"{name}.json"
     if options.report_only:
         results = read_records(study, file)
     else:
-        results = run_study(
-            study,
-            records=file,
-            out=options.out / name,
-            data_root=options.data_root,
-            jobs=options.jobs,
-            threads=options.threads,
-        )
-    command = shlex.join(
-        ["python", "-m", "examples.workbench", "study", named or "--methods", *(options.methods or [])]
-    )
+        out, root = options.out / name, options.data_root
+        results = run_study(study, records=file, out=out, data_root=root, jobs=options.jobs, threads=options.threads)
+    chosen = [named] if named else ["--methods", *options.methods]
+    command = shlex.join(["python", "-m", "examples.workbench", "study", *chosen])
     print(write_report(study, results, file, command))
     print(f"records: {file}")
 

@@ -28,11 +28,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def read_settings(arguments: Sequence[str]) -> tuple[Settings, argparse.Namespace]:
-    """Parse the options of `train`: the settings, and the options beside them.
-
-    Raises:
-        InputError: an option, a setting or the settings file is wrong.
-    """
+    """Parse the options of `train`: the settings, and the options beside them."""
     file = _settings_file(arguments)
     parser = jsonargparse.ArgumentParser(
         prog="python -m examples.workbench train",
@@ -68,9 +64,10 @@ def _plain_numbers(value: Any) -> Any:
         return dataclasses.replace(value, **parts)
     if isinstance(value, list | tuple):
         return type(value)(map(_plain_numbers, value))
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return value
-    return int(value) if isinstance(value, int) else float(value)
+    for kind in (int, float):
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return kind(value)
+    return value
 
 
 def _settings_file(arguments: Sequence[str]) -> str | None:
@@ -79,18 +76,19 @@ def _settings_file(arguments: Sequence[str]) -> str | None:
     first.add_argument("--preset")
     first.add_argument("--config")
     chosen, _ = first.parse_known_args([argument for argument in arguments if argument not in ("-h", "--help")])
-    if chosen.preset is not None and chosen.config is not None:
-        raise InputError(f"expected --preset or --config, got both, {chosen.preset} and {chosen.config}")
-    if chosen.preset is not None and chosen.preset not in _presets():
-        raise InputError(f"expected --preset to be one of {', '.join(_presets())}, got {chosen.preset}")
-    file: str | None = chosen.config if chosen.preset is None else str(PRESETS / f"{chosen.preset}.yaml")
-    if file is None:
-        return None
-    try:
-        Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"expected --config to be a text file in UTF-8, got {file}") from error
-    return file
+    preset, file = chosen.preset, chosen.config
+    if preset is not None:
+        if file is not None:
+            raise InputError(f"expected --preset or --config, got both, {preset} and {file}")
+        if preset not in _presets():
+            raise InputError(f"expected --preset to be one of {', '.join(_presets())}, got {preset}")
+        return str(PRESETS / f"{preset}.yaml")
+    if file is not None:
+        try:
+            Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"expected --config to be a text file in UTF-8, got {file}") from error
+    return file  # type: ignore[no-any-return]
 
 
 def _presets() -> list[str]:

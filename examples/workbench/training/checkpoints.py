@@ -23,24 +23,19 @@ BEFORE = Path("checkpoints/before.pt")
 BEST = Path("checkpoints/best.pt")
 """The networks of the step with the highest mIoU on the validation images."""
 KEPT = 3
-"""Number of checkpoints that are kept."""
+
+Stateful = nn.Module | torch.optim.Optimizer
 
 # What loading the wrong contents into networks and optimisers raises.
 _UNFIT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
-Stateful = nn.Module | torch.optim.Optimizer
-"""What a checkpoint saves."""
-
 
 class Progress(NamedTuple):
-    """How far a run has come."""
+    """The next step of a run, the steps at which it was resumed, and the best validation mIoU with its step."""
 
     step: int = 0
-    """The next step."""
     resumed_from: tuple[int, ...] = ()
-    """The steps at which the run was resumed."""
     best: tuple[float, int] | None = None
-    """The highest mIoU on the validation images so far, and after how many steps."""
 
 
 def save_checkpoint(out: Path, progress: Progress, stateful: Mapping[str, Stateful], run: Mapping[str, Any]) -> None:
@@ -53,8 +48,7 @@ def save_checkpoint(out: Path, progress: Progress, stateful: Mapping[str, Statef
         run: what must be the same when the run resumes, such as its settings.
 
     Raises:
-        InputError: a weight is not finite; the checkpoints before stay.
-        MachineError: the file cannot be written; the checkpoints before stay.
+        InputError: a weight is not finite; the earlier checkpoints stay.
     """
     states = {name: part.state_dict() for name, part in stateful.items()}
     for name, state in states.items():
@@ -71,11 +65,7 @@ def save_checkpoint(out: Path, progress: Progress, stateful: Mapping[str, Statef
 
 
 def load_checkpoint(out: Path, stateful: Mapping[str, Stateful], run: Mapping[str, Any]) -> Progress:
-    """Resume from the newest undamaged checkpoint, or start at step 0 where there are none.
-
-    Raises:
-        InputError: every checkpoint is damaged, or the newest belongs to another run.
-    """
+    """Resume from the newest undamaged checkpoint, or start at step 0 where there are none."""
     if not has_checkpoint(out):
         return Progress()
     path = newest_checkpoint(out)
@@ -100,11 +90,7 @@ def save_weights(path: Path, networks: Mapping[str, Stateful], **more: Any) -> N
 
 
 def load_weights(path: Path, *, teacher: bool = False) -> dict[str, Tensor]:
-    """The weights of the segmenter in a checkpoint, or those of its teacher.
-
-    Raises:
-        InputError: the file is missing or damaged, or no checkpoint of the workbench.
-    """
+    """The weights of the segmenter in a checkpoint, or those of its teacher."""
     state = _load(path)
     try:
         weights: dict[str, Tensor] = state["stateful"]["teacher" if teacher else "segmenter"]
@@ -119,11 +105,7 @@ def has_checkpoint(out: Path) -> bool:
 
 
 def newest_checkpoint(out: Path) -> Path:
-    """The newest undamaged checkpoint of a run; a line on standard error names each damaged one.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The newest undamaged checkpoint of a run; a line on standard error names each damaged one."""
     paths = _newest_first(out)
     for path in paths:
         if _is_whole(path):
@@ -134,11 +116,7 @@ def newest_checkpoint(out: Path) -> Path:
 
 
 def set_aside_damaged(out: Path) -> None:
-    """Rename the damaged checkpoints after the newest undamaged one, so that they do not count as kept.
-
-    Raises:
-        InputError: every checkpoint is damaged.
-    """
+    """Rename the damaged checkpoints after the newest undamaged one, so that they do not count as kept."""
     if has_checkpoint(out):
         newest = newest_checkpoint(out)
         for path in _newest_first(out):
@@ -148,11 +126,7 @@ def set_aside_damaged(out: Path) -> None:
 
 
 def check_weights_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], where: Path) -> None:
-    """Compare the names and shapes of a file's weights with the segmenter's own.
-
-    Raises:
-        InputError: naming the first that does not fit, such as a classifier of other classes.
-    """
+    """Check that a file's weights have the names and shapes of the segmenter's own."""
     for name in [*own, *weights]:
         wanted, found = (list(of[name].shape) if name in of else "none" for of in (own, weights))
         if wanted != found:
@@ -160,20 +134,16 @@ def check_weights_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], 
 
 
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Compare what a run folder says of its run with the run that is to resume.
-
-    Raises:
-        InputError: naming the first difference.
-    """
+    """Check that the run in a folder is the one that resumes; only settings of `MAY_CHANGE` may differ."""
     written, given = flatten(before), flatten(now)
     for name in [*given, *written]:
         # The settings file does not list the images.
         if name in MAY_CHANGE or (name.startswith("images.") and name not in written):
             continue
-        was, now_is = (of.get(name, "nothing") for of in (written, given))
-        if was != now_is:
+        old, new = written.get(name, "nothing"), given.get(name, "nothing")
+        if old != new:
             raise InputError(
-                f"--resume needs the settings and the version of the run, got {name} {now_is} where {where} has {was}"
+                f"--resume needs the settings and the version of the run, got {name} {new} where {where} has {old}"
             )
 
 

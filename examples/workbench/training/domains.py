@@ -15,11 +15,7 @@ __all__ = ["batch_sizes", "choose_domains", "rare_class_draws"]
 def choose_domains(settings: Settings, source: Samples, target: Samples, labelled: Sequence[int]) -> dict[str, Samples]:
     """Images of the domains that the method trains on: source, labelled and, where a loss needs them, unlabelled.
 
-    Args:
-        settings: of the run.
-        source: the source images.
-        target: all target training images.
-        labelled: which of them keep their labels.
+    `labelled` lists which of the target images keep their labels.
     """
     domains: dict[str, Samples] = {}
     if "source" in settings.parts:

@@ -43,33 +43,32 @@ def feature_figures(
         `distance/mean` and `class_distance/CLASS` between their prototypes, of the classes in both.
     """
     labelled = [outputs[domain] for domain, part in batch.items() if "label" in part]
-    levels = {"segmentation": [output.features for output in labelled]}
-    # The auxiliary logits do not depend on these features: their own level is the auxiliary logits.
-    levels["auxiliary_segmentation"] = [output.auxiliary for output in labelled if output.auxiliary is not None]
+    # The auxiliary logits do not depend on the features, so their loss has its gradient at the logits themselves.
+    auxiliary = [output.auxiliary for output in labelled if output.auxiliary is not None]
+    levels = {"segmentation": [output.features for output in labelled], "auxiliary_segmentation": auxiliary}
     figures = {
         f"gradient/{name}": math.hypot(*(_gradient_norm(segmentation_loss, features, ranks) for features in level))
         for name, level in levels.items()
         if level
     }
-    classes = settings.data.classes
-    pooled: dict[str, semshift.ClassSums] = {}
+    data, pooled = settings.data, []
     for domain, part in batch.items():
         if "label" in part:
             own = semshift.class_sums(
                 outputs[domain].features.detach(),
                 part["label"],
-                len(classes),
-                ignore_index=settings.data.ignore_index,
+                len(data.classes),
+                ignore_index=data.ignore_index,
                 # The cheapest: these distances are logged, not trained with.
                 resample="nearest",
             )
-            pooled[domain] = semshift.ClassSums(semshift.all_reduce_sum(own.sums), semshift.all_reduce_sum(own.mass))
-    figures |= {f"present/{domain}": float(sums.present.float().mean()) for domain, sums in pooled.items()}
+            sums = semshift.ClassSums(semshift.all_reduce_sum(own.sums), semshift.all_reduce_sum(own.mass))
+            figures[f"present/{domain}"] = float(sums.present.float().mean())
+            pooled.append(sums)
     if len(pooled) == 2:
-        source, target = pooled["source"], pooled["labelled"]
-        both = source.present & target.present
-        distances = semshift.prototype_distance(source.means, target.means, weight=both).tolist()
-        finite = {name: value for name, value in zip(classes, distances) if math.isfinite(value)}
+        both = pooled[0].present & pooled[1].present
+        distances = semshift.prototype_distance(pooled[0].means, pooled[1].means, weight=both).tolist()
+        finite = {name: value for name, value in zip(data.classes, distances) if math.isfinite(value)}
         if finite:
             figures["distance/mean"] = statistics.fmean(finite.values())
         figures |= {f"class_distance/{name}": value for name, value in finite.items()}
@@ -79,10 +78,7 @@ def feature_figures(
 def alignment_figures(
     name: str, losses: semshift.AlignmentLosses, weight: float, reached: Segmentation, *, ranks: int = 1
 ) -> dict[str, float]:
-    """Figures of an alignment in a step: losses, weight, accuracies, and the weighted gradient at the features.
-
-    `reached` is the segmenter's output on the domain that the confusion loss acts on.
-    """
+    """Figures of an alignment in a step; its confusion loss acts on `reached`, an output of the segmenter."""
     features = reached.auxiliary if name == "auxiliary" else reached.features
     assert features is not None
     return {
@@ -96,10 +92,7 @@ def alignment_figures(
 
 
 def machine_figures(images: int, seconds: float, device: torch.device) -> dict[str, float]:
-    """Images per second, and the memory, open files and threads of the process; on a GPU its memory too.
-
-    Only these figures, named `machine/...`, differ between two runs of the same settings.
-    """
+    """Images per second, memory, open files and threads: the only figures that differ between two equal runs."""
     figures = {"machine/images_per_second": images / max(seconds, 1e-9)}
     process = Path("/proc/self")
     if process.exists():
@@ -142,45 +135,34 @@ def recent_rows(history: Sequence[Row], settings: Settings) -> deque[Row]:
 
 
 def findings(rows: Sequence[Row], settings: Settings) -> dict[str, str]:
-    """Faults that the last `window` rows of the log show: kinds, such as `global certain`, to a sentence.
-
-    The sentence says which setting to change and how.
-    """
+    """Faults that the last `window` rows of the log show: kinds, such as `global certain`, to the advice to print."""
     last = window(settings)
     found: dict[str, str] = {}
     for name, how in settings.alignments.items():
         # A discriminator starts untrained, and may get ahead while its weight is still rising.
-        judged = [
-            row
-            for row in rows
-            if row["step"] >= last * settings.log_every and row.get(f"weight/{name}", 0.0) >= how.weight / 2
-        ]
-        recent = judged[-last:]
+        trained = [row for row in rows if row["step"] >= last * settings.log_every]
+        recent = [row for row in trained if row.get(f"weight/{name}", 0.0) >= how.weight / 2][-last:]
         if len(recent) == last:
-            steps = round(recent[-1]["step"] - recent[0]["step"])
-            found |= {f"{name} {kind}": words for kind, words in _judge(name, how, recent, steps).items()}
+            found |= {f"{name} {kind}": words for kind, words in _judge(name, how, recent).items()}
     return found
 
 
 def warn(out: Path, rows: Sequence[Row], settings: Settings) -> None:
     """Print new `findings`, each kind once in the life of a run; the run folder's `warnings.jsonl` keeps them."""
-    found = findings(rows, settings)
-    if not found:
-        return
     path = out / "warnings.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    known = {json.loads(line)["kind"] for line in lines if line.endswith("}")}
-    for kind, words in found.items():
-        if kind not in known:
+    for kind, words in findings(rows, settings).items():
+        # The last line may be truncated.
+        if not path.exists() or f'"kind": "{kind}"' not in path.read_text():
             with path.open("a") as file:
                 file.write(json.dumps({"step": rows[-1]["step"], "kind": kind, "warning": words}) + "\n")
             tqdm.write(f"warning: {words}", file=sys.stderr)
 
 
-def _judge(name: str, how: AlignmentSettings, rows: Sequence[Row], steps: int) -> dict[str, str]:
+def _judge(name: str, how: AlignmentSettings, rows: Sequence[Row]) -> dict[str, str]:
     where = "semantic_alignment" if name == "semantic" else "global_alignment"
     weight = f"{where}.{'auxiliary_weight' if name == 'auxiliary' else 'weight'} (now {how.weight:g})"
     rate = f"{where}.learning_rate (now {how.learning_rate:g})"
+    lasting = f"for {rows[-1]['step'] - rows[0]['step']:.0f} steps"
     found: dict[str, str] = {}
 
     judged = [row for row in rows if f"accuracy/{name}_source" in row]
@@ -189,35 +171,32 @@ def _judge(name: str, how: AlignmentSettings, rows: Sequence[Row], steps: int) -
         for domain in ("source", "target")
     )
     if len(judged) >= _ROWS and not (source and target):
-        found["idle"] = (
-            f"the {name} discriminator has seen no class of one of the domains for {steps} steps: check the labels "
-            f"(--check) and data.classes, or raise labelled"
-        )
-        return found
+        advice = "check the labels (--check) and data.classes, or raise labelled"
+        return {"idle": f"the {name} discriminator has seen no class of one of the domains {lasting}: {advice}"}
     # With the Wasserstein objective the sign of a logit means nothing; only differences do.
     if min(len(source), len(target)) >= _ROWS and how.objective != "wasserstein":
         right = statistics.fmean(source), statistics.fmean(target)
-        came = f"accuracy {right[0]:.2f} on source and {right[1]:.2f} on target"
+        came = f"{lasting} (accuracy {right[0]:.2f} on source and {right[1]:.2f} on target)"
         if min(right) >= _CERTAIN:
             found["certain"] = (
-                f"the {name} discriminator has separated the domains almost without error for {steps} steps ({came}); "
-                f"the segmenter does not fool it: lower {rate}, set {where}.spectral_norm, or raise {weight}"
+                f"the {name} discriminator has separated the domains almost without error {came}; the segmenter does "
+                f"not fool it: lower {rate}, set {where}.spectral_norm, or raise {weight}"
             )
         elif statistics.fmean(right) <= _CHANCE:
             found["chance"] = (
-                f"the {name} discriminator has been at chance for {steps} steps ({came}), and its gradient is noise: "
-                f"raise {rate}, or lower {weight} if the accuracy fell as the weight rose; if distance/mean is near 0, "
-                f"the domains are aligned"
+                f"the {name} discriminator has been at chance {came}, and its gradient is noise: raise {rate}, or "
+                f"lower {weight} if the accuracy fell as the weight rose; if distance/mean is near 0, the domains "
+                "are aligned"
             )
 
     ratios = [ratio for row in rows if (ratio := _ratio(row, name)) is not None]
     if len(ratios) >= _ROWS:
         ratio = statistics.median(ratios)
-        came = f"the {name} loss's gradient at the features has been {ratio:.2g} of the segmentation loss's"
+        came = f"the {name} loss's gradient at the features has been {ratio:.2g} of the segmentation loss's {lasting}"
         if ratio < _SILENT:
-            found["silent"] = f"{came} for {steps} steps, which changes nothing: raise {weight}"
+            found["silent"] = f"{came}, which changes nothing: raise {weight}"
         elif ratio > _DOMINATES:
-            found["dominates"] = f"{came} for {steps} steps, and outweighs it: lower {weight}"
+            found["dominates"] = f"{came}, and outweighs it: lower {weight}"
     return found
 
 

@@ -1,6 +1,7 @@
 """Everything that learns in a run: the segmenter, its teacher, the alignments, their optimisers and schedules."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +40,18 @@ class ClassCounts(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Learners:
-    """The state of a run beside its step; the dicts are keyed by `segmenter` and the names of the alignments."""
+    """The state of a run beside its step; the dicts are keyed by `segmenter` and the names of the alignments.
+
+    `weights` has those of the alignments' confusion losses, of `self-training` and of the `source`'s cross-entropy.
+    """
 
     segmenter: Segmenter
     teacher: AveragedModel | None
-    """The running mean of the segmenter's weights."""
     alignments: dict[str, Alignment]
     class_counts: ClassCounts
     optimisers: dict[str, torch.optim.Optimizer]
     learning_rates: dict[str, semshift.Schedule]
     weights: dict[str, semshift.Schedule]
-    """Of each alignment's confusion loss, of `self-training`, and of the `source`'s cross-entropy."""
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks that an evaluation needs."""
@@ -70,17 +72,17 @@ class Learners:
 
 def build_learners(settings: Settings, segmenter: Segmenter) -> Learners:
     """The learners of a run, on the segmenter's device and in its dtype."""
-    like = next(segmenter.parameters())
-    how, plus, classes = settings.alignments, settings.self_training, len(settings.data.classes)
-    decay_steps = settings.optimiser.decay_steps or settings.steps
+    like, how, plus = next(segmenter.parameters()), settings.alignments, settings.self_training
     alignments = {name: build_alignment(name, settings, segmenter.feature_channels).to(like) for name in how}
     optimisers: dict[str, torch.optim.Optimizer] = {"segmenter": _build_optimiser(settings, segmenter)}
-    rates: dict[str, semshift.Schedule] = {}
-    learning: dict[str, OptimiserSettings | AlignmentSettings] = {"segmenter": settings.optimiser, **how}
-    for name, each in learning.items():
-        rates[name] = semshift.Polynomial(each.learning_rate, 0.0, decay_steps, power=each.power)
     for name, alignment in alignments.items():
         optimisers[name] = torch.optim.Adam(alignment.parameters(), how[name].learning_rate, betas=(0.9, 0.99))
+    decay_steps = settings.optimiser.decay_steps or settings.steps
+    learning: dict[str, OptimiserSettings | AlignmentSettings] = {"segmenter": settings.optimiser, **how}
+    rates: dict[str, semshift.Schedule] = {
+        name: semshift.Polynomial(each.learning_rate, 0.0, decay_steps, power=each.power)
+        for name, each in learning.items()
+    }
     weights = {name: weight_schedule(each, settings.steps) for name, each in how.items()}
     weights["source"] = source_schedule(settings)
     teacher: AveragedModel | None = None
@@ -88,7 +90,7 @@ def build_learners(settings: Settings, segmenter: Segmenter) -> Learners:
         weights["self-training"] = weight_schedule(plus, settings.steps)
         teacher = AveragedModel(segmenter, multi_avg_fn=get_ema_multi_avg_fn(plus.momentum))  # type: ignore[no-untyped-call]
         teacher.eval()
-    counts = ClassCounts(classes).to(like.device)
+    counts = ClassCounts(len(settings.data.classes)).to(like.device)
     return Learners(segmenter, teacher, alignments, counts, optimisers, rates, weights)
 
 
@@ -118,13 +120,12 @@ def build_alignment(name: str, settings: Settings, feature_channels: int) -> Ali
 
 
 def _build_optimiser(settings: Settings, segmenter: Segmenter) -> torch.optim.Optimizer:
-    how = settings.optimiser
-    groups = [{"params": list(segmenter.parameters())}]
+    how, classifier = settings.optimiser, segmenter.classifier_parameters()
+    groups: list[dict[str, Any]] = [{"params": list(segmenter.parameters())}]
     if how.classifier_factor != 1:
-        classifier = segmenter.classifier_parameters()
-        chosen = set(map(id, classifier))
-        groups = [{"params": [p for p in segmenter.parameters() if id(p) not in chosen]}]
-        groups.append({"params": classifier, "factor": how.classifier_factor})  # type: ignore[dict-item]
+        chosen = set(classifier)
+        groups = [{"params": [parameter for parameter in segmenter.parameters() if parameter not in chosen]}]
+        groups.append({"params": classifier, "factor": how.classifier_factor})
     if how.name == "adamw":
         return torch.optim.AdamW(groups, how.learning_rate, weight_decay=how.weight_decay)
     return torch.optim.SGD(groups, how.learning_rate, momentum=0.9, weight_decay=how.weight_decay)

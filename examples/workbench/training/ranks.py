@@ -22,11 +22,7 @@ __all__ += ["synchronise_batch_norm"]
 
 
 def check_accelerator(settings: Settings) -> None:
-    """Check that this machine has the accelerator, and that it computes in the settings' precision.
-
-    Raises:
-        InputError: it does not.
-    """
+    """Check that this machine has the accelerator, and that it computes in the settings' precision."""
     name = settings.accelerator
     if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
         raise InputError(f"this machine has no {name}, choose another, such as --accelerator cpu")
@@ -38,12 +34,11 @@ def launch_fabric(settings: Settings, *, loggers: Any = None) -> Fabric:
     """Lightning's Fabric over the processes that torchrun has started, or over this one alone."""
     check_accelerator(settings)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    options: dict[str, Any] = {"devices": 1}
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    options: dict[str, Any] = {"devices": here, "num_nodes": ranks // here}
     if ranks > 1:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
         # The strategy only chooses devices: gradients are averaged by `semshift.average_gradients`.
-        options = {"strategy": "ddp", "plugins": [TorchElasticEnvironment()]}
-        options |= {"devices": here, "num_nodes": ranks // here}
+        options |= {"strategy": "ddp", "plugins": [TorchElasticEnvironment()]}
         if not dist.is_initialized():
             # torchrun keeps one store over its restarts, which still lists the addresses of ended processes.
             store, rank, _ = next(rendezvous("env://"))
@@ -56,25 +51,18 @@ def launch_fabric(settings: Settings, *, loggers: Any = None) -> Fabric:
 
 
 def split_batch(settings: Settings, ranks: int) -> Settings:
-    """The settings of one rank, with an equal share of each step's images.
-
-    Raises:
-        InputError: a batch size is not a multiple of the number of ranks.
-    """
-    sizes = {name: getattr(settings.optimiser, name) for name in ("batch_size", "unlabelled_batch_size")}
-    for name, size in sizes.items():
+    """The settings of one rank, with an equal share of each step's images."""
+    shares: dict[str, Any] = {}
+    for name in ("batch_size", "unlabelled_batch_size"):
+        size = getattr(settings.optimiser, name)
         if size % ranks:
             raise InputError(f"optimiser.{name} must be a multiple of the {ranks} ranks, got {size}")
-    shares = {name: size // ranks for name, size in sizes.items()}
+        shares[name] = size // ranks
     return dataclasses.replace(settings, optimiser=dataclasses.replace(settings.optimiser, **shares))
 
 
 def synchronise_batch_norm(segmenter: nn.Module, fabric: Fabric) -> None:
-    """Have batch norm take its statistics from the images of all ranks.
-
-    Raises:
-        InputError: batch norm is trained on several ranks without CUDA, for which PyTorch has no such layer.
-    """
+    """Have batch norm take its statistics from the images of all ranks, for which PyTorch has a layer on CUDA only."""
     norms = [module for module in segmenter.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if fabric.world_size == 1 or not any(norm.training for norm in norms):
         return
@@ -87,15 +75,15 @@ def synchronise_batch_norm(segmenter: nn.Module, fabric: Fabric) -> None:
 
 def run_on_first_rank(fabric: Fabric, work: Callable[[], Any]) -> None:
     """Run `work` on the first rank while the others wait; an InputError or MachineError of it is raised on all."""
-    failed: Exception | None = None
+    error: Exception | None = None
     if fabric.is_global_zero:
         try:
             work()
-        except (InputError, MachineError) as error:
-            failed = error
-    failed = fabric.broadcast(failed)
-    if failed is not None:
-        raise failed
+        except (InputError, MachineError) as caught:
+            error = caught
+    error = fabric.broadcast(error)
+    if error is not None:
+        raise error
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

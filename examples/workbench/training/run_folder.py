@@ -35,19 +35,14 @@ def run_identity(settings: Settings, images: Mapping[str, Samples]) -> dict[str,
 
 
 def prepare_folder(out: Path, settings: Settings, *, resume: bool) -> None:
-    """Create the run folder, or check that the run in it can be resumed.
-
-    Raises:
-        InputError: the folder holds a run and `resume` is false, holds another run, or cannot be written.
-        MachineError: another process writes to the folder.
-    """
+    """Create the run folder, or check that the run in it can be resumed."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out must be a folder, got the file {out}")
     written = out / "settings.yaml"
     if not resume and (written.exists() or has_checkpoint(out)):
         raise InputError(f"--out must be a new folder, got {out}, which holds a run; --resume continues it")
     if written.exists():
-        _check_settings_file(out, written, settings)
+        _check_settings_file(written, settings, has_checkpoint(out))
     try:
         out.mkdir(parents=True, exist_ok=True)
         with lock_folder(out):
@@ -58,18 +53,18 @@ def prepare_folder(out: Path, settings: Settings, *, resume: bool) -> None:
         raise InputError(f"--out must be a folder that can be written, got {out}: {error.strerror}") from error
 
 
-def _check_settings_file(out: Path, path: Path, settings: Settings) -> None:
+def _check_settings_file(path: Path, settings: Settings, checkpoint: bool) -> None:
     try:
         before = yaml.safe_load(path.read_text())
-        if not isinstance(before, dict):
-            raise yaml.YAMLError("no mapping")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        if not has_checkpoint(out):
-            raise InputError(f"{path} must hold the settings of the run, got a file that does not parse") from error
+    except (yaml.YAMLError, UnicodeDecodeError):
+        before = None
+    if isinstance(before, dict):
+        check_same_run(before, as_plain(settings), path)
+    elif checkpoint:
         # The checkpoint has the settings too, and they are compared when it is loaded.
         tqdm.write(f"{path} is damaged and will be written again", file=sys.stderr)
-        return
-    check_same_run(before, as_plain(settings), path)
+    else:
+        raise InputError(f"{path} must hold the settings of the run, got a file that does not parse")
 
 
 def describe_run(out: Path, settings: Settings, labelled: Sequence[str]) -> None:
@@ -81,11 +76,7 @@ def describe_run(out: Path, settings: Settings, labelled: Sequence[str]) -> None
 
 @contextlib.contextmanager
 def lock_folder(out: Path) -> Iterator[None]:
-    """Keep other processes from writing to the run folder; the lock ends with the process, however that ends.
-
-    Raises:
-        MachineError: another process has the lock.
-    """
+    """Keep other processes from writing to the run folder; the lock ends with the process, however that ends."""
     if fcntl is None:
         yield
         return

@@ -18,14 +18,14 @@ Batch = dict[str, dict[str, Tensor]]
 
 
 class MixedImages(NamedTuple):
-    """Unlabelled images with the teacher's labels, and classes of other images pasted onto them."""
+    """Images `[B, 3, H, W]`, labels `[B, H, W]` int64, and the weight of each pixel in the loss `[B, H, W]` in [0, 1].
+
+    The weight is 1 where a class of another image is pasted, and 0 outside the image.
+    """
 
     image: Tensor
-    """`[B, 3, H, W]`."""
     label: Tensor
-    """`[B, H, W]` int64."""
     weight: Tensor
-    """`[B, H, W]` in [0, 1], weight of each pixel in the loss: 1 where pasted, 0 outside the image."""
 
 
 def self_training_loss(
@@ -54,16 +54,10 @@ def mix_images(batch: Batch, teacher_logits: Tensor, settings: Settings, step: i
     as in DACS, Tranheden et al. 2021, arXiv 2007.08702). Image i gets classes of image i of the donors, resized to its
     size; fewer donors are used again from the first, and of `both`, source and labelled images alternate. Images are
     counted over all ranks, so a donor may lie on another rank.
-
-    Args:
-        batch: of the step.
-        teacher_logits: `[B, K, h, w]` of the unlabelled images.
-        settings: of the run.
-        step: of the run.
-        rank: this process.
     """
     how, unlabelled = settings.self_training, batch["unlabelled"]
-    size = unlabelled["image"].shape[-2:]
+    height, width = unlabelled["image"].shape[-2:]
+    size = (height, width)
     logits = upsample(teacher_logits, size)
     labels = semshift.pseudo_labels(logits, threshold=how.threshold).labels
     inside = unlabelled["inside"]
@@ -79,28 +73,22 @@ def mix_images(batch: Batch, teacher_logits: Tensor, settings: Settings, step: i
         for domain in domains
     }
     first, chosen = rank * len(labels), []
+    k, ignore_index = len(settings.data.classes), settings.data.ignore_index
     for i in range(first, first + len(labels)):
-        images_of, labels_of = donors[domains[i % len(domains)]]
-        j = i // len(domains) % len(images_of)
-        chosen.append(_resize(images_of[j : j + 1], labels_of[j : j + 1], size, settings))
-    image, label = (torch.cat([pair[part] for pair in chosen]) for part in (0, 1))
+        images, masks = donors[domains[i % len(domains)]]
+        j = i // len(domains) % len(images)
+        image, label = images[j : j + 1], masks[j : j + 1]
+        if tuple(image.shape[-2:]) != size:
+            image = F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+            label = semshift.resize_labels(label, size, k, resample="nearest", ignore_index=ignore_index)
+        chosen.append((image, label))
+    image, label = (torch.cat(parts) for parts in zip(*chosen))
     seed = np.random.SeedSequence((settings.seed, step)).generate_state(1, np.uint32)
     generator = torch.Generator().manual_seed(int(seed[0]))
-    k = len(settings.data.classes)
     keys = torch.rand(first + len(label), k, generator=generator)[first:]
-    mask = semshift.class_mix(label, k, ignore_index=settings.data.ignore_index, keys=keys)
+    mask = semshift.class_mix(label, k, ignore_index=ignore_index, keys=keys)
     return MixedImages(
         torch.where(mask[:, None], image, unlabelled["image"]),
         torch.where(mask, label, labels),
         torch.where(mask, 1.0, weight),
     )
-
-
-def _resize(images: Tensor, labels: Tensor, size: torch.Size, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Images `[B, 3, H, W]` and labels `[B, H, W]` at another size."""
-    if images.shape[-2:] == size:
-        return images, labels
-    images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-    k, ignore_index = len(settings.data.classes), settings.data.ignore_index
-    small = semshift.resize_labels(labels, (size[0], size[1]), k, resample="nearest", ignore_index=ignore_index)
-    return images, small

@@ -35,7 +35,10 @@ def stop_at_once() -> Iterator[None]:
     def stop(signum: int, frame: FrameType | None) -> None:
         raise Stopped(signum)
 
-    with _handling({signal.SIGTERM: stop} | dict.fromkeys(_WRITE, signal.SIG_IGN)):
+    with contextlib.ExitStack() as handlers:
+        _handle(signal.SIGTERM, stop, handlers)
+        for signum in _WRITE:
+            _handle(signum, signal.SIG_IGN, handlers)
         yield
 
 
@@ -43,18 +46,19 @@ def stop_at_once() -> Iterator[None]:
 def defer_signals() -> Iterator[list[int]]:
     """Collect signals in a list that is read after each step; a stop signal that comes twice stops at once."""
     pending: list[int] = []
-    with contextlib.ExitStack() as muted:
 
-        def collect(signum: int, frame: FrameType | None) -> None:
-            if signum in _STOP and signum in pending:
-                raise Stopped(signum)
-            pending.append(signum)
-            if signum in _STOP and hasattr(signal, "SIGCHLD"):
-                # A job's signal ends the loading processes too, of which PyTorch would raise an error amid the step.
-                muted.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
+    def collect(signum: int, frame: FrameType | None) -> None:
+        if signum in _STOP and signum in pending:
+            raise Stopped(signum)
+        pending.append(signum)
+        if signum in _STOP and hasattr(signal, "SIGCHLD"):
+            # A job's signal ends the loading processes too, of which PyTorch would raise an error amid the step.
+            _handle(signal.SIGCHLD, signal.SIG_DFL, handlers)
 
-        with _handling(dict.fromkeys((*_STOP, *_WRITE), collect)):
-            yield pending
+    with contextlib.ExitStack() as handlers:
+        for signum in (*_STOP, *_WRITE):
+            _handle(signum, collect, handlers)
+        yield pending
 
 
 def load_until_stopped(batches: Iterable[T], pending: list[int]) -> Iterator[T]:
@@ -76,7 +80,7 @@ def agree_on_signals(pending: list[int], device: torch.device) -> tuple[bool, in
     read = list(pending)
     stop = next((signum for signum in read if signum in _STOP), 0)
     write = bool(read)
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if distributed.is_initialized():
         both = torch.tensor([int(write), stop], device=device)
         distributed.all_reduce(both, distributed.ReduceOp.MAX)
         write, stop = bool(both[0]), int(both[1])
@@ -85,14 +89,8 @@ def agree_on_signals(pending: list[int], device: torch.device) -> tuple[bool, in
     return write, stop
 
 
-@contextlib.contextmanager
-def _handling(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
+def _handle(signum: signal.Signals, handler: Any, until: contextlib.ExitStack) -> None:
+    """Set the handler of a signal until the stack closes."""
     # Python allows only the main thread to set handlers.
-    if threading.current_thread() is not threading.main_thread():
-        handlers = {}
-    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    if threading.current_thread() is threading.main_thread():
+        until.callback(signal.signal, signum, signal.signal(signum, handler))

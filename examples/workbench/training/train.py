@@ -39,7 +39,7 @@ VALIDATION = "miou/validation"
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """What stays the same over the steps of a run."""
+    """What stays the same over the steps of a run; `final` is the network that is evaluated."""
 
     settings: Settings
     out: Path
@@ -48,16 +48,22 @@ class _Run:
     fabric: Fabric
     learners: Learners
     training: TrainingSet
-    per_batch: dict[str, int]
-    """Images of each domain in a step, on this rank."""
-    draws: dict[str, np.ndarray]
-    """Weights of the draws, of domains whose images are not drawn uniformly."""
+    sampler: semshift.MixedBatchSampler
     final: nn.Module
-    """The network that is evaluated: the segmenter or its teacher."""
-    adaptation_start: int
-    """The first step whose loss may hold more than cross-entropy."""
-    first: bool
-    """Whether this rank writes the files."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes the files."""
+        return bool(self.fabric.is_global_zero)
+
+    @property
+    def adaptation_start(self) -> int:
+        """The first step whose loss may hold more than cross-entropy."""
+        settings = self.settings
+        starts = [how.start for how in settings.alignments.values()]
+        if "self-training" in settings.parts:
+            starts.append(settings.self_training.start)
+        return min(settings.steps - 1, min((round(start * settings.steps) for start in starts), default=0))
 
 
 def train(
@@ -84,8 +90,6 @@ def train(
         The contents of `out/metrics.json`.
 
     Raises:
-        InputError: settings, images or the run folder cannot be used, or the loss is not finite.
-        MachineError: the run folder cannot be written, or another process writes to it.
         Stopped: by a signal, after a step and its checkpoint.
     """
     started = time.monotonic()
@@ -102,7 +106,8 @@ def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool
     labelled = labelled_subset(total, total if settings.method == "oracle" else settings.labelled)
     fabric = launch_fabric(settings, loggers=TensorBoardLogger(out, name="tensorboard", version=""))
     first = bool(fabric.is_global_zero)
-    own = split_batch(settings, fabric.world_size)
+    domains = choose_domains(settings, images.source, images.target, labelled)
+    per_batch = batch_sizes(split_batch(settings, fabric.world_size), list(domains))
     if settings.network.frozen_batch_norm and settings.network.init is None:
         raise InputError("expected network.init, whose statistics network.frozen_batch_norm would keep, got none")
     segmenter = build_segmenter(settings)
@@ -114,56 +119,41 @@ def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool
             tqdm.write(str(loaded), file=sys.stderr)
     run_on_first_rank(fabric, lambda: run_folder.prepare_folder(out, settings, resume=resume))
 
-    domains = choose_domains(settings, images.source, images.target, labelled)
     draws = {}
     if "self-training" in settings.parts and plus.rare_classes:
         for domain in ("source", "labelled"):
             draws[domain] = rare_class_draws(domains[domain], settings, progress=domain if first else None)
-    crops = {domain: data.source_crop if domain == "source" else data.size for domain in domains}
-    learners = build_learners(settings, segmenter.to(fabric.device, dtype_of(settings)))
-    starts = [how.start for how in settings.alignments.values()]
-    starts += [plus.start] if learners.teacher is not None else []
-    return _Run(
-        settings=settings,
-        out=out,
-        images=images,
-        labelled=labelled,
-        fabric=fabric,
-        learners=learners,
-        training=TrainingSet(domains, crops, data.augmentation, settings.seed, ignore_index=data.ignore_index),
-        per_batch=batch_sizes(own, list(domains)),
-        draws=draws,
-        final=learners.teacher.module if learners.teacher is not None and plus.final == "teacher" else segmenter,
-        adaptation_start=min([*(round(start * settings.steps) for start in starts), settings.steps - 1])
-        if starts
-        else 0,
-        first=first,
+    sampler = semshift.MixedBatchSampler(
+        {domain: len(samples) for domain, samples in domains.items()},
+        per_batch,
+        seed=settings.seed,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        steps=settings.steps,
+        weights=draws,
     )
+    crops = {domain: data.source_crop if domain == "source" else data.size for domain in domains}
+    training = TrainingSet(domains, crops, data.augmentation, settings.seed, ignore_index=data.ignore_index)
+    learners = build_learners(settings, segmenter.to(fabric.device, dtype_of(settings)))
+    final = learners.teacher.module if learners.teacher is not None and plus.final == "teacher" else segmenter
+    return _Run(settings, out, images, labelled, fabric, learners, training, sampler, final)
 
 
 def _train_steps(run: _Run) -> checkpoints.Progress:
     """Take all steps that are left, or stop after one of them by a signal."""
-    settings, out, fabric, learners, first = run.settings, run.out, run.fabric, run.learners, run.first
+    settings, out, fabric, learners, data = run.settings, run.out, run.fabric, run.learners, run.settings.data
     identity = run_folder.run_identity(settings, run.images._asdict())
-    bar = tqdm(total=settings.steps, desc=settings.method, unit="step", disable=not first)
+    bar = tqdm(total=settings.steps, desc=settings.method, unit="step", disable=not run.first)
     with signals.defer_signals() as pending, bar:
         progress = _resume(run, identity)
         recent = recent_rows(run_folder.read_history(out), settings)
-        sampler = semshift.MixedBatchSampler(
-            {domain: len(samples) for domain, samples in run.training.domains.items()},
-            run.per_batch,
-            seed=settings.seed,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-            first_step=progress.step,
-            steps=settings.steps - progress.step,
-            weights=run.draws,
-        )
         bar.initial = bar.n = done = progress.step
         since, stop = (done, time.monotonic()), 0
-        loaded = load_batches(run.training, sampler, workers=settings.data.workers, timeout=settings.data.timeout)
+        ranks, images = fabric.world_size, run.sampler.per_batch
+        sampler = run.sampler.resume(done, rank=fabric.global_rank, world_size=ranks, per_batch=images)
+        loaded = load_batches(run.training, sampler, workers=data.workers, timeout=data.timeout)
         for step, batch in signals.load_until_stopped(loaded, pending):
-            if step == run.adaptation_start and first:
+            if step == run.adaptation_start and run.first:
                 checkpoints.save_weights(out / checkpoints.BEFORE, {"segmenter": learners.segmenter})
             batch = fabric.to_device(batch)
             for part in batch.values():
@@ -171,9 +161,9 @@ def _train_steps(run: _Run) -> checkpoints.Progress:
             done, last = step + 1, step + 1 == settings.steps
             log = step % settings.log_every == 0 or last
             row = learn(step, batch, learners, settings, fabric, log=log)
-            if log and first:
+            if log and run.first:
                 now = time.monotonic()
-                seen = (done - since[0]) * fabric.world_size * sum(run.per_batch.values())
+                seen = (done - since[0]) * ranks * sum(images.values())
                 row |= machine_figures(seen, now - since[1], fabric.device)
                 since = (done, now)
                 run_folder.append_history(out, row)
@@ -184,33 +174,34 @@ def _train_steps(run: _Run) -> checkpoints.Progress:
             bar.update()
             if settings.validate_every and (done % settings.validate_every == 0 or last):
                 progress = _validate(run, progress, done)
-            write, stop = signals.agree_on_signals(pending, fabric.device)
             progress = progress._replace(step=done)
-            if first and (write or last or done % settings.save_every == 0):
-                checkpoints.save_checkpoint(out, progress, learners.stateful(), identity)
+            write, stop = signals.agree_on_signals(pending, fabric.device)
             if stop:
                 break
-        if done < settings.steps and not stop:
-            # The signal has ended the processes that load images before the step was done.
-            _, stop = signals.agree_on_signals(pending, fabric.device)
-            if first:
-                checkpoints.save_checkpoint(out, progress._replace(step=done), learners.stateful(), identity)
-        if stop:
+            if run.first and (write or last or done % settings.save_every == 0):
+                checkpoints.save_checkpoint(out, progress, learners.stateful(), identity)
+        if stop or done < settings.steps:
+            # Where the signal ended the processes that load images, the ranks have not agreed on it yet.
+            stop = stop or signals.agree_on_signals(pending, fabric.device)[1]
+            if run.first:
+                checkpoints.save_checkpoint(out, progress, learners.stateful(), identity)
             raise signals.Stopped(stop, f"{out} has a checkpoint of step {done}, --resume continues from it")
     return progress
 
 
 def _resume(run: _Run, identity: Mapping[str, Any]) -> checkpoints.Progress:
     """Load the last checkpoint, on every rank, and drop what the history has beyond it."""
-    out, fabric = run.out, run.fabric
-    progress = checkpoints.load_checkpoint(out, run.learners.stateful(), identity)
-    if fabric.broadcast(progress.step) != progress.step:
-        raise MachineError(
-            f"expected every rank to see the same checkpoints in {out}, got others on rank {fabric.global_rank}"
-        )
-    names = [run.images.target.names[i] for i in run.labelled]
-    run_on_first_rank(fabric, lambda: run_folder.describe_run(out, run.settings, names))
-    run_on_first_rank(fabric, lambda: run_folder.read_history(out, before=progress.step))
+    progress = checkpoints.load_checkpoint(run.out, run.learners.stateful(), identity)
+    if run.fabric.broadcast(progress.step) != progress.step:
+        where = f"{run.out} on rank {run.fabric.global_rank}"
+        raise MachineError(f"every rank must see the same checkpoints, got others in {where}")
+
+    def describe() -> None:
+        names = run.images.target.names
+        run_folder.describe_run(run.out, run.settings, [names[i] for i in run.labelled])
+        run_folder.read_history(run.out, before=progress.step)
+
+    run_on_first_rank(run.fabric, describe)
     return progress
 
 
