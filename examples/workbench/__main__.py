@@ -56,24 +56,19 @@ def main(arguments: Sequence[str]) -> int:
             raise InputError(f"expected train on several ranks, got {arguments[0]}, which runs in one process")
         with signals.stop_at_once():
             commands[arguments[0]](arguments[1:])
-    except InputError as error:
-        return _fail(2, str(error))
+        return 0
     except KeyboardInterrupt as error:
         stop = error if isinstance(error, signals.Stopped) else signals.Stopped(signal.SIGINT)
         if os.environ.get("RANK", "0") == "0":
             print(stop, file=sys.stderr)
         return stop.status
     except Exception as error:
-        line = describe_machine_error(error)
+        wrong_input = isinstance(error, InputError)
+        line = str(error) if wrong_input else describe_machine_error(error)
         if line is None:
             raise
-        return _fail(3, line)
-    return 0
-
-
-def _fail(status: int, message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return status
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+        return 2 if wrong_input else 3
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -146,7 +141,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
 def _load(settings: Settings, checkpoint: Path) -> Segmenter:
     segmenter = build_segmenter(settings)
-    use_teacher = "self-training" in METHODS[settings.method] and settings.self_training.final == "teacher"
+    use_teacher = "self-training" in settings.parts and settings.self_training.final == "teacher"
     weights = checkpoints.load_weights(checkpoint, teacher=use_teacher)
     checkpoints.check_weights_fit(segmenter.state_dict(), weights, checkpoint)
     segmenter.load_state_dict(weights)

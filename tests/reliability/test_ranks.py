@@ -27,7 +27,7 @@ from examples.workbench.settings import (
 )
 from examples.workbench.training import step as step_module
 from examples.workbench.training.learners import build_learners
-from examples.workbench.training.ranks import launch_fabric, run_on_first_rank, split_batch, synchronise_batch_norm
+from examples.workbench.training.ranks import launch_fabric, run_on_first_rank, synchronise_batch_norm
 from examples.workbench.training.train import train
 from tests.errors import mentions, refuses
 from tests.reliability.tiny import rows, same_run, state
@@ -285,18 +285,6 @@ def test_a_run_resumes_with_another_number_of_ranks(tmp_path):
 
 
 # What each rank gets, and what several ranks cannot do.
-
-
-def test_a_batch_is_split_evenly():
-    optimiser = OptimiserSettings(batch_size=6, unlabelled_batch_size=12)
-    whole = dataclasses.replace(SETTINGS, optimiser=optimiser)
-    assert split_batch(whole, 1) == whole
-    expected = dataclasses.replace(optimiser, batch_size=2, unlabelled_batch_size=4)
-    assert split_batch(whole, 3) == dataclasses.replace(SETTINGS, optimiser=expected)
-    with refuses(InputError, "optimiser.batch_size", "4 ranks", 6):
-        split_batch(whole, 4)
-    with refuses(InputError, "optimiser.unlabelled_batch_size", "3 ranks", 4):
-        split_batch(dataclasses.replace(SETTINGS, optimiser=dataclasses.replace(expected, batch_size=3)), 3)
 
 
 def test_one_process_is_the_first_rank():

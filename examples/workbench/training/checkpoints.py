@@ -41,14 +41,7 @@ class Progress(NamedTuple):
 def save_checkpoint(out: Path, progress: Progress, stateful: Mapping[str, Stateful], run: Mapping[str, Any]) -> None:
     """Save all that a run needs to resume, and delete all but the last `KEPT` checkpoints.
 
-    Args:
-        out: the run folder.
-        progress: how far the run has come.
-        stateful: modules and optimisers by name.
-        run: what must be the same when the run resumes, such as its settings.
-
-    Raises:
-        InputError: a weight is not finite; the earlier checkpoints stay.
+    `run` is what must be the same when the run resumes. Weights that are not finite are refused.
     """
     states = {name: part.state_dict() for name, part in stateful.items()}
     for name, state in states.items():

@@ -1,12 +1,13 @@
 """The domains that a method trains on, and how many images of each a step draws."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
 import semshift
 from examples.workbench.data.samples import Samples, Subset
+from examples.workbench.errors import InputError
 from examples.workbench.settings import Settings
 
 __all__ = ["batch_sizes", "choose_domains", "rare_class_draws"]
@@ -27,10 +28,16 @@ def choose_domains(settings: Settings, source: Samples, target: Samples, labelle
     return domains
 
 
-def batch_sizes(settings: Settings, domains: Sequence[str]) -> dict[str, int]:
-    """Number of images of each domain in a step."""
-    how = settings.optimiser
-    return {domain: how.unlabelled_batch_size if domain == "unlabelled" else how.batch_size for domain in domains}
+def batch_sizes(settings: Settings, domains: Iterable[str], ranks: int) -> dict[str, int]:
+    """Number of images of each domain in a step on one of the ranks, which share them equally."""
+    sizes = {}
+    for domain in domains:
+        name = "unlabelled_batch_size" if domain == "unlabelled" else "batch_size"
+        size = getattr(settings.optimiser, name)
+        if size % ranks:
+            raise InputError(f"optimiser.{name} must be a multiple of the {ranks} ranks, got {size}")
+        sizes[domain] = size // ranks
+    return sizes
 
 
 def rare_class_draws(samples: Samples, settings: Settings, *, progress: str | None) -> np.ndarray:

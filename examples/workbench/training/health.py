@@ -5,7 +5,6 @@ import math
 import os
 import statistics
 import sys
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,8 +16,7 @@ import semshift
 from examples.workbench.networks.segmentation import Segmentation
 from examples.workbench.settings import AlignmentSettings, Settings
 
-__all__ = ["alignment_figures", "feature_figures", "findings", "format_row", "machine_figures", "recent_rows", "warn"]
-__all__ += ["window"]
+__all__ = ["alignment_figures", "feature_figures", "findings", "format_row", "machine_figures", "warn", "window"]
 
 Row = Mapping[str, float]
 
@@ -127,11 +125,6 @@ def format_row(row: Row) -> str:
 def window(settings: Settings) -> int:
     """Number of rows that a warning judges: a tenth of the run's, and at least ten."""
     return max(_ROWS, math.ceil(_SHARE * settings.steps / settings.log_every))
-
-
-def recent_rows(history: Sequence[Row], settings: Settings) -> deque[Row]:
-    """The last rows of a history, as many as `findings` judges; new ones are appended to it."""
-    return deque((row for row in history if "loss/segmentation" in row), maxlen=window(settings))
 
 
 def findings(rows: Sequence[Row], settings: Settings) -> dict[str, str]:

@@ -77,12 +77,11 @@ def build_learners(settings: Settings, segmenter: Segmenter) -> Learners:
     optimisers: dict[str, torch.optim.Optimizer] = {"segmenter": _build_optimiser(settings, segmenter)}
     for name, alignment in alignments.items():
         optimisers[name] = torch.optim.Adam(alignment.parameters(), how[name].learning_rate, betas=(0.9, 0.99))
-    decay_steps = settings.optimiser.decay_steps or settings.steps
+    rates: dict[str, semshift.Schedule] = {}
     learning: dict[str, OptimiserSettings | AlignmentSettings] = {"segmenter": settings.optimiser, **how}
-    rates: dict[str, semshift.Schedule] = {
-        name: semshift.Polynomial(each.learning_rate, 0.0, decay_steps, power=each.power)
-        for name, each in learning.items()
-    }
+    for name, each in learning.items():
+        decay_steps = settings.optimiser.decay_steps or settings.steps
+        rates[name] = semshift.Polynomial(each.learning_rate, 0.0, decay_steps, power=each.power)
     weights = {name: weight_schedule(each, settings.steps) for name, each in how.items()}
     weights["source"] = source_schedule(settings)
     teacher: AveragedModel | None = None

@@ -1,6 +1,5 @@
 """Ranks: several processes that train as one."""
 
-import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from examples.workbench.errors import InputError, MachineError
 from examples.workbench.settings import Settings
 
-__all__ = ["check_accelerator", "launch_fabric", "run_on_first_rank", "seed_step", "split_batch"]
+__all__ = ["check_accelerator", "launch_fabric", "run_on_first_rank", "seed_step"]
 __all__ += ["synchronise_batch_norm"]
 
 
@@ -48,17 +47,6 @@ def launch_fabric(settings: Settings, *, loggers: Any = None) -> Fabric:
     fabric = Fabric(accelerator=settings.accelerator, precision=settings.precision, loggers=loggers, **options)
     fabric.launch()
     return fabric
-
-
-def split_batch(settings: Settings, ranks: int) -> Settings:
-    """The settings of one rank, with an equal share of each step's images."""
-    shares: dict[str, Any] = {}
-    for name in ("batch_size", "unlabelled_batch_size"):
-        size = getattr(settings.optimiser, name)
-        if size % ranks:
-            raise InputError(f"optimiser.{name} must be a multiple of the {ranks} ranks, got {size}")
-        shares[name] = size // ranks
-    return dataclasses.replace(settings, optimiser=dataclasses.replace(settings.optimiser, **shares))
 
 
 def synchronise_batch_norm(segmenter: nn.Module, fabric: Fabric) -> None:

@@ -24,7 +24,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["append_history", "describe_run", "lock_folder", "prepare_folder", "read_history", "run_identity"]
-__all__ += ["write_metrics"]
 
 
 def run_identity(settings: Settings, images: Mapping[str, Samples]) -> dict[str, Any]:
@@ -42,7 +41,17 @@ def prepare_folder(out: Path, settings: Settings, *, resume: bool) -> None:
     if not resume and (written.exists() or has_checkpoint(out)):
         raise InputError(f"--out must be a new folder, got {out}, which holds a run; --resume continues it")
     if written.exists():
-        _check_settings_file(written, settings, has_checkpoint(out))
+        try:
+            before = yaml.safe_load(written.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            before = None
+        if isinstance(before, dict):
+            check_same_run(before, as_plain(settings), written)
+        elif not has_checkpoint(out):
+            raise InputError(f"{written} must hold the settings of the run, got a file that does not parse")
+        else:
+            # The checkpoint has the settings too, and they are compared when it is loaded.
+            tqdm.write(f"{written} is damaged and will be written again", file=sys.stderr)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with lock_folder(out):
@@ -51,20 +60,6 @@ def prepare_folder(out: Path, settings: Settings, *, resume: bool) -> None:
             set_aside_damaged(out)
     except OSError as error:
         raise InputError(f"--out must be a folder that can be written, got {out}: {error.strerror}") from error
-
-
-def _check_settings_file(path: Path, settings: Settings, checkpoint: bool) -> None:
-    try:
-        before = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        before = None
-    if isinstance(before, dict):
-        check_same_run(before, as_plain(settings), path)
-    elif checkpoint:
-        # The checkpoint has the settings too, and they are compared when it is loaded.
-        tqdm.write(f"{path} is damaged and will be written again", file=sys.stderr)
-    else:
-        raise InputError(f"{path} must hold the settings of the run, got a file that does not parse")
 
 
 def describe_run(out: Path, settings: Settings, labelled: Sequence[str]) -> None:
@@ -101,23 +96,13 @@ def read_history(out: Path, *, before: int | None = None) -> list[dict[str, floa
     """The rows of the history; with `before`, damaged rows and those from that step on are removed from the file."""
     path = out / "history.jsonl"
     lines = path.read_bytes().splitlines() if path.exists() else []
-    rows = [row for line in lines if (row := _parse_row(line)) is not None]
+    rows: list[dict[str, float]] = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
     if before is not None:
         if len(rows) < len(lines):
             tqdm.write(f"{path} has {len(lines) - len(rows)} damaged lines, which are removed", file=sys.stderr)
         rows = [row for row in rows if row["step"] < before]
         write_whole(path, lambda to: to.write_text("".join(json.dumps(row) + "\n" for row in rows)))
     return rows
-
-
-def _parse_row(line: bytes) -> dict[str, float] | None:
-    with contextlib.suppress(ValueError):
-        row = json.loads(line)
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            return row
-    return None
-
-
-def write_metrics(out: Path, metrics: Mapping[str, Any]) -> None:
-    """Write `metrics.json`, the last file of a run."""
-    write_whole(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))

@@ -1,8 +1,10 @@
 """Training: from an empty run folder, or its last checkpoint, to its metrics. `step.py` has what the paper has."""
 
 import contextlib
+import json
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +22,16 @@ from examples.workbench.data.images import Images, open_images
 from examples.workbench.data.loading import TrainingSet, load_batches
 from examples.workbench.data.samples import labelled_subset
 from examples.workbench.errors import InputError, MachineError
+from examples.workbench.files import write_whole
 from examples.workbench.networks.build import build_segmenter, dtype_of, load_init
 from examples.workbench.reporting.report import draw_report
 from examples.workbench.reporting.scores import Scores, evaluate, subset_means
 from examples.workbench.settings import Settings
 from examples.workbench.training import checkpoints, run_folder, signals
 from examples.workbench.training.domains import batch_sizes, choose_domains, rare_class_draws
-from examples.workbench.training.health import format_row, machine_figures, recent_rows, warn
+from examples.workbench.training.health import format_row, machine_figures, warn, window
 from examples.workbench.training.learners import Learners, build_learners
-from examples.workbench.training.ranks import launch_fabric, run_on_first_rank, split_batch, synchronise_batch_norm
+from examples.workbench.training.ranks import launch_fabric, run_on_first_rank, synchronise_batch_norm
 from examples.workbench.training.step import learn
 
 __all__ = ["train"]
@@ -44,7 +47,7 @@ class _Run:
     settings: Settings
     out: Path
     images: Images
-    labelled: list[int]
+    labelled: list[str]
     fabric: Fabric
     learners: Learners
     training: TrainingSet
@@ -87,10 +90,7 @@ def train(
         save_predictions: write the test set's index masks to `out/predictions`.
 
     Returns:
-        The contents of `out/metrics.json`.
-
-    Raises:
-        Stopped: by a signal, after a step and its checkpoint.
+        The contents of `out/metrics.json`; a signal raises `Stopped` after a step and its checkpoint.
     """
     started = time.monotonic()
     run = _prepare(settings, out, data_root, resume)
@@ -107,7 +107,7 @@ def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool
     fabric = launch_fabric(settings, loggers=TensorBoardLogger(out, name="tensorboard", version=""))
     first = bool(fabric.is_global_zero)
     domains = choose_domains(settings, images.source, images.target, labelled)
-    per_batch = batch_sizes(split_batch(settings, fabric.world_size), list(domains))
+    per_batch = batch_sizes(settings, domains, fabric.world_size)
     if settings.network.frozen_batch_norm and settings.network.init is None:
         raise InputError("expected network.init, whose statistics network.frozen_batch_norm would keep, got none")
     segmenter = build_segmenter(settings)
@@ -136,7 +136,8 @@ def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool
     training = TrainingSet(domains, crops, data.augmentation, settings.seed, ignore_index=data.ignore_index)
     learners = build_learners(settings, segmenter.to(fabric.device, dtype_of(settings)))
     final = learners.teacher.module if learners.teacher is not None and plus.final == "teacher" else segmenter
-    return _Run(settings, out, images, labelled, fabric, learners, training, sampler, final)
+    names = [images.target.names[i] for i in labelled]
+    return _Run(settings, out, images, names, fabric, learners, training, sampler, final)
 
 
 def _train_steps(run: _Run) -> checkpoints.Progress:
@@ -146,7 +147,8 @@ def _train_steps(run: _Run) -> checkpoints.Progress:
     bar = tqdm(total=settings.steps, desc=settings.method, unit="step", disable=not run.first)
     with signals.defer_signals() as pending, bar:
         progress = _resume(run, identity)
-        recent = recent_rows(run_folder.read_history(out), settings)
+        rows = (row for row in run_folder.read_history(out) if VALIDATION not in row)
+        recent = deque(rows, maxlen=window(settings))
         bar.initial = bar.n = done = progress.step
         since, stop = (done, time.monotonic()), 0
         ranks, images = fabric.world_size, run.sampler.per_batch
@@ -197,8 +199,7 @@ def _resume(run: _Run, identity: Mapping[str, Any]) -> checkpoints.Progress:
         raise MachineError(f"every rank must see the same checkpoints, got others in {where}")
 
     def describe() -> None:
-        names = run.images.target.names
-        run_folder.describe_run(run.out, run.settings, [names[i] for i in run.labelled])
+        run_folder.describe_run(run.out, run.settings, run.labelled)
         run_folder.read_history(run.out, before=progress.step)
 
     run_on_first_rank(run.fabric, describe)
@@ -262,7 +263,7 @@ def _finish(run: _Run, progress: checkpoints.Progress, started: float, save_pred
         "versions": {"semshift": semshift.__version__, "torch": torch.__version__, "numpy": np.__version__},
     }
     if run.first:
-        run_folder.write_metrics(out, metrics)
+        write_whole(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))
     return metrics
 
 

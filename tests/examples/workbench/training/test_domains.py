@@ -8,8 +8,10 @@ import pytest
 import semshift
 from examples.scenes import Sample
 from examples.workbench.data.images import open_images
+from examples.workbench.errors import InputError
 from examples.workbench.settings import GlobalSettings, SelfTraining
 from examples.workbench.training.domains import batch_sizes, choose_domains, rare_class_draws
+from tests.errors import refuses
 from tests.examples.workbench.tiny import TINY, tiny
 
 NO_GLOBAL = GlobalSettings(weight=0)
@@ -40,9 +42,19 @@ def test_domains_of_a_method(changes, domains):
     sizes = {"source": 6, "labelled": 2, "unlabelled": 6}
     assert {domain: len(samples) for domain, samples in chosen.items()} == {d: sizes[d] for d in domains}
     counts = {"source": 2, "labelled": 2, "unlabelled": 3}
-    assert batch_sizes(settings, domains) == {d: counts[d] for d in domains}
+    assert batch_sizes(settings, domains, 1) == {d: counts[d] for d in domains}
     if "labelled" in chosen:
         assert chosen["labelled"].names == [images.target.names[3], images.target.names[1]]
+
+
+def test_ranks_share_a_batch_equally():
+    settings = tiny(optimiser={"batch_size": 6, "unlabelled_batch_size": 12})
+    domains = ["source", "labelled", "unlabelled"]
+    assert batch_sizes(settings, domains, 3) == {"source": 2, "labelled": 2, "unlabelled": 4}
+    with refuses(InputError, "optimiser.batch_size", "4 ranks", 6):
+        batch_sizes(settings, domains, 4)
+    with refuses(InputError, "optimiser.unlabelled_batch_size", "3 ranks", 4):
+        batch_sizes(tiny(optimiser={"batch_size": 3, "unlabelled_batch_size": 4}), domains, 3)
 
 
 class _Two:
