@@ -96,6 +96,23 @@ def test_each_signal_is_read_once():
         assert signals.agree_on_signals(pending, "cpu") == (True, signal.SIGTERM)
 
 
+def test_a_stop_signal_and_the_end_of_a_loading_process_may_come_together(monkeypatch):
+    """Python reports a signal that it has noted, but whose handler it then finds to be the default one."""
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    both = {signal.SIGTERM, signal.SIGCHLD}
+    before = signal.signal(signal.SIGCHLD, lambda signum, frame: None)
+    try:
+        with signals.defer_signals() as pending:
+            signal.pthread_sigmask(signal.SIG_BLOCK, both)
+            send(*both)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+            assert pending == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert not reported
+
+
 @pytest.mark.parametrize("error", [ConnectionResetError, RuntimeError])
 def test_loading_processes_may_end_before_the_run_gets_the_signal(error):
     def broken():

@@ -53,7 +53,7 @@ def defer_signals() -> Iterator[list[int]]:
         pending.append(signum)
         if signum in _STOP and hasattr(signal, "SIGCHLD"):
             # A job's signal ends the loading processes too, of which PyTorch would raise an error amid the step.
-            _handle(signal.SIGCHLD, signal.SIG_DFL, handlers)
+            _handle(signal.SIGCHLD, lambda *_: None, handlers)
 
     with contextlib.ExitStack() as handlers:
         for signum in (*_STOP, *_WRITE):
