@@ -98,8 +98,9 @@ def read_history(out: Path, *, before: int | None = None) -> list[dict[str, floa
     lines = path.read_bytes().splitlines() if path.exists() else []
     rows: list[dict[str, float]] = []
     for line in lines:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"])})
     if before is not None:
         if len(rows) < len(lines):
             tqdm.write(f"{path} has {len(lines) - len(rows)} damaged lines, which are removed", file=sys.stderr)
