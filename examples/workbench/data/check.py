@@ -27,33 +27,24 @@ T = TypeVar("T")
 
 
 class DataReport(NamedTuple):
-    """Report of a check of a run's images."""
+    """Counts, sizes and class frequencies; a line for each oddity that may be intended, and for each unusable file."""
 
     text: str
-    """Counts, sizes and class frequencies."""
     notes: list[str]
-    """One line for each oddity that may be intended."""
     problems: list[str]
-    """One line for each unusable file."""
 
 
 @dataclass
 class _Findings:
     whole: int = 0
-    read: int = 0
     scaled: int = 0
     sizes: Counter[str] = field(default_factory=Counter)
-    pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
-    """Number of pixels of each id."""
+    pixels_by_id: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     problems: list[str] = field(default_factory=list)
 
 
 def check_data(settings: Settings, data_root: Path | None, *, seconds: float = 36.0) -> DataReport:
-    """Check as many images of a run as `seconds` allow, in an order that is always the same; listing them takes more.
-
-    Raises:
-        InputError: a folder is unfit.
-    """
+    """Check as many images of a run as `seconds` allow, in a fixed order; listing them takes more."""
     images, data = open_images(settings, data_root), settings.data
     # The published splits use one set for both.
     one_set = data.test is not None and data.test == data.validation
@@ -61,25 +52,24 @@ def check_data(settings: Settings, data_root: Path | None, *, seconds: float = 3
     lines, notes, problems, shares = [], [], [], {}
     for split, samples in splits.items():
         found = _inspect(samples, split, seconds / len(splits))
-        published, whole = "", ""
+        read, published, whole = found.sizes.total(), "", ""
         if isinstance(samples, FolderPair):
             whole = f", {found.whole} with whole ends"
             if counts := samples.layout.counts:
-                published = f" (as distributed: {' or '.join(map(str, sorted(counts)))})"
+                published = f" (as distributed: {' or '.join(map(str, counts))})"
                 if len(samples) not in counts:
                     notes.append(f"{split} has {len(samples)} images, not as distributed: is the copy complete?")
         sizes = ", ".join(f"{size} ({count})" for size, count in found.sizes.most_common(5)) or "none"
         more = f" and {len(found.sizes) - 5} more" if len(found.sizes) > 5 else ""
         lines += [
-            f"{split}: {len(samples)} images{published}{whole}, {found.read} of them read",
+            f"{split}: {len(samples)} images{published}{whole}, {read} of them read",
             f"  sizes: {sizes}{more}; labels of another size, to be scaled: {found.scaled}",
         ]
         problems += found.problems
-        pixels = found.pixels[[*range(len(data.classes)), data.ignore_index]]
+        pixels = found.pixels_by_id[[*range(len(data.classes)), data.ignore_index]]
         shares[split] = 100 * pixels / max(1, pixels.sum())
-        absent = [name for name, count in zip(data.classes, pixels) if not count]
-        if found.read and absent:
-            notes.append(f"{split} has no pixel of {', '.join(absent)} in the {found.read} images that were read")
+        if read and (absent := [name for name, count in zip(data.classes, pixels) if not count]):
+            notes.append(f"{split} has no pixel of {', '.join(absent)} in the {read} images that were read")
     if one_set:
         lines.append("test: the validation images")
     table = pd.DataFrame(shares, index=[*data.classes, "without a class"])
@@ -89,16 +79,13 @@ def check_data(settings: Settings, data_root: Path | None, *, seconds: float = 3
 
 def _inspect(samples: Samples, split: str, seconds: float) -> _Findings:
     """Check the ends of files for a third of the time, then read images whole."""
-    found, truncated = _Findings(), set()
+    found, ends, now = _Findings(), dict[int, list[str]](), time.monotonic()
     order = np.random.RandomState(0).permutation(len(samples)).tolist()
-    now = time.monotonic()
     if isinstance(samples, FolderPair):
-        ends = _map_until(now + seconds / 3, lambda i: _check_ends(samples.files[i]), order, f"ends of {split}", 256)
-        for index, problems in ends:
-            found.problems += problems
-            found.whole += not problems
-            if problems:
-                truncated.add(index)
+        pairs = samples.files
+        ends |= _map_until(now + seconds / 3, lambda i: _check_ends(pairs[i]), order, f"ends of {split}", 256)
+        found.problems += [problem for problems in ends.values() for problem in problems]
+        found.whole = sum(not problems for problems in ends.values())
 
     def read(index: int) -> Sample | InputError:
         try:
@@ -106,7 +93,7 @@ def _inspect(samples: Samples, split: str, seconds: float) -> _Findings:
         except InputError as error:
             return error
 
-    order = [index for index in order if index not in truncated]
+    order = [index for index in order if not ends.get(index)]
     for index, sample in _map_until(now + seconds, read, order, f"check {split}", 2 * (os.cpu_count() or 1)):
         if isinstance(sample, InputError):
             found.problems.append(str(sample))
@@ -115,9 +102,8 @@ def _inspect(samples: Samples, split: str, seconds: float) -> _Findings:
         if isinstance(samples, FolderPair):
             with Image.open(samples.files[index][1]) as label:
                 found.scaled += label.size != (width, height)
-        found.read += 1
         found.sizes[f"{width} x {height}"] += 1
-        found.pixels += np.bincount(sample.label.ravel(), minlength=256)
+        found.pixels_by_id += np.bincount(sample.label.ravel(), minlength=256)
     return found
 
 
@@ -136,18 +122,19 @@ def _map_until(
 
 
 def _check_ends(files: Sequence[Path]) -> list[str]:
-    """What is wrong with files that do not end as their kind does, such as truncated copies."""
+    """Problems of files that do not end as their kind does, such as truncated copies."""
     problems = []
     for file in files:
         try:
             with file.open("rb") as opened:
                 size = opened.seek(0, os.SEEK_END)
                 opened.seek(max(0, size - 12))
-                truncated = file.suffix.lower() == ".png" and b"IEND" not in opened.read()
+                end = opened.read()
         except OSError as error:
             problems.append(f"expected {file} to be a readable file, got: {error.strerror}")
-        else:
-            if size == 0 or truncated:
-                got = f"{size} bytes without the end of a PNG" if size else "an empty file"
-                problems.append(f"expected {file} to be a whole image, got {got}")
+            continue
+        if not end:
+            problems.append(f"expected {file} to be a whole image, got an empty file")
+        elif file.suffix.lower() == ".png" and b"IEND" not in end:
+            problems.append(f"expected {file} to be a whole image, got {size} bytes without the end of a PNG")
     return problems

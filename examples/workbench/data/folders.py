@@ -21,34 +21,19 @@ class FolderPair:
     """A folder of images and a folder of label files of the same names, in the order of names.
 
     The files are listed at once; each is read, and checked, when it is indexed.
-
-    Args:
-        root: the data root; a folder outside it is refused.
-        folder: the two folders.
-        classes: class names in the order of their ids.
-        ignore_index: id of pixels without a class, in 0 to 255.
-
-    Raises:
-        InputError: a folder is missing, empty or outside the root, two files have one name, a file has no partner, the
-            layout lacks a class; on indexing: a file is damaged or of another kind, or image and labels do not fit.
     """
 
     def __init__(self, root: Path, folder: Folder, *, classes: Sequence[str], ignore_index: int = 255) -> None:
         self.layout = layout = LAYOUTS[folder.layout]
-        unknown = [name for name in classes if layout.ids is not None and name not in layout.ids]
-        if unknown:
-            raise InputError(
-                f"expected the classes to be among those of {folder.layout}, {', '.join(layout.ids or ())}; "
-                f"got {unknown[0]}"
-            )
+        if layout.ids is not None and (unknown := [name for name in classes if name not in layout.ids]):
+            raise InputError(f"expected classes of {folder.layout}, {', '.join(layout.ids)}; got {unknown[0]}")
         images = _list_files(root, folder.images, layout.pattern, layout.image_ends)
         masks = _list_files(root, folder.labels, layout.pattern, (layout.label_end,))
         for wanted, files, partners, where in (
             ("a mask for every image", images, masks, folder.labels),
             ("an image for every mask", masks, images, folder.images),
         ):
-            alone = [file for name, file in files.items() if name not in partners]
-            if alone:
+            if alone := [file for name, file in files.items() if name not in partners]:
                 more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
                 raise InputError(f"expected {wanted}, got none in {root / where} for {alone[0]}{more}")
         self.names = sorted(images)
@@ -73,11 +58,8 @@ class FolderPair:
         if self._layout_name == "gta5" and label.shape != image.shape[:2]:
             label = np.asarray(Image.fromarray(label).resize(picture.size, Image.Resampling.NEAREST))
         if label.shape != image.shape[:2]:
-            height, width = label.shape
-            raise InputError(
-                f"expected {mask_file} to have its image's size {picture.width} x {picture.height}, "
-                f"got {width} x {height}"
-            )
+            ours, theirs = (f"{array.shape[1]} x {array.shape[0]}" for array in (image, label))
+            raise InputError(f"expected {mask_file} to have its image's size {ours}, got {theirs}")
         try:
             return Sample(image, self._class_ids(label), self.names[index])
         except ValueError as error:
@@ -89,9 +71,7 @@ class FolderPair:
         occurring = np.flatnonzero(np.bincount(label.ravel()))
         others = occurring[occurring != 255]
         if self._layout_name == "cityscapes" and 0 < len(others) < len(occurring) and others.max() < 19:
-            raise ValueError(
-                f"expected ids of {self.layout.label_end[1:]}, got 255 and none of 19 to 33: are they train ids?"
-            )
+            raise ValueError("expected ids of gtFine_labelIds.png, got 255 and none of 19 to 33: are they train ids?")
         try:
             new = self._remap(occurring)
         except ValueError:
@@ -100,8 +80,7 @@ class FolderPair:
             raise
         table = np.zeros(occurring[-1] + 1, np.uint8)
         table[occurring] = new
-        result: np.ndarray = table[label]
-        return result
+        return np.asarray(table[label])
 
     def _remap(self, ids: np.ndarray) -> np.ndarray:
         labels = torch.from_numpy(ids)
@@ -121,13 +100,12 @@ def _list_files(root: Path, folder: str, pattern: str, endings: Sequence[str]) -
         raise InputError(f"expected a folder {where}, got none")
     files: dict[str, Path] = {}
     for file in sorted(where.glob(pattern)):
-        ending = next((end for end in endings if file.name.lower().endswith(end.lower())), None)
-        if ending is None:
-            continue
-        name = file.name[: -len(ending)]
-        if name in files:
-            raise InputError(f"expected one file of a name, got {files[name]} and {file.name}")
-        files[name] = file
+        for ending in endings:
+            if file.name.lower().endswith(ending.lower()):
+                name = file.name[: -len(ending)]
+                if name in files:
+                    raise InputError(f"expected one file of a name, got {files[name]} and {file.name}")
+                files[name] = file
     if not files:
         raise InputError(f"expected {where} to hold files ending in {', '.join(endings)}, got none")
     return files
@@ -155,13 +133,10 @@ def _read_label(file: Path, *, channels: bool) -> np.ndarray:
             raise InputError(f"expected {file} to be an index mask of one channel, got an image of mode {mask.mode}")
         return np.asarray(mask)
     if bits != 16 or len(mask.getbands()) < 2:
-        raise InputError(
-            f"expected {file} to be a label file of several channels of 16 bits, got mode {mask.mode} of {bits}"
-        )
+        raise InputError(f"expected {file} to hold several channels of 16 bits, got mode {mask.mode} of {bits}")
     # Pillow detects damage, but cannot read such channels.
     deep = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
     if deep is None or deep.dtype != np.uint16 or deep.ndim != 3:
-        raise InputError(f"expected {file} to be a label file that OpenCV can read, got one that it cannot")
+        raise InputError(f"expected a label file that OpenCV can read, got {file}")
     # Blue, green, red; grey with alpha is read as three times grey.
-    result: np.ndarray = deep[..., 2]
-    return result
+    return np.asarray(deep[..., 2])

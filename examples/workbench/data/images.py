@@ -23,11 +23,7 @@ class Images(NamedTuple):
 
 
 def open_images(settings: Settings, data_root: Path | None) -> Images:
-    """List the images of a run, those of the settings' folders or the built-in scenes; each is loaded when indexed.
-
-    Raises:
-        InputError: a folder is missing or unfit, or the classes or `labelled` do not fit the images.
-    """
+    """List the images of a run, those of the settings' folders or the built-in scenes; each is loaded when indexed."""
     data, scenes = settings.data, settings.data.scenes
     folders = [getattr(data, split) for split in Images._fields]
     if not any(folders):
@@ -49,7 +45,5 @@ def open_images(settings: Settings, data_root: Path | None) -> Images:
         open_folder = functools.partial(FolderPair, classes=data.classes, ignore_index=data.ignore_index)
         images = Images(*(open_folder(data_root, folder) for folder in folders))
     if settings.labelled > len(images.target):
-        raise InputError(
-            f"expected labelled to be at most the {len(images.target)} target training images, got {settings.labelled}"
-        )
+        raise InputError(f"expected labelled of at most {len(images.target)} target images, got {settings.labelled}")
     return images

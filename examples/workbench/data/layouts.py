@@ -19,10 +19,10 @@ class Layout(NamedTuple):
     """Ending that replaces it in the name of the label file."""
     ids: Mapping[str, int] | None
     """Id in the files by class name; None where the files hold the ids of `data.classes`."""
-    void: frozenset[int]
-    """Further ids in the files, without a class."""
-    counts: frozenset[int]
-    """Numbers of images in the published splits."""
+    known: Sequence[int]
+    """All ids that the files may hold, those without a class included."""
+    counts: Sequence[int]
+    """Numbers of images in the published splits, ascending."""
 
 
 # fmt: off
@@ -41,20 +41,14 @@ _SYNTHIA = {
 }
 # fmt: on
 
-
-def _rest(ids: Mapping[str, int], *known: int) -> frozenset[int]:
-    return frozenset(known) - set(ids.values())
-
-
-_CITYSCAPES_ENDS = ("_leftImg8bit.png",), "_gtFine_labelIds.png"
 LAYOUTS: dict[str, Layout] = {
-    "index": Layout("*", (".jpg", ".jpeg", ".png"), ".png", None, frozenset(), frozenset()),
+    "index": Layout("*", (".jpg", ".jpeg", ".png"), ".png", None, (), ()),
     # 34 is the licence plate.
-    "gta5": Layout("*", (".png",), ".png", _CITYSCAPES, _rest(_CITYSCAPES, *range(35)), frozenset({24_966})),
-    "synthia": Layout("*", (".png",), ".png", _SYNTHIA, _rest(_SYNTHIA, *range(23)), frozenset({9_400})),
+    "gta5": Layout("*", (".png",), ".png", _CITYSCAPES, range(35), (24_966,)),
+    "synthia": Layout("*", (".png",), ".png", _SYNTHIA, range(23), (9_400,)),
     # The licence plate, -1, is stored as 255.
     "cityscapes": Layout(
-        "*/*", *_CITYSCAPES_ENDS, _CITYSCAPES, _rest(_CITYSCAPES, *range(34), 255), frozenset({2_975, 500})
+        "*/*", ("_leftImg8bit.png",), "_gtFine_labelIds.png", _CITYSCAPES, (*range(34), 255), (500, 2_975)
     ),
 }
 """Layouts by name; `index` is a folder of images and one of index masks with the same names."""
@@ -64,5 +58,4 @@ def id_table(layout: Layout, classes: Sequence[str], ignore_index: int) -> dict[
     """Index in `classes` by id in the files, `ignore_index` for those of other classes; None where ids are kept."""
     if layout.ids is None:
         return None
-    table = dict.fromkeys({*layout.ids.values(), *layout.void}, ignore_index)
-    return table | {layout.ids[name]: k for k, name in enumerate(classes)}
+    return dict.fromkeys(layout.known, ignore_index) | {layout.ids[name]: k for k, name in enumerate(classes)}

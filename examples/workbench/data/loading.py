@@ -26,26 +26,18 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
     """The images of several domains in a row, augmented.
 
     The augmentation is a function of the seed, the step, and the image's place in the batch of all ranks.
-
-    Args:
-        domains: images by domain, in the sampler's order; those of `unlabelled` lose their labels.
-        sizes: height and width of the crops, by domain.
-        augmentation: its settings.
-        seed: of the augmentation.
-        ignore_index: label where a crop leaves the image.
     """
 
     domains: Mapping[str, Samples]
+    """Images by domain, in the sampler's order; those of `unlabelled` lose their labels."""
     sizes: Mapping[str, tuple[int, int]]
+    """Height and width of the crops, by domain."""
     augmentation: Augmentation
     seed: int
     ignore_index: int = 255
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Tensor]:
-        """The `image` at (step, place, index) and its `label`; an unlabelled one has a mask `inside` instead.
-
-        `inside` is true where the crop lies in the image.
-        """
+        """The `image` at (step, place, index), and its `label` or, if unlabelled, a mask `inside` of the crop."""
         step, place, index = key
         domain, index = self._find(index)
         sample = self.domains[domain][index]
@@ -71,9 +63,7 @@ def load_batches(
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
     """Yield each step with its batch by domain; the batches are the same for any number of workers.
 
-    Raises:
-        InputError: a file is damaged.
-        RuntimeError: a worker died or gave no batch for `timeout` seconds; 0 waits for ever.
+    A worker that dies, or that gives no batch for `timeout` seconds, raises a RuntimeError; 0 waits for ever.
     """
     assert list(sampler.sizes.items()) == [(domain, len(samples)) for domain, samples in training.domains.items()]
     loader: DataLoader[Any] = DataLoader(

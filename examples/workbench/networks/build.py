@@ -38,14 +38,11 @@ def build_segmenter(settings: Settings) -> Segmenter:
 
 
 def load_init(settings: Settings, segmenter: Segmenter) -> Pretrained | None:
-    """Load `network.init` into the segmenter; None where the settings name no weights.
-
-    Raises:
-        InputError: the weights do not fit the network.
-    """
+    """Load `network.init` into the segmenter; None where the settings name no weights."""
     network = settings.network
-    if network.init is not None and isinstance(segmenter, SegFormer):
+    if network.init is None:
+        return None
+    if isinstance(segmenter, SegFormer):
         return load_segformer(segmenter, Path(network.init), classifier=network.init_classifier)
-    if network.init is not None and isinstance(segmenter, DeepLabV2):
-        return load_pretrained(segmenter, Path(network.init), classifier=network.init_classifier)
-    return None
+    assert isinstance(segmenter, DeepLabV2)
+    return load_pretrained(segmenter, Path(network.init), classifier=network.init_classifier)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.workbench.errors import InputError
-from examples.workbench.networks.segmentation import Pretrained, Segmentation, Segmenter, imagenet_normalisation
+from examples.workbench.networks.segmentation import Pretrained, Segmentation, Segmenter
 
 __all__ = ["DeepLabV2", "load_pretrained"]
 
@@ -29,18 +29,13 @@ class DeepLabV2(Segmenter):
     3x3 that did the striding itself, the first of a stage with `"torchvision"`, keeps the dilation of the stage before.
 
     Args:
-        num_classes: K.
-        depth: layers of the ResNet.
         aspp_dilations: dilations of the classifier's 3x3 convolutions. `(6, 12)` is what the published code for domain
             adaptation computes, whose loop returns too early.
-        origin: where the weights come from.
         freeze_batch_norm: keep the loaded statistics, weights and biases of batch norm, in `train()` too.
         auxiliary: classify the features of the third stage too, for the loss on two levels. As in published weights,
             the main classifier is then `layer6` and the auxiliary one `layer5`.
     """
 
-    gain: Tensor
-    offset: Tensor
     feature_channels = 2048
 
     def __init__(
@@ -63,18 +58,13 @@ class DeepLabV2(Segmenter):
         self.bn1 = norm(64)
         # Rounded up, as in Caffe: 512 x 1024 becomes 129 x 257 here and 65 x 129 after the next stage.
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
-        self.layer1 = stage(64, 64, blocks[0])
-        self.layer2 = stage(256, 128, blocks[1], stride=2)
-        self.layer3 = stage(512, 256, blocks[2], dilation=2)
-        self.layer4 = stage(1024, 512, blocks[3], dilation=4)
+        self.layer1 = stage(64, 64, blocks[0], stride=1, dilation=1)
+        self.layer2 = stage(256, 128, blocks[1], stride=2, dilation=1)
+        self.layer3 = stage(512, 256, blocks[2], stride=1, dilation=2)
+        self.layer4 = stage(1024, 512, blocks[3], stride=1, dilation=4)
         self.layer5 = _Classifier(1024 if auxiliary else 2048, num_classes, aspp_dilations)
         self.layer6 = _Classifier(2048, num_classes, aspp_dilations) if auxiliary else None
-        gain, offset = imagenet_normalisation()
-        if origin == "caffe":
-            mean = torch.tensor([122.67891434, 116.66876762, 104.00698793])[:, None, None]
-            gain, offset = torch.full_like(mean, 255 * 0.25), 255 * 0.5 - mean
-        self.register_buffer("gain", gain, persistent=False)
-        self.register_buffer("offset", offset, persistent=False)
+        self.register_normalisation(origin)
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.bias is None:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -94,7 +84,6 @@ class DeepLabV2(Segmenter):
         return images.flip(1) if self.origin == "caffe" else images
 
     def classifier_parameters(self) -> list[nn.Parameter]:
-        """The parameters of all classifiers."""
         return [parameter for name, parameter in self.named_parameters() if not name.startswith(_BACKBONE)]
 
 
@@ -103,8 +92,7 @@ class _FrozenBatchNorm2d(nn.BatchNorm2d):
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
-        self.requires_grad_(False)
-        self.train(False)
+        self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "_FrozenBatchNorm2d":
         super().train(False)
@@ -138,11 +126,11 @@ def _stage(
     inputs: int,
     planes: int,
     blocks: int,
+    stride: int,
+    dilation: int,
     *,
     norm: type[nn.BatchNorm2d],
     stride_in_3x3: bool,
-    stride: int = 1,
-    dilation: int = 1,
 ) -> nn.Sequential:
     strides = (1, stride) if stride_in_3x3 else (stride, 1)
     # Half of the dilation replaces the stride of this stage, which is in or before the first 3x3.
@@ -176,35 +164,24 @@ def load_pretrained(model: DeepLabV2, file: Path, *, classifier: bool = True) ->
     """Load a state dict of torchvision's ResNet, or of a DeepLab-v2 with its names, assuming the model's origin.
 
     A prefix `module.`, `Scale.` or both that every key has is removed. A refused file leaves the model unchanged, and
-    no code in a file is run. Classifiers that the file lacks, and batch norm's unused `num_batches_tracked`, stay as
-    they are and are reported as missing.
-
-    With `classifier` false, the file's classifiers are left over.
-
-    Raises:
-        InputError: the file is no state dict, lacks a weight of the backbone or part of a classifier, is of a larger
-            backbone, or has other shapes.
+    no code in a file is run. Classifiers that the file lacks, or all with `classifier` false, and batch norm's unused
+    `num_batches_tracked` stay as they are and are reported as missing.
     """
     weights, prefix = _read_state_dict(file)
     own = model.state_dict()
-    wanted = [name for name in own if classifier or name.startswith(_BACKBONE)]
-    loaded = [name for name in wanted if name in weights]
+    loaded = [name for name in own if name in weights and (classifier or name.startswith(_BACKBONE))]
     missing = [name for name in own if name not in loaded]
     left_over = [name for name in weights if name not in loaded]
     absent = [name for name in missing if name.startswith(_BACKBONE) and not name.endswith("num_batches_tracked")]
     if absent:
         raise InputError(f"expected {file} to hold all of the backbone of depth {model.depth}, got no {_some(absent)}")
-    unknown = [name for name in left_over if name.startswith(_BACKBONE)]
-    if unknown:
-        raise InputError(
-            f"expected {file} to hold the backbone of depth {model.depth} and no more of it, got {_some(unknown)}"
-        )
+    if unknown := [name for name in left_over if name.startswith(_BACKBONE)]:
+        raise InputError(f"expected {file} to hold no more layers than depth {model.depth} has, got {_some(unknown)}")
     for name in loaded:
-        if weights[name].shape != own[name].shape:
+        ours, theirs = list(own[name].shape), list(weights[name].shape)
+        if ours != theirs:
             hint = "" if name.startswith(_BACKBONE) else "; network.init_classifier false loads the backbone alone"
-            raise InputError(
-                f"expected {name} in {file} of shape {list(own[name].shape)}, got {list(weights[name].shape)}{hint}"
-            )
+            raise InputError(f"expected {name} in {file} of shape {ours}, got {theirs}{hint}")
     for head in ("layer5", "layer6"):
         absent = [name for name in missing if name.startswith(head)]
         if absent and any(name.startswith(head) for name in loaded):
@@ -221,20 +198,15 @@ def _read_state_dict(file: Path) -> tuple[dict[str, Tensor], str]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types, for a damaged file and for one with code
         raise InputError(f"expected {file} to hold weights and no code, got a file that PyTorch cannot load") from error
-    entries = state.items() if isinstance(state, dict) else []
-    unfit = [f"a {type(value).__name__} under {name!r}" for name, value in entries if not _is_weight(name, value)]
-    if unfit or not isinstance(state, dict):
-        got = unfit[0] if unfit else f"a {type(state).__name__}"
-        raise InputError(f"expected {file} to be a state dict, names to tensors, got {got}")
-    prefix = ""
-    for part in ("module.", "Scale."):
-        if state and all(name.startswith(prefix + part) for name in state):
-            prefix += part
+    if not isinstance(state, dict):
+        raise InputError(f"expected {file} to be a state dict, got a {type(state).__name__}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise InputError(f"expected {file} to be a state dict, names to tensors, got a {kind} under {name!r}")
+    prefixes = ("module.Scale.", "module.", "Scale.", "")
+    prefix = next(prefix for prefix in prefixes if all(name.startswith(prefix) for name in state))
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}, prefix
-
-
-def _is_weight(name: object, value: object) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor)
 
 
 def _some(names: Sequence[str]) -> str:

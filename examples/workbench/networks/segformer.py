@@ -1,46 +1,31 @@
 """SegFormer (Xie et al. 2021, arXiv 2105.15203) from Hugging Face Transformers; nothing is downloaded."""
 
-import logging
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from examples.workbench.errors import InputError
-from examples.workbench.networks.segmentation import Pretrained, Segmentation, Segmenter, imagenet_normalisation
+from examples.workbench.networks.segmentation import FeatureLayer, Pretrained, Segmentation, Segmenter
 
 if TYPE_CHECKING:
     from transformers import SegformerConfig
 
 __all__ = ["SegFormer", "load_segformer"]
 
-_OWN_NAMES = {"segformer.": "encoder.", "decode_head.classifier.": "classifier.", "decode_head.": "decoder."}
-"""Beginnings of names in Transformers to those of `SegFormer`; the first that fits counts."""
-
 
 class SegFormer(Segmenter):
     """A hierarchical transformer at strides 4 to 32 under a decoder at stride 4.
 
     Args:
-        num_classes: K.
         config: a `config.json` of Transformers, or the folder that holds it; by default the paper's smallest, B0.
         feature_layer: `"encoder"` returns the features of the last stage (stride 32), `"decoder"` those of the layer
             under the classifier (stride 4).
-
-    Raises:
-        InputError: Transformers is not installed, or there is no such configuration.
     """
 
-    gain: Tensor
-    offset: Tensor
-
     def __init__(
-        self,
-        num_classes: int,
-        *,
-        config: Path | None = None,
-        feature_layer: Literal["encoder", "decoder"] = "encoder",
+        self, num_classes: int, *, config: Path | None = None, feature_layer: FeatureLayer = "encoder"
     ) -> None:
         super().__init__()
         network = _transformers().SegformerForSemanticSegmentation(_config(config, num_classes))
@@ -51,9 +36,7 @@ class SegFormer(Segmenter):
         self.decoder: nn.Module = network.decode_head
         self.classifier: nn.Module = network.decode_head.classifier
         network.decode_head.classifier = nn.Identity()
-        gain, offset = imagenet_normalisation()
-        self.register_buffer("gain", gain, persistent=False)
-        self.register_buffer("offset", offset, persistent=False)
+        self.register_normalisation("segformer")
 
     def forward(self, images: Tensor) -> Segmentation:
         """Segment images `[B, 3, H, W]`: logits `[B, K, H/4, W/4]`."""
@@ -68,15 +51,12 @@ def load_segformer(model: SegFormer, folder: Path, *, classifier: bool = True) -
 
     A refused folder leaves the model unchanged, and no code in a folder is run. The last layer stays as it is with
     `classifier` false, or where the folder's has other classes.
-
-    Raises:
-        InputError: the folder cannot be loaded, lacks a weight of the encoder, or is of another configuration.
     """
     if not folder.is_dir():
         raise InputError(f"expected network.init to be a folder of weights, got no folder {folder}")
     own = model.state_dict()
     transformers = _transformers()
-    level = logging.getLogger("transformers").level
+    level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
         network, info = transformers.SegformerForSemanticSegmentation.from_pretrained(
@@ -89,27 +69,20 @@ def load_segformer(model: SegFormer, folder: Path, *, classifier: bool = True) -
     except Exception as error:  # of many types, for damaged and for missing files
         raise InputError(f"expected {folder} to hold a SegFormer's weights: {error}") from error
     finally:
-        logging.getLogger("transformers").setLevel(level)
+        transformers.logging.set_verbosity(level)
     unfit = {str(name) for name, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
-    encoder = sorted(name for name in unfit if name.startswith("segformer."))
-    if encoder:
+    if encoder := sorted(name for name in unfit if name.startswith("segformer.")):
         raise InputError(f"expected {folder} to hold all of the encoder as configured, got no fit {encoder[0]}")
-    weights = {
-        _own_name(name): tensor
-        for name, tensor in network.state_dict().items()
-        if name not in unfit and (classifier or not name.startswith("decode_head.classifier."))
-    }
-    other = [name for name, tensor in weights.items() if name not in own or own[name].shape != tensor.shape]
-    if other:
+    weights = {}
+    for name, tensor in network.state_dict().items():
+        if name not in unfit and (classifier or not name.startswith("decode_head.classifier.")):
+            own_name = name.replace("decode_head.classifier.", "classifier.").replace("decode_head.", "decoder.")
+            weights[own_name.replace("segformer.", "encoder.")] = tensor
+    if other := [name for name, tensor in weights.items() if name not in own or own[name].shape != tensor.shape]:
         raise InputError(f"expected {folder} to be of the network's configuration, got another {other[0]}")
     model.load_state_dict(weights, strict=False)
     missing = tuple(name for name in own if name not in weights)
     return Pretrained(str(folder), "segformer", "", tuple(weights), missing, tuple(sorted(info["unexpected_keys"])))
-
-
-def _own_name(name: str) -> str:
-    theirs = next(theirs for theirs in _OWN_NAMES if name.startswith(theirs))
-    return _OWN_NAMES[theirs] + name.removeprefix(theirs)
 
 
 def _config(path: Path | None, num_classes: int) -> "SegformerConfig":
@@ -133,7 +106,5 @@ def _transformers() -> ModuleType:
     try:
         import transformers
     except ImportError as error:
-        raise InputError(
-            "expected transformers for network.name segformer, got none: pip install transformers"
-        ) from error
+        raise InputError("network.name segformer needs transformers: pip install transformers") from error
     return transformers

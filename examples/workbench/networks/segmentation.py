@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Pretrained", "Segmentation", "Segmenter", "imagenet_normalisation", "upsample"]
+__all__ = ["FeatureLayer", "Origin", "Pretrained", "Segmentation", "Segmenter", "upsample"]
+
+FeatureLayer = Literal["encoder", "decoder"]
+Origin = Literal["torchvision", "caffe", "segformer"]
 
 
 class Segmentation(NamedTuple):
@@ -26,20 +29,32 @@ class Segmenter(nn.Module):
 
     feature_channels: int
     """C of the features."""
+    gain: Tensor
+    offset: Tensor
 
     def classifier_parameters(self) -> list[nn.Parameter]:
         """The parameters of the last layer, which may learn faster than those of a trained backbone."""
         return list(self.get_submodule("classifier").parameters())
+
+    def register_normalisation(self, origin: Origin) -> None:
+        """Register `gain` and `offset`, which turn the input into images as weights of this origin need them."""
+        mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        gain, offset = 0.25 / deviation, (0.5 - mean) / deviation
+        if origin == "caffe":
+            mean = torch.tensor([122.67891434, 116.66876762, 104.00698793])
+            gain, offset = torch.full_like(mean, 255 * 0.25), 255 * 0.5 - mean
+        self.register_buffer("gain", gain[:, None, None], persistent=False)
+        self.register_buffer("offset", offset[:, None, None], persistent=False)
 
 
 class Pretrained(NamedTuple):
     """Report of loading trained weights, by the model's keys."""
 
     file: str
-    origin: Literal["torchvision", "caffe", "segformer"]
+    origin: Origin
     """The assumed origin; the weights do not show it."""
     prefix: str
-    """Prefix of all the file's keys, which was removed."""
+    """Removed from all of the file's keys."""
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     """In the model and not loaded; these are unchanged."""
@@ -66,9 +81,3 @@ def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Logits `[B, K, *size]`, at least float32."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.interpolate(wide, size=list(size), mode="bilinear", align_corners=False)
-
-
-def imagenet_normalisation() -> tuple[Tensor, Tensor]:
-    """Gain and offset `[3, 1, 1]` that turn a segmenter's input into images with ImageNet's mean and deviation."""
-    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return (0.25 / deviation)[:, None, None], ((0.5 - mean) / deviation)[:, None, None]

@@ -1,12 +1,10 @@
 """A small encoder-decoder that trains in minutes on a CPU."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.workbench.networks.segmentation import Segmentation, Segmenter
+from examples.workbench.networks.segmentation import FeatureLayer, Segmentation, Segmenter
 
 __all__ = ["SmallSegmenter"]
 
@@ -18,15 +16,12 @@ class SmallSegmenter(Segmenter):
     statistics and hide part of the shift from the discriminators; group norm does not.
 
     Args:
-        num_classes: K.
-        width: channels of the first stage, a multiple of 8; the last stage has four times as many.
+        width: channels of the first stage, a multiple of 8.
         feature_layer: `"encoder"` returns the features of the last stage (`4 * width` channels, stride 8), the
             paper's choice; `"decoder"` those of the layer under the classifier (`width` channels, stride 2).
     """
 
-    def __init__(
-        self, num_classes: int, *, width: int = 24, feature_layer: Literal["encoder", "decoder"] = "encoder"
-    ) -> None:
+    def __init__(self, num_classes: int, *, width: int = 24, feature_layer: FeatureLayer = "encoder") -> None:
         super().__init__()
         self.feature_layer = feature_layer
         self.feature_channels = 4 * width if feature_layer == "encoder" else width
