@@ -123,14 +123,7 @@ class _Bottleneck(nn.Module):
 
 
 def _stage(
-    inputs: int,
-    planes: int,
-    blocks: int,
-    stride: int,
-    dilation: int,
-    *,
-    norm: type[nn.BatchNorm2d],
-    stride_in_3x3: bool,
+    inputs: int, planes: int, blocks: int, stride: int, dilation: int, norm: type[nn.BatchNorm2d], stride_in_3x3: bool
 ) -> nn.Sequential:
     strides = (1, stride) if stride_in_3x3 else (stride, 1)
     # Half of the dilation replaces the stride of this stage, which is in or before the first 3x3.
