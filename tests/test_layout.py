@@ -114,7 +114,7 @@ BELOW = {
     "networks": set(),
     "reporting": {"data", "networks"},
     "training": {"data", "networks", "reporting"},
-    "studies": {"reporting", "training"},
+    "studies": {"reporting"},
 }
 
 
@@ -128,9 +128,7 @@ def test_arrows_of_the_workbench_go_one_way(part):
 
 @in_file([path for path in sorted(WORKBENCH.glob("*.py")) if path.stem != "__main__"])
 def test_the_top_of_the_workbench_is_below_its_parts(path):
-    used_parts = {name.split(".")[2] for name in used(path) if name.startswith("examples.workbench.")}
-    # The settings of a folder name its layout.
-    assert used_parts & set(BELOW) <= ({"data"} if path.stem == "settings" else set())
+    assert not {name.split(".")[2] for name in used(path) if name.startswith("examples.workbench.")} & set(BELOW)
 
 
 # Exports.

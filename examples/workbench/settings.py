@@ -1,15 +1,13 @@
 """The workbench's settings: each field is an option of the command line and a line of a settings file."""
 
 import dataclasses
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from examples.scenes import CLASSES, Severity
-from examples.workbench.data.layouts import LayoutName
 from examples.workbench.ranges import BelowOne, ImageExtent, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
 
+LayoutName = Literal["index", "gta5", "synthia", "cityscapes"]
 Method = Literal["source-only", "labelled-only", "joint", "global", "semantic", "ass", "ass-plus", "oracle"]
 
 METHODS: dict[str, frozenset[str]] = {
@@ -23,9 +21,6 @@ METHODS: dict[str, frozenset[str]] = {
     "oracle": frozenset({"labelled"}),
 }
 """What each method trains with: cross-entropy on a domain, discriminators, self-training. The oracle has all labels."""
-
-MAY_CHANGE = frozenset({"log_every", "save_every", "validate_every", "data.workers", "data.timeout"})
-"""Settings that may differ when a run resumes: its weights do not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -384,17 +379,3 @@ class Settings:
         if "semantic" in self.parts and s.weight > 0:
             chosen["semantic"] = s
         return chosen
-
-
-def as_plain(settings: Settings) -> dict[str, Any]:
-    """The settings as dicts, lists and scalars, fit for YAML and for a checkpoint without code."""
-    result: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
-    return result
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level of dotted names, as the command line writes them."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

@@ -1,11 +1,9 @@
 """Layouts of data sets: how their files are named, and which class each id means."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-__all__ = ["LAYOUTS", "Layout", "LayoutName", "id_table"]
-
-LayoutName = Literal["index", "gta5", "synthia", "cityscapes"]
+__all__ = ["LAYOUTS", "Layout", "id_table"]
 
 
 class Layout(NamedTuple):

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from examples.workbench.errors import InputError
 from examples.workbench.files import write_whole
-from examples.workbench.settings import Settings, as_plain
+from examples.workbench.plain import as_plain, check_same_run
+from examples.workbench.settings import Settings
 from examples.workbench.studies.study import Record, Study, known_settings, read_records, write_record
-from examples.workbench.training.checkpoints import check_same_run
 
 __all__ = ["run_study"]
 

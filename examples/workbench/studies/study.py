@@ -14,7 +14,8 @@ import jsonargparse
 from examples.workbench.errors import InputError
 from examples.workbench.files import write_whole
 from examples.workbench.options import read_settings
-from examples.workbench.settings import MAY_CHANGE, Settings, as_plain, flatten
+from examples.workbench.plain import MAY_CHANGE, as_plain, flatten
+from examples.workbench.settings import Settings
 
 __all__ = ["STUDIES", "Record", "Study", "as_arguments", "known_settings", "read_records", "read_study"]
 __all__ += ["study_of_methods", "write_record"]

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from examples.workbench.errors import InputError
 from examples.workbench.files import write_whole
-from examples.workbench.settings import MAY_CHANGE, flatten
+from examples.workbench.plain import check_same_run
 
-__all__ = ["BEFORE", "BEST", "KEPT", "Progress", "Stateful", "check_same_run", "check_weights_fit", "has_checkpoint"]
+__all__ = ["BEFORE", "BEST", "KEPT", "Progress", "Stateful", "check_weights_fit", "has_checkpoint"]
 __all__ += ["load_checkpoint", "load_weights", "newest_checkpoint", "save_checkpoint", "save_weights"]
 __all__ += ["set_aside_damaged"]
 
@@ -124,20 +124,6 @@ def check_weights_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], 
         wanted, found = (list(of[name].shape) if name in of else "none" for of in (own, weights))
         if wanted != found:
             raise InputError(f"{name} in {where} must have shape {wanted}, as in the settings, got {found}")
-
-
-def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Check that the run in a folder is the one that resumes; only settings of `MAY_CHANGE` may differ."""
-    written, given = flatten(before), flatten(now)
-    for name in [*given, *written]:
-        # The settings file does not list the images.
-        if name in MAY_CHANGE or (name.startswith("images.") and name not in written):
-            continue
-        old, new = written.get(name, "nothing"), given.get(name, "nothing")
-        if old != new:
-            raise InputError(
-                f"--resume needs the settings and the version of the run, got {name} {new} where {where} has {old}"
-            )
 
 
 def _newest_first(out: Path) -> list[Path]:

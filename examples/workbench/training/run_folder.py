@@ -15,8 +15,9 @@ from tqdm import tqdm
 from examples.workbench.data.samples import Samples
 from examples.workbench.errors import InputError, MachineError
 from examples.workbench.files import write_whole
-from examples.workbench.settings import Settings, as_plain
-from examples.workbench.training.checkpoints import check_same_run, has_checkpoint, set_aside_damaged
+from examples.workbench.plain import as_plain, check_same_run
+from examples.workbench.settings import Settings
+from examples.workbench.training.checkpoints import has_checkpoint, set_aside_damaged
 
 try:
     import fcntl

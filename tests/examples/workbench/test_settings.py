@@ -6,6 +6,7 @@ import pytest
 
 from examples.workbench.errors import InputError
 from examples.workbench.options import PRESETS, read_settings
+from examples.workbench.plain import as_plain, flatten
 from examples.workbench.settings import (
     Data,
     Folder,
@@ -14,8 +15,6 @@ from examples.workbench.settings import (
     OptimiserSettings,
     SemanticSettings,
     Settings,
-    as_plain,
-    flatten,
 )
 from tests.errors import refuses
 

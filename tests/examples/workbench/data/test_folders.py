@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from examples.workbench.data.folders import FolderPair
-from examples.workbench.data.layouts import LAYOUTS, LayoutName
+from examples.workbench.data.layouts import LAYOUTS
 from examples.workbench.errors import InputError
-from examples.workbench.settings import Folder
+from examples.workbench.settings import Folder, LayoutName
 from tests.errors import refuses
 from tests.examples.workbench.data import formats
 from tests.examples.workbench.data.formats import (

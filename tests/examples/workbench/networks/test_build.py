@@ -12,7 +12,8 @@ from examples.workbench.__main__ import main
 from examples.workbench.networks.build import build_segmenter, load_init
 from examples.workbench.networks.deeplab import DeepLabV2
 from examples.workbench.networks.small import SmallSegmenter
-from examples.workbench.settings import NetworkSettings, as_plain
+from examples.workbench.plain import as_plain
+from examples.workbench.settings import NetworkSettings
 from examples.workbench.training import checkpoints
 from examples.workbench.training import train as train_module
 from tests.errors import mentions
