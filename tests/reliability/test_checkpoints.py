@@ -10,7 +10,8 @@ from examples.workbench.errors import InputError, MachineError
 from examples.workbench.files import write_whole
 from examples.workbench.training import checkpoints
 from tests.errors import mentions, refuses
-from tests.reliability.tiny import at_step, equal, rows, same_run, state
+from tests.examples.workbench.tiny import checkpoint, equal, history
+from tests.reliability.tiny import at_step, same_run
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -119,7 +120,7 @@ def test_cut_twice_and_resumed_is_uninterrupted(options, workers, cuts, run, tmp
         torch.rand(9)  # whatever else has been drawn
         assert run(*options, "--data.workers", workers, "--resume", out=out) == 0
         assert same_run(out, tmp_path / "whole")
-        assert rows(out) == rows(tmp_path / "whole")
+        assert history(out) == history(tmp_path / "whole")
         resumed = json.loads((out / "metrics.json").read_text())["resumed_from"]
         assert resumed == [at for at in dict.fromkeys((first // 2 * 2, second // 2 * 2)) if at]
 
@@ -130,8 +131,8 @@ def test_validation_keeps_the_best_and_changes_nothing(run, tmp_path, monkeypatc
     out = tmp_path / "run"
     cut(run, monkeypatch, 4, "--validate_every", 3)
     assert run("--validate_every", 2, "--resume") == 0
-    assert equal(state(out)["stateful"], state(tmp_path / "whole")["stateful"])
-    scores = [row for row in rows(out) if "miou/validation" in row]
+    assert equal(checkpoint(out)["stateful"], checkpoint(tmp_path / "whole")["stateful"])
+    scores = [row for row in history(out) if "miou/validation" in row]
     assert [row["step"] for row in scores] == [2, 5]
     best = max(scores, key=lambda row: row["miou/validation"])
     kept = torch.load(out / checkpoints.BEST, weights_only=True)

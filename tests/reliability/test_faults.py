@@ -16,18 +16,8 @@ from PIL import Image
 from examples.workbench.__main__ import main
 from examples.workbench.training import checkpoints
 from tests.errors import mentions
-from tests.reliability.tiny import (
-    at_step,
-    children,
-    kept,
-    kill_group,
-    kill_second_rank,
-    rows,
-    same_run,
-    state,
-    steps,
-    wait_until,
-)
+from tests.examples.workbench.tiny import checkpoint, history
+from tests.reliability.tiny import at_step, children, kept, kill_group, kill_second_rank, same_run, steps, wait_until
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -79,7 +69,7 @@ def test_full_disk_at_a_checkpoint(run, last_line, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     mentions(last_line(), "error", out / "checkpoints/step-00000004.pt", "File too large")
     assert [path.name for path in (out / "checkpoints").iterdir() if path.name != "before.pt"] == ["step-00000002.pt"]
-    assert state(out)["step"] == 2
+    assert checkpoint(out)["step"] == 2
 
 
 @pytest.mark.slow
@@ -112,7 +102,7 @@ def test_a_loss_that_is_not_finite(factor, out, run, last_line, monkeypatch):
     line = last_line()
     mentions(line, "error", "loss", "step 4", "learning rate")
     assert re.search(r"\b(nan|inf)\b", line)
-    assert state(out)["step"] == 4
+    assert checkpoint(out)["step"] == 4
 
 
 def test_weights_that_overflow(run, last_line, tmp_path):
@@ -155,7 +145,7 @@ def test_a_damaged_file_of_the_data(spoil, step, workers, words, folders, last_l
     line = last_line()
     mentions(line, "error", *words)
     assert re.search(r"/\d\.png\b", line)
-    assert step is None or state(out)["step"] == step
+    assert step is None or checkpoint(out)["step"] == step
 
 
 @pytest.mark.slow
@@ -180,7 +170,7 @@ def test_a_worker_that_dies(start, tmp_path):
     error = log.read_text()
     assert "Traceback" not in error
     assert re.search(r"DataLoader worker .*(killed by signal: Killed|exited unexpectedly).*data.workers", error)
-    assert state(out)["step"] >= 4
+    assert checkpoint(out)["step"] >= 4
 
 
 @pytest.mark.slow
@@ -228,7 +218,7 @@ def test_a_rank_that_dies(config, tmp_path):
                 assert agent.wait(300) == 0, (tmp_path / "log.txt").read_text()
             finally:
                 kill_group(agent)
-    (at,) = state(out)["resumed_from"]
+    (at,) = checkpoint(out)["resumed_from"]
     assert at >= 8
     assert at % 4 == 0
     assert same_run(out, tmp_path / "whole")
@@ -256,7 +246,7 @@ class Code:
 
 
 def other_network(out):
-    contents = state(out)
+    contents = checkpoint(out)
     contents["stateful"]["segmenter"] = torch.nn.Linear(3, 2).state_dict()
     checkpoints._save(out / NEWEST, contents)
 
@@ -347,13 +337,13 @@ def test_damage_that_a_run_survives(damage, words, out, run, capsys, whole):
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
     mentions(next(line for line in lines if words[0] in line), *words[1:])
     assert same_run(out, whole)
-    assert rows(out) == rows(whole)
+    assert history(out) == history(whole)
     assert (out / "settings.yaml").read_text() == (whole / "settings.yaml").read_text()
     assert not list((out / "checkpoints").glob(".*.tmp"))
     if NEWEST in words:
         # Out of the way of those that are kept, but not deleted.
         assert (out / NEWEST).with_suffix(".damaged").exists()
-        assert state(out)["resumed_from"] == (2,)
+        assert checkpoint(out)["resumed_from"] == (2,)
     # A finished run resumes too.
     assert run("--resume") == 0
     assert same_run(out, whole)
@@ -361,7 +351,7 @@ def test_damage_that_a_run_survives(damage, words, out, run, capsys, whole):
 
 def test_nothing_to_resume(run, tmp_path):
     assert run("--resume", "--steps", 2) == 0
-    assert state(tmp_path / "run")["resumed_from"] == ()
+    assert checkpoint(tmp_path / "run")["resumed_from"] == ()
 
 
 # What the user gives.

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from tests.reliability.tiny import same_run, state, steps, wait_until
+from tests.examples.workbench.tiny import checkpoint
+from tests.reliability.tiny import same_run, steps, wait_until
 
 KILLS = 20
 # Every step writes a checkpoint, so that about half of the time one is being written; so many steps that twenty pauses
@@ -36,7 +37,7 @@ def test_killed_twenty_times_and_resumed_is_uninterrupted(start, tmp_path):
         process.join()
         assert process.exitcode == -9, (tmp_path / f"{kill}.txt").read_text()
         unfinished += bool(list((out / "checkpoints").glob(".*.tmp")))
-        seen.append(state(out)["step"])
+        seen.append(checkpoint(out)["step"])
     process = start(*OPTIONS, "--resume")
     process.join(600)
     assert process.exitcode == 0

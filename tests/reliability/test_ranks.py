@@ -30,7 +30,8 @@ from examples.workbench.training.learners import build_learners
 from examples.workbench.training.ranks import launch_fabric, run_on_first_rank, synchronise_batch_norm
 from examples.workbench.training.train import train
 from tests.errors import mentions, refuses
-from tests.reliability.tiny import rows, same_run, state
+from tests.examples.workbench.tiny import checkpoint, history
+from tests.reliability.tiny import same_run
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -209,8 +210,8 @@ def test_torchrun_equals_one_process(tmp_path):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [row["step"] for row in rows(tmp_path / "two")] == list(range(30))
-    histories_agree(rows(tmp_path / "one"), rows(tmp_path / "two"), rtol=1e-5)
+    assert [row["step"] for row in history(tmp_path / "two")] == list(range(30))
+    histories_agree(history(tmp_path / "one"), history(tmp_path / "two"), rtol=1e-5)
     # The first rank alone writes and prints.
     assert len(list((tmp_path / "two" / "tensorboard").glob("events*"))) == 1
     assert done.stdout.count("mean over all classes") == 1
@@ -275,11 +276,11 @@ def test_a_run_resumes_with_another_number_of_ranks(tmp_path):
     assert counted(*(found["two then one"] for found in ranks), last=3) + counted(after) == counted(whole)
     assert counted(*(found["two"] for found in ranks)) == counted(whole)
     assert len(set(whole)) == len(whole) == SETTINGS.steps * 3 * IMAGES
-    assert state(tmp_path / "two then two")["resumed_from"] == (3,)
+    assert checkpoint(tmp_path / "two then two")["resumed_from"] == (3,)
     assert same_run(tmp_path / "two", tmp_path / "two then two")
     for name in ("one then two", "two then one", "two"):
-        histories_agree(rows(tmp_path / "one"), rows(tmp_path / name), rtol=1e-9)
-        ours, theirs = (state(tmp_path / run)["stateful"] for run in (name, "one"))
+        histories_agree(history(tmp_path / "one"), history(tmp_path / name), rtol=1e-9)
+        ours, theirs = (checkpoint(tmp_path / run)["stateful"] for run in (name, "one"))
         for part in ("segmenter", "teacher", "global alignment", "semantic alignment"):
             torch.testing.assert_close(dict(ours[part]), dict(theirs[part]), rtol=1e-9, atol=1e-12)
 

@@ -13,7 +13,8 @@ import pytest
 from examples.workbench.training import checkpoints, run_folder, signals
 from examples.workbench.training import train as train_module
 from tests.errors import mentions
-from tests.reliability.tiny import at_step, kill_group, kill_second_rank, rows, same_run, state, steps, wait_until
+from tests.examples.workbench.tiny import checkpoint, history
+from tests.reliability.tiny import at_step, kill_group, kill_second_rank, same_run, steps, wait_until
 
 # Libraries under the trainer warn of things that are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -35,12 +36,12 @@ def test_a_stop_signal_finishes_the_step_and_the_run_resumes(signum, status, run
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: send(signum))
         assert run("--save_every", 100) == status
-    assert state(out)["step"] == 3
+    assert checkpoint(out)["step"] == 3
     mentions(capsys.readouterr().err.splitlines()[-1], signal.Signals(signum).name, out, "step 3", "--resume")
     assert [signal.getsignal(handled) for handled in HANDLED] == before
     assert run("--resume") == run(out=tmp_path / "whole") == 0
     assert same_run(out, tmp_path / "whole")
-    assert rows(out) == rows(tmp_path / "whole")
+    assert history(out) == history(tmp_path / "whole")
     assert json.loads((out / "metrics.json").read_text())["resumed_from"] == [3]
 
 
@@ -68,7 +69,7 @@ def test_the_second_stops_at_once(at, run, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(os, "fsync", stop_and_flush)
     assert run() == 130
     mentions(capsys.readouterr().err.splitlines()[-1].split("\r")[-1], "SIGINT", "--resume")
-    assert state(tmp_path / "run")["step"] == 2
+    assert checkpoint(tmp_path / "run")["step"] == 2
 
 
 def test_after_the_steps_a_signal_stops_at_once(run, tmp_path, monkeypatch):
@@ -81,7 +82,7 @@ def test_after_the_steps_a_signal_stops_at_once(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "evaluate", send_and_evaluate)
         assert run("--steps", 2) == 143
-    assert state(tmp_path / "run")["step"] == 2
+    assert checkpoint(tmp_path / "run")["step"] == 2
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert run("--steps", 2, "--resume") == 0
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["resumed_from"] == [2]
@@ -138,7 +139,7 @@ def test_sent_to_all_processes_of_a_run_it_still_writes(run, tmp_path, monkeypat
 
     at_step(monkeypatch, 2, send_to_all)
     assert run("--data.workers", 2, "--steps", 100, "--save_every", 100) == 143
-    assert state(tmp_path / "run")["step"] == 3
+    assert checkpoint(tmp_path / "run")["step"] == 3
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -157,7 +158,7 @@ def test_sent_to_one_rank_all_stop_after_the_same_step(config, tmp_path):
         finally:
             kill_group(agent)
     last = run_folder.read_history(out)[-1]["step"] + 1
-    assert state(out)["step"] == last
+    assert checkpoint(out)["step"] == last
     log = (tmp_path / "log.txt").read_text()
     assert f"{out} has a checkpoint of step {last}" in log
     # torchrun's own, of the status.

@@ -8,10 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from examples.workbench.__main__ import main
-from examples.workbench.training import checkpoints, run_folder
+from examples.workbench.training import run_folder
+from tests.examples.workbench.tiny import checkpoint, equal
 
 TINY = {
     "labelled": 2,
@@ -32,32 +31,13 @@ def steps(out):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def rows(out):
-    """The history without the figures of time and memory."""
-    return [{n: v for n, v in row.items() if not n.startswith("machine/")} for row in run_folder.read_history(out)]
-
-
-def state(out):
-    """The newest checkpoint of a run."""
-    return torch.load(checkpoints.newest_checkpoint(out), weights_only=True)
-
-
 def kept(out):
     return sorted((out / "checkpoints").glob("step-*.pt"))
 
 
-def equal(a, b):
-    """Bit-identical, through dicts and lists."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def same_run(a, b):
     """Whether two runs ended bit-identically."""
-    return all(equal(state(a)[part], state(b)[part]) for part in ("step", "best", "stateful"))
+    return all(equal(checkpoint(a)[part], checkpoint(b)[part]) for part in ("step", "best", "stateful"))
 
 
 def at_step(patch, step, act):
