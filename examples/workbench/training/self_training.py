@@ -12,9 +12,10 @@ import semshift
 from examples.workbench.networks.segmentation import upsample
 from examples.workbench.settings import Settings
 
-__all__ = ["MixedImages", "mix_images", "self_training_loss"]
+__all__ = ["Batch", "MixedImages", "mix_images", "self_training_loss"]
 
 Batch = dict[str, dict[str, Tensor]]
+"""Images and what belongs to them, by domain: see `step.learn`."""
 
 
 class MixedImages(NamedTuple):

@@ -15,11 +15,10 @@ from examples.workbench.settings import Settings
 from examples.workbench.training.health import alignment_figures, feature_figures
 from examples.workbench.training.learners import Learners
 from examples.workbench.training.ranks import seed_step
-from examples.workbench.training.self_training import self_training_loss
+from examples.workbench.training.self_training import Batch, self_training_loss
 
 __all__ = ["learn"]
 
-Batch = dict[str, dict[str, Tensor]]
 Outputs = dict[str, Segmentation]
 
 

@@ -1,6 +1,9 @@
 """Settings: ranges, rules between them, presets and files, and options that override them."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -165,6 +168,20 @@ def test_alignments_that_a_method_has():
     assert list(without.alignments) == ["semantic"]
     assert dataclasses.replace(without, method="oracle").alignments == {}
     assert Settings(network=two_levels).alignments["auxiliary"].weight == GlobalSettings().auxiliary_weight
+
+
+def test_training_needs_no_command_line():
+    """Settings made in Python need no jsonargparse, which checks the ranges of those on the command line."""
+    program = (
+        "import sys\n"
+        "sys.modules['jsonargparse'] = None\n"
+        "import examples.workbench.training.train\n"
+        "from examples.workbench.settings import Settings\n"
+        "print(Settings(steps=3).steps)\n"
+    )
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "3\n"
 
 
 def test_help_names_every_setting(capsys):
