@@ -48,14 +48,19 @@ class Folder:
 
     Args:
         images: folder of images below the data root.
-        labels: folder of their label files below the data root.
+        labels: folder of their label files below the data root; null where the images have none (`target` only).
         layout: `index` is `NAME.jpg` or `NAME.png` with index masks `NAME.png` of the ids of `data.classes`; the others
             are data sets as distributed, whose ids become those of `data.classes` by the classes' names.
+        label_ending: of layout `index`: what follows an image's name in its label file's, such as `_mask.png`.
+        colours: of layout `index`: each class's red, green and blue where masks hold colours, or a file below the data
+            root in the format of CVAT's `labelmap.txt`; colours of names outside `data.classes` are ignored pixels.
     """
 
     images: str
-    labels: str
+    labels: str | None = None
     layout: LayoutName = "index"
+    label_ending: str | None = None
+    colours: dict[str, tuple[int, int, int]] | str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ class Data:
         size: height and width of the images that the network sees, each at least 32.
         source_size: those of the source images, where they differ; not for the built-in scenes.
         source: labelled source images.
-        target: target training images; the labelled ones are drawn from them.
+        target: target training images, of which any number have label files.
+        labelled: labelled target training images, where they have folders of their own.
         validation: labelled target images to choose settings on.
         test: labelled target images to report on.
         ignore_index: id of pixels that have no class.
@@ -102,6 +108,7 @@ class Data:
     source_size: tuple[ImageExtent, ImageExtent] | None = None
     source: Folder | None = None
     target: Folder | None = None
+    labelled: Folder | None = None
     validation: Folder | None = None
     test: Folder | None = None
     ignore_index: int = 255
@@ -315,7 +322,8 @@ class Settings:
 
     Args:
         method: what is trained; `ass` is the paper's.
-        labelled: number of target training images that keep their labels; `oracle` keeps all of them.
+        labelled: which target training images keep their labels: a number of those that have a label file, a text file
+            of their names, or null for all of them. Built-in scenes: 4 by default. `oracle` keeps all.
         steps: of the optimiser.
         seed: of the network, the draws, the augmentation and the built-in scenes.
         log_every: steps between two rows of the log.
@@ -332,7 +340,7 @@ class Settings:
     """
 
     method: Method = "ass"
-    labelled: PositiveInt = 4
+    labelled: PositiveInt | str | None = None
     steps: PositiveInt = 800
     seed: NonNegativeInt = 0
     log_every: PositiveInt = 20
@@ -349,6 +357,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         data, decay = self.data, self.optimiser.decay_steps
+        if self.labelled is None and data.source is None:
+            object.__setattr__(self, "labelled", 4)
         if self.global_alignment.against == "both" and data.source_crop != data.size:
             raise ValueError(
                 "expected data.source_size as data.size with global_alignment.against both, got "
