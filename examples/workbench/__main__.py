@@ -79,12 +79,17 @@ def _train(arguments: Sequence[str]) -> None:
             _check(settings, options.data_root)
         return
     name = options.preset or ("scenes" if options.config is None else Path(options.config).stem)
-    out = Path(options.out or f"runs/{name}-{settings.method}-{settings.labelled}-seed{settings.seed}")
+    labelled = "all" if settings.labelled is None else Path(str(settings.labelled)).stem
+    out = Path(options.out or f"runs/{name}-{settings.method}-{labelled}-seed{settings.seed}")
     metrics = train(
         settings, out, data_root=options.data_root, resume=options.resume, save_predictions=options.save_predictions
     )
     if first:
-        print(score_table(Scores(metrics["iou"], metrics["miou"]), subsets=settings.data.subsets))
+        if metrics["miou"] is None:
+            print("no scores, since the settings have no data.test")
+        else:
+            scores = Scores(metrics["iou"], metrics["miou"], metrics["unlabelled"])
+            print(score_table(scores, subsets=settings.data.subsets))
         if (out / "report.png").exists():
             print(f"report: {out / 'report.png'}")
     if dist.is_initialized():
@@ -130,12 +135,18 @@ def _evaluate(arguments: Sequence[str]) -> None:
         )
     if options.subset is not None and options.subset not in data.subsets:
         raise InputError(f"expected --subset to be one of {sorted(data.subsets)}, got {options.subset}")
+    images = getattr(open_images(settings, options.data_root), options.split)
+    if images is None:
+        raise InputError(f"expected data.{options.split} in the run's settings, got no folder")
     scores = evaluate(
         _load(settings, out / checkpoints.BEST if options.best else checkpoints.newest_checkpoint(out)),
-        getattr(open_images(settings, options.data_root), options.split),
+        images,
         data,
         predictions=options.save_predictions,
     )
+    if scores.unlabelled:
+        absent = ", ".join(scores.unlabelled)
+        print(f"warning: data.{options.split}: no labelled pixel of {absent} in {len(images)} images", file=sys.stderr)
     print(score_table(scores, subsets=data.subsets, only=options.subset))
 
 

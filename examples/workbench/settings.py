@@ -84,17 +84,17 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Data:
-    """The domains: folders below the data root, or the built-in scenes where `source` is null.
+    """The domains: folders below the data root, or the built-in scenes where no folder is named.
 
     Args:
         classes: names in the order of their ids.
         size: height and width of the images that the network sees, each at least 32.
         source_size: those of the source images, where they differ; not for the built-in scenes.
-        source: labelled source images.
+        source: labelled source images; not needed by `labelled-only` and `oracle`.
         target: target training images, of which any number have label files.
         labelled: labelled target training images, where they have folders of their own.
-        validation: labelled target images to choose settings on.
-        test: labelled target images to report on.
+        validation: labelled target images to choose settings on; may be left out.
+        test: labelled target images to report on; may be left out, and then no score is reported.
         ignore_index: id of pixels that have no class.
         subsets: named lists of classes that `evaluate` can average over.
         scenes: the built-in scenes.
@@ -129,6 +129,11 @@ class Data:
                 raise ValueError(f"expected data.subsets.{name} to list names of data.classes, got {members}")
         if self.source is None and self.source_size is not None:
             raise ValueError(f"expected data.source_size with data.source only, got {list(self.source_size)}")
+
+    @property
+    def uses_scenes(self) -> bool:
+        """Whether no folder is named, so that the images are the built-in scenes."""
+        return not any((self.source, self.target, self.labelled, self.validation, self.test))
 
     @property
     def source_crop(self) -> tuple[int, int]:
@@ -357,13 +362,17 @@ class Settings:
 
     def __post_init__(self) -> None:
         data, decay = self.data, self.optimiser.decay_steps
-        if self.labelled is None and data.source is None:
+        if isinstance(self.labelled, str) and self.labelled.lstrip("+-").replace(".", "", 1).isdigit():
+            raise ValueError(f"expected labelled to be an int of at least 1, a text file or null, got {self.labelled}")
+        if self.labelled is None and data.uses_scenes:
             object.__setattr__(self, "labelled", 4)
         if self.global_alignment.against == "both" and data.source_crop != data.size:
             raise ValueError(
                 "expected data.source_size as data.size with global_alignment.against both, got "
                 f"{list(data.source_crop)} and {list(data.size)}"
             )
+        if self.validate_every and data.validation is None and not data.uses_scenes:
+            raise ValueError(f"expected data.validation with validate_every, got {self.validate_every} and no folder")
         if decay is not None and decay < self.steps:
             raise ValueError(f"expected optimiser.decay_steps of at least the {self.steps} steps, got {decay}")
 

@@ -15,11 +15,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from examples.scenes import Sample
+from examples.workbench.data.classes import describe_absent
 from examples.workbench.data.folders import FolderPair
 from examples.workbench.data.images import open_images
 from examples.workbench.data.samples import Samples
 from examples.workbench.errors import InputError
-from examples.workbench.settings import Settings
+from examples.workbench.settings import Data, Settings
 
 __all__ = ["DataReport", "check_data"]
 
@@ -48,13 +49,15 @@ def check_data(settings: Settings, data_root: Path | None, *, seconds: float = 3
     images, data = open_images(settings, data_root), settings.data
     # The published splits use one set for both.
     one_set = data.test is not None and data.test == data.validation
-    splits = {split: of for split, of in images._asdict().items() if split != "test" or not one_set}
+    splits = {
+        split: of for split, of in images._asdict().items() if of is not None and (split, one_set) != ("test", True)
+    }
     lines, notes, problems, shares = [], [], [], {}
     for split, samples in splits.items():
-        found = _inspect(samples, split, seconds / len(splits))
+        found = _inspect(samples, split, data, seconds / len(splits))
         read, published, whole = found.sizes.total(), "", ""
         if isinstance(samples, FolderPair):
-            whole = f", {found.whole} with whole ends"
+            whole = f", {len(samples.with_labels)} with a label file, {found.whole} with whole ends"
             if counts := samples.layout.counts:
                 published = f" (as distributed: {' or '.join(map(str, counts))})"
                 if len(samples) not in counts:
@@ -67,23 +70,32 @@ def check_data(settings: Settings, data_root: Path | None, *, seconds: float = 3
         ]
         problems += found.problems
         pixels = found.pixels_by_id[[*range(len(data.classes)), data.ignore_index]]
-        shares[split] = 100 * pixels / max(1, pixels.sum())
-        if read and (absent := [name for name, count in zip(data.classes, pixels) if not count]):
-            notes.append(f"{split} has no pixel of {', '.join(absent)} in the {read} images that were read")
+        # The unlabelled images need no class.
+        if split != "target":
+            shares[split] = 100 * pixels / max(1, pixels.sum())
+            if read and (absent := describe_absent(found.pixels_by_id, data, read)):
+                notes.append(f"{split} has {absent}")
     if one_set:
         lines.append("test: the validation images")
+    lines += [f"{split}: none" for split, samples in images._asdict().items() if samples is None]
     table = pd.DataFrame(shares, index=[*data.classes, "without a class"])
     lines += ["share of the pixels, in percent", table.to_string(float_format="{:.3f}".format)]
     return DataReport("\n".join(lines), notes, problems)
 
 
-def _inspect(samples: Samples, split: str, seconds: float) -> _Findings:
+def _inspect(samples: Samples, split: str, data: Data, seconds: float) -> _Findings:
     """Check the ends of files for a third of the time, then read images whole."""
     found, ends, now = _Findings(), dict[int, list[str]](), time.monotonic()
     order = np.random.RandomState(0).permutation(len(samples)).tolist()
     if isinstance(samples, FolderPair):
         pairs = samples.files
-        ends |= _map_until(now + seconds / 3, lambda i: _check_ends(pairs[i]), order, f"ends of {split}", 256)
+        ends |= _map_until(
+            now + seconds / 3,
+            lambda i: _check_ends([file for file in pairs[i] if file]),
+            order,
+            f"ends of {split}",
+            256,
+        )
         found.problems += [problem for problems in ends.values() for problem in problems]
         found.whole = sum(not problems for problems in ends.values())
 
@@ -99,9 +111,13 @@ def _inspect(samples: Samples, split: str, seconds: float) -> _Findings:
             found.problems.append(str(sample))
             continue
         height, width = sample.label.shape
-        if isinstance(samples, FolderPair):
-            with Image.open(samples.files[index][1]) as label:
+        if isinstance(samples, FolderPair) and (file := samples.files[index][1]) is not None:
+            with Image.open(file) as label:
                 found.scaled += label.size != (width, height)
+        if split == "labelled" and not (sample.label < len(data.classes)).any():
+            found.problems.append(
+                f"expected {sample.name}, which counts as labelled, to have labelled pixels, got none"
+            )
         found.sizes[f"{width} x {height}"] += 1
         found.pixels_by_id += np.bincount(sample.label.ravel(), minlength=256)
     return found

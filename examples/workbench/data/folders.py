@@ -20,24 +20,31 @@ __all__ = ["FolderPair"]
 class FolderPair:
     """A folder of images and a folder of label files of the same names, in the order of names.
 
-    The files are listed at once; each is read, and checked, when it is indexed.
+    The files are listed at once; each is read, and checked, when it is indexed. With `partial`, images may lack a label
+    file, whose pixels then have no class; `with_labels` lists the indices of those that have one.
     """
 
-    def __init__(self, root: Path, folder: Folder, *, classes: Sequence[str], ignore_index: int = 255) -> None:
+    def __init__(
+        self, root: Path, folder: Folder, *, classes: Sequence[str], ignore_index: int = 255, partial: bool = False
+    ) -> None:
         self.layout = layout = LAYOUTS[folder.layout]
         if layout.ids is not None and (unknown := [name for name in classes if name not in layout.ids]):
             raise InputError(f"expected classes of {folder.layout}, {', '.join(layout.ids)}; got {unknown[0]}")
         images = _list_files(root, folder.images, layout.pattern, layout.image_ends)
-        masks = _list_files(root, folder.labels, layout.pattern, (layout.label_end,))
-        for wanted, files, partners, where in (
-            ("a mask for every image", images, masks, folder.labels),
-            ("an image for every mask", masks, images, folder.images),
-        ):
-            if alone := [file for name, file in files.items() if name not in partners]:
-                more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
-                raise InputError(f"expected {wanted}, got none in {root / where} for {alone[0]}{more}")
+        masks: dict[str, Path] = {}
+        if folder.labels is not None:
+            masks = _list_files(root, folder.labels, layout.pattern, (layout.label_end,))
+        where = f"in {root / folder.labels}" if folder.labels is not None else "without a folder of labels"
+        unlabelled = [file for name, file in images.items() if name not in masks]
+        if unlabelled and not partial:
+            raise InputError(f"expected a label file for every image, got none {where} for {_some(unlabelled)}")
+        if alone := [file for name, file in masks.items() if name not in images]:
+            raise InputError(
+                f"expected an image for every label file, got none in {root / folder.images} for {_some(alone)}"
+            )
         self.names = sorted(images)
-        self.files = [(images[name], masks[name]) for name in self.names]
+        self.files = [(images[name], masks.get(name)) for name in self.names]
+        self.with_labels = [index for index, name in enumerate(self.names) if name in masks]
         self._layout_name = folder.layout
         self._num_classes = len(classes)
         self._ignore_index = ignore_index
@@ -53,6 +60,8 @@ class FolderPair:
         if bits > 8:
             raise InputError(f"expected {image_file} to be an image of 8 bits a channel, got one of {bits}")
         image = np.asarray(picture.convert("RGB"))
+        if mask_file is None:
+            return Sample(image, np.full(image.shape[:2], self._ignore_index, np.uint8), self.names[index])
         label = _read_label(mask_file, channels=self._layout_name == "synthia")
         # A few label files of GTA5 differ in size from their images, and show the same view.
         if self._layout_name == "gta5" and label.shape != image.shape[:2]:
@@ -109,6 +118,10 @@ def _list_files(root: Path, folder: str, pattern: str, endings: Sequence[str]) -
     if not files:
         raise InputError(f"expected {where} to hold files ending in {', '.join(endings)}, got none")
     return files
+
+
+def _some(files: Sequence[Path]) -> str:
+    return f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}"
 
 
 def _read_image(file: Path) -> tuple[Image.Image, int]:

@@ -1,4 +1,4 @@
-"""Sets of images, the choice of those that keep their labels, and images as the network's input."""
+"""Sets of images, the nested choice of some of them, and images as the network's input."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from examples.scenes import Sample
 
-__all__ = ["Samples", "Subset", "image_tensor", "labelled_subset", "resize_image"]
+__all__ = ["Joined", "Samples", "Subset", "image_tensor", "labelled_subset", "resize_image"]
 
 
 class Samples(Protocol):
@@ -43,8 +43,29 @@ class Subset:
         return self.samples[self.indices[index]]
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Several sets of images in a row."""
+
+    parts: Sequence[Samples]
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [name for part in self.parts for name in part.names]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: int) -> Sample:
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError(index)
+
+
 def labelled_subset(total: int, labelled: int) -> list[int]:
-    """Indices of the target images that keep their labels: nested for growing `labelled`, the same in every run."""
+    """Indices of `labelled` of `total` images: nested for growing numbers, the same in every run."""
     order: list[int] = np.random.RandomState(0).permutation(total)[:labelled].tolist()
     return order
 

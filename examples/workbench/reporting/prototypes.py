@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
+from PIL import Image
 from torch import nn
 
 import semshift
@@ -23,7 +24,9 @@ def pool_prototypes(segmenter: nn.Module, samples: Samples, size: tuple[int, int
     for index in range(len(samples)):
         sample = samples[index]
         features = segmenter(image_tensor(resize_image(sample, size))[None].to(next(segmenter.parameters()))).features
-        labels = torch.from_numpy(sample.label)[None].to(features.device)
+        # At the network's size, since pooling refuses labels whose shape is far from that of the features.
+        label = Image.fromarray(sample.label).resize((size[1], size[0]), Image.Resampling.NEAREST)
+        labels = torch.from_numpy(np.array(label))[None].to(features.device)
         pooled += semshift.class_sums(features, labels, len(data.classes), ignore_index=data.ignore_index)
     result: np.ndarray = torch.where(pooled.present[:, None], pooled.means, torch.nan).cpu().numpy()
     return result

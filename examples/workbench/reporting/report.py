@@ -36,7 +36,7 @@ Named = tuple[str, nn.Module]
 def draw_report(
     path: Path,
     settings: Settings,
-    source: Samples,
+    source: Samples | None,
     validation: Samples,
     *,
     title: str,
@@ -49,7 +49,7 @@ def draw_report(
     Args:
         path: of the PNG.
         settings: of the run.
-        source: source images.
+        source: source images; None leaves the prototypes out.
         validation: target images with labels.
         title: of the picture.
         before: name and segmenter to compare with, in evaluation mode.
@@ -57,27 +57,36 @@ def draw_report(
         history: rows of the log. A value that is missing or not finite is not drawn.
     """
     data, segmenters = settings.data, [before, after]
+    if not len(validation):
+        raise ValueError("there is no labelled target image to draw")
     indices = np.linspace(0, len(validation) - 1, min(_SHOWN, len(validation))).round().astype(int)
     shown = [validation[index] for index in indices.tolist()]
     row = 3.3 * min(max(sample.image.shape[0] / sample.image.shape[1] for sample in shown), 1.2) + 0.35
     legend = 0.3 * math.ceil((len(data.classes) + 1) / 6) + 0.2
-    heights = [len(shown) * row + legend + 0.5, 4.6, 5.4]
-    domains = [(source, data.source_crop), (validation, data.size)]
-    pooled = [(Subset(samples, range(min(_POOLED, len(samples)))), size) for samples, size in domains]
+    heights = [len(shown) * row + legend + 0.5, 4.6] + ([5.4] if source is not None else [])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(14, sum(heights) + 0.5), layout="constrained")
         figure.suptitle(title, fontsize=16, weight="bold", x=0.01, ha="left")
-        parts: Any = figure.subfigures(3, 1, height_ratios=heights)
-        images, curves, prototypes = parts
-        _draw_images(images, shown, segmenters, data)
-        _draw_curves(curves, pd.DataFrame(history), list(settings.alignments))
-        for axes, (name, segmenter) in zip(prototypes.subplots(1, 2), segmenters, strict=True):
-            axes.set_title(f"Prototypes, {name}")
-            draw_prototypes(axes, *(pool_prototypes(segmenter, *domain, data) for domain in pooled))
-        marks = {"o": "source, with the class's number", "X": "target, joined to its source"}
-        handles = [Line2D([], [], marker=m, linestyle="", color="0.4", markersize=10, label=marks[m]) for m in marks]
-        prototypes.legend(handles=handles, loc="outside lower left", ncols=2)
+        parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
+        _draw_images(parts[0], shown, segmenters, data)
+        _draw_curves(parts[1], pd.DataFrame(history), list(settings.alignments))
+        if source is not None:
+            _draw_all_prototypes(parts[2], source, validation, segmenters, data)
         save_figure(figure, path)
+
+
+def _draw_all_prototypes(
+    figure: SubFigure, source: Samples, target: Samples, segmenters: Sequence[Named], data: Data
+) -> None:
+    """The prototypes of both domains in each segmenter."""
+    domains = [(source, data.source_crop), (target, data.size)]
+    pooled = [(Subset(samples, range(min(_POOLED, len(samples)))), size) for samples, size in domains]
+    for axes, (name, segmenter) in zip(figure.subplots(1, 2), segmenters, strict=True):
+        axes.set_title(f"Prototypes, {name}")
+        draw_prototypes(axes, *(pool_prototypes(segmenter, *domain, data) for domain in pooled))
+    marks = {"o": "source, with the class's number", "X": "target, joined to its source"}
+    handles = [Line2D([], [], marker=m, linestyle="", color="0.4", markersize=10, label=marks[m]) for m in marks]
+    figure.legend(handles=handles, loc="outside lower left", ncols=2)
 
 
 def _draw_images(figure: SubFigure, shown: Sequence[Sample], segmenters: Sequence[Named], data: Data) -> None:

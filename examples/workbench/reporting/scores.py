@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassJaccardIndex
 from tqdm import tqdm
 
+import semshift
 from examples.scenes import Sample
 from examples.workbench.data.samples import Samples, image_tensor, resize_image
 from examples.workbench.errors import InputError
@@ -26,8 +27,10 @@ class Scores(NamedTuple):
 
     iou: dict[str, float | None]
     """A class's name to its IoU in [0, 1]; None for a class that is neither in the labels nor in the predictions."""
-    miou: float
-    """Mean over the classes that have an IoU."""
+    miou: float | None
+    """Mean over the classes that have an IoU; None where nothing was evaluated."""
+    unlabelled: list[str]
+    """Classes of which the labels show no pixel; where such a class is predicted, its IoU is 0."""
 
 
 def evaluate(
@@ -55,10 +58,12 @@ def evaluate(
     metric = MulticlassJaccardIndex(
         len(data.classes), average="none", ignore_index=data.ignore_index, zero_division=math.nan
     ).to(device)
+    pixels = torch.zeros(256, dtype=torch.int64)
     own = range(rank, len(samples), world_size)
     for index in tqdm(own, desc=progress, leave=False, disable=progress is None):
         sample = samples[index]
         predicted = predict(segmenter, sample, data.size)
+        pixels += torch.from_numpy(np.bincount(sample.label.ravel(), minlength=256))
         metric.update(torch.from_numpy(predicted)[None].to(device), torch.from_numpy(sample.label)[None].to(device))
         if predictions is not None:
             predictions.mkdir(parents=True, exist_ok=True)
@@ -69,7 +74,8 @@ def evaluate(
     miou = mean_iou(iou, data.classes)
     if miou is None:
         raise InputError(f"expected at least one of the classes {data.classes} in the evaluated images, got none")
-    return Scores(iou, miou)
+    shown = semshift.all_reduce_sum(pixels.to(device))
+    return Scores(iou, miou, [name for name, count in zip(data.classes, shown.tolist()) if not count])
 
 
 @torch.no_grad()
@@ -96,12 +102,19 @@ def subset_means(iou: Mapping[str, float | None], subsets: Mapping[str, Sequence
 def score_table(scores: Scores, *, subsets: Mapping[str, Sequence[str]], only: str | None = None) -> str:
     """Scores in percent as lines of text: each class, the mean over all, and the mean over each subset.
 
-    With `only`, a subset's name, the classes of that subset and their mean.
+    A mean says how many of its classes have an IoU. With `only`, a subset's name, the classes of that subset and their
+    mean.
     """
-    means = {"all classes": scores.miou, **subset_means(scores.iou, subsets)}
+    lists = {"all classes": list(scores.iou), **subsets}
     rows = {name: scores.iou[name] for name in (subsets[only] if only else scores.iou)}
-    rows |= {f"mean over {name}": means[name] for name in ([only] if only else means)}
+    notes = {name: "no labelled pixel" for name in rows if name in scores.unlabelled}
+    for name in [only] if only else lists:
+        counted = sum(scores.iou[member] is not None for member in lists[name])
+        rows[f"mean over {name}"] = mean_iou(scores.iou, lists[name])
+        notes[f"mean over {name}"] = f"over {counted} of {len(lists[name])} classes"
     width = max(map(len, rows))
-    return "\n".join(
-        f"{name:<{width}}  {'absent' if value is None else format(100 * value, '6.1f')}" for name, value in rows.items()
-    )
+    lines = []
+    for name, value in rows.items():
+        line = f"{name:<{width}}  {'absent' if value is None else format(100 * value, '6.1f')}"
+        lines.append(f"{line}  ({notes[name]})" if name in notes else line)
+    return "\n".join(lines)

@@ -65,6 +65,9 @@ class Study:
                 found[row], _ = read_settings(as_arguments(self.options(row)))
             except InputError as error:
                 raise InputError(f"row {row} of {self.title}: {error}") from error
+            data = found[row].data
+            if not data.uses_scenes and getattr(data, self.split) is None:
+                raise InputError(f"row {row} of {self.title} needs data.{self.split}, which it is scored on")
         return found
 
 
@@ -112,7 +115,7 @@ def read_records(study: Study, path: Path) -> list[Record]:
         for record in (records[row, seed] for seed in study.seeds if (row, seed) in records):
             # A setting that the record lacks is new: the run had its present default.
             before = record["settings"]
-            differing = [n for n in [*before, *now] if n not in now or now[n] != before.get(n, defaults.get(n))]
+            differing = [n for n in {**before, **now} if now.get(n) != before.get(n, defaults.get(n))]
             if differing:
                 changed.append(differing[0])
             else:

@@ -1,30 +1,29 @@
 """The domains that a method trains on, and how many images of each a step draws."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from tqdm import tqdm
 
 import semshift
-from examples.workbench.data.samples import Samples, Subset
+from examples.workbench.data.images import Images
+from examples.workbench.data.samples import Samples
 from examples.workbench.errors import InputError
 from examples.workbench.settings import Settings
 
 __all__ = ["batch_sizes", "choose_domains", "rare_class_draws"]
 
 
-def choose_domains(settings: Settings, source: Samples, target: Samples, labelled: Sequence[int]) -> dict[str, Samples]:
-    """Images of the domains that the method trains on: source, labelled and, where a loss needs them, unlabelled.
-
-    `labelled` lists which of the target images keep their labels.
-    """
+def choose_domains(settings: Settings, images: Images) -> dict[str, Samples]:
+    """Images of the domains that the method trains on: source, labelled and, where a loss needs them, unlabelled."""
     domains: dict[str, Samples] = {}
     if "source" in settings.parts:
-        domains["source"] = source
+        assert images.source is not None
+        domains["source"] = images.source
     if "labelled" in settings.parts:
-        domains["labelled"] = Subset(target, labelled)
+        domains["labelled"] = images.labelled
     if settings.segments_unlabelled or ("self-training" in settings.parts and settings.self_training.weight > 0):
-        domains["unlabelled"] = target
+        domains["unlabelled"] = images.target
     return domains
 
 

@@ -16,7 +16,8 @@ import semshift
 from examples.workbench.networks.segmentation import Segmentation
 from examples.workbench.settings import AlignmentSettings, Settings
 
-__all__ = ["alignment_figures", "feature_figures", "findings", "format_row", "machine_figures", "warn", "window"]
+__all__ = ["alignment_figures", "feature_figures", "findings", "format_row", "machine_figures", "warn"]
+__all__ += ["warn_once", "window"]
 
 Row = Mapping[str, float]
 
@@ -142,13 +143,18 @@ def findings(rows: Sequence[Row], settings: Settings) -> dict[str, str]:
 
 def warn(out: Path, rows: Sequence[Row], settings: Settings) -> None:
     """Print new `findings`, each kind once in the life of a run; the run folder's `warnings.jsonl` keeps them."""
-    path = out / "warnings.jsonl"
     for kind, words in findings(rows, settings).items():
-        # The last line may be truncated.
-        if not path.exists() or f'"kind": "{kind}"' not in path.read_text():
-            with path.open("a") as file:
-                file.write(json.dumps({"step": rows[-1]["step"], "kind": kind, "warning": words}) + "\n")
-            tqdm.write(f"warning: {words}", file=sys.stderr)
+        warn_once(out, rows[-1]["step"], kind, words)
+
+
+def warn_once(out: Path, step: float, kind: str, words: str) -> None:
+    """Print a warning, unless the run has had one of this kind, and keep it in the run folder's `warnings.jsonl`."""
+    path = out / "warnings.jsonl"
+    # The last line may be truncated.
+    if not path.exists() or f'"kind": "{kind}"' not in path.read_text():
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, "kind": kind, "warning": words}) + "\n")
+        tqdm.write(f"warning: {words}", file=sys.stderr)
 
 
 def _judge(name: str, how: AlignmentSettings, rows: Sequence[Row]) -> dict[str, str]:

@@ -18,9 +18,10 @@ from torch import nn
 from tqdm import tqdm
 
 import semshift
+from examples.workbench.data.classes import describe_absent, find_absent, require_labels
 from examples.workbench.data.images import Images, open_images
 from examples.workbench.data.loading import TrainingSet, load_batches
-from examples.workbench.data.samples import labelled_subset
+from examples.workbench.data.samples import Samples
 from examples.workbench.errors import InputError, MachineError
 from examples.workbench.files import write_whole
 from examples.workbench.networks.build import build_segmenter, dtype_of, load_init
@@ -29,7 +30,7 @@ from examples.workbench.reporting.scores import Scores, evaluate, subset_means
 from examples.workbench.settings import Settings
 from examples.workbench.training import checkpoints, run_folder, signals
 from examples.workbench.training.domains import batch_sizes, choose_domains, rare_class_draws
-from examples.workbench.training.health import format_row, machine_figures, warn, window
+from examples.workbench.training.health import format_row, machine_figures, warn, warn_once, window
 from examples.workbench.training.learners import Learners, build_learners
 from examples.workbench.training.ranks import launch_fabric, run_on_first_rank, synchronise_batch_norm
 from examples.workbench.training.step import learn
@@ -47,7 +48,6 @@ class _Run:
     settings: Settings
     out: Path
     images: Images
-    labelled: list[str]
     fabric: Fabric
     learners: Learners
     training: TrainingSet
@@ -93,20 +93,20 @@ def train(
         The contents of `out/metrics.json`; a signal raises `Stopped` after a step and its checkpoint.
     """
     started = time.monotonic()
-    run = _prepare(settings, out, data_root, resume)
+    run = _prepare(settings, out, data_root, resume, save_predictions)
     with run_folder.lock_folder(out) if run.first else contextlib.nullcontext():
         progress = _train_steps(run)
         return _finish(run, progress, started, save_predictions)
 
 
-def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool) -> _Run:
+def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool, save_predictions: bool) -> _Run:
     """Open the images, build the learners and make the run folder, in this order: a bad file leaves no folder."""
     images, data, plus = open_images(settings, data_root), settings.data, settings.self_training
-    total = len(images.target)
-    labelled = labelled_subset(total, total if settings.method == "oracle" else settings.labelled)
+    if save_predictions and images.test is None:
+        raise InputError("--save-predictions needs data.test, whose masks it writes, got no folder")
     fabric = launch_fabric(settings, loggers=TensorBoardLogger(out, name="tensorboard", version=""))
     first = bool(fabric.is_global_zero)
-    domains = choose_domains(settings, images.source, images.target, labelled)
+    domains = choose_domains(settings, images)
     per_batch = batch_sizes(settings, domains, fabric.world_size)
     if settings.network.frozen_batch_norm and settings.network.init is None:
         raise InputError("expected network.init, whose statistics network.frozen_batch_norm would keep, got none")
@@ -117,8 +117,14 @@ def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool
         loaded = load_init(settings, segmenter)
         if first:
             tqdm.write(str(loaded), file=sys.stderr)
-    run_on_first_rank(fabric, lambda: run_folder.prepare_folder(out, settings, resume=resume))
 
+    def prepare_folder() -> None:
+        absent = _check_classes(settings, images)
+        run_folder.prepare_folder(out, settings, resume=resume)
+        for split, words in absent.items():
+            warn_once(out, 0, f"classes {split}", f"data.{split}: {words}")
+
+    run_on_first_rank(fabric, prepare_folder)
     draws = {}
     if "self-training" in settings.parts and plus.rare_classes:
         for domain in ("source", "labelled"):
@@ -136,8 +142,20 @@ def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool
     training = TrainingSet(domains, crops, data.augmentation, settings.seed, ignore_index=data.ignore_index)
     learners = build_learners(settings, segmenter.to(fabric.device, dtype_of(settings)))
     final = learners.teacher.module if learners.teacher is not None and plus.final == "teacher" else segmenter
-    names = [images.target.names[i] for i in labelled]
-    return _Run(settings, out, images, names, fabric, learners, training, sampler, final)
+    return _Run(settings, out, images, fabric, learners, training, sampler, final)
+
+
+def _check_classes(settings: Settings, images: Images) -> dict[str, str]:
+    """What to warn of, by split, where labels show no pixel of a class; refuse labelled images without labels."""
+    absent: dict[str, str | None] = {}
+    if "labelled" in settings.parts:
+        pixels = require_labels(images.labelled, settings.data, progress="labels of labelled")
+        absent["labelled"] = describe_absent(pixels, settings.data, len(images.labelled))
+    for split in ("source", "validation", "test"):
+        samples = getattr(images, split)
+        if samples is not None and (split != "source" or "source" in settings.parts):
+            absent[split] = find_absent(samples, settings.data, seconds=10, progress=f"labels of {split}")
+    return {split: words for split, words in absent.items() if words is not None}
 
 
 def _train_steps(run: _Run) -> checkpoints.Progress:
@@ -199,7 +217,7 @@ def _resume(run: _Run, identity: Mapping[str, Any]) -> checkpoints.Progress:
         raise MachineError(f"every rank must see the same checkpoints, got others in {where}")
 
     def describe() -> None:
-        run_folder.describe_run(run.out, run.settings, run.labelled)
+        run_folder.describe_run(run.out, run.settings, run.images.labelled.names)
         run_folder.read_history(run.out, before=progress.step)
 
     run_on_first_rank(run.fabric, describe)
@@ -209,6 +227,7 @@ def _resume(run: _Run, identity: Mapping[str, Any]) -> checkpoints.Progress:
 def _validate(run: _Run, progress: checkpoints.Progress, done: int) -> checkpoints.Progress:
     """Evaluate on the validation images, and keep the network if it is the best so far."""
     miou = _score(run, "validation").miou
+    assert miou is not None
     if run.first:
         run_folder.append_history(run.out, {"step": done - 1, VALIDATION: miou})
     if progress.best is not None and miou <= progress.best[0]:
@@ -238,21 +257,25 @@ def _score(run: _Run, split: str, predictions: Path | None = None) -> Scores:
 def _finish(run: _Run, progress: checkpoints.Progress, started: float, save_predictions: bool) -> dict[str, Any]:
     """Evaluate on the test images, draw the report and write the metrics."""
     settings, out = run.settings, run.out
-    test = _score(run, "test", out / "predictions" if save_predictions else None)
+    no_scores = Scores({}, None, [])
+    test = (
+        no_scores if run.images.test is None else _score(run, "test", out / "predictions" if save_predictions else None)
+    )
     # The published splits use one set for both.
     once = settings.data.validation is not None and settings.data.validation == settings.data.test
-    validation = test if once else _score(run, "validation")
+    validation = test if once else no_scores if run.images.validation is None else _score(run, "validation")
     if run.first:
-        _report(run, test.miou)
+        _report(run, test)
     metrics = {
         "method": settings.method,
-        "labelled": settings.labelled,
+        "labelled": len(run.images.labelled),
         "seed": settings.seed,
         "steps": settings.steps,
         "num_classes": len(settings.data.classes),
         "miou": test.miou,
         "iou": test.iou,
-        "subsets": subset_means(test.iou, settings.data.subsets),
+        "unlabelled": test.unlabelled,
+        "subsets": subset_means(test.iou, settings.data.subsets) if test.iou else {},
         "validation": validation._asdict(),
         "best": progress.best and {"validation": progress.best[0], "step": progress.best[1]},
         "curve": [[row["step"] + 1, row[VALIDATION]] for row in run_folder.read_history(out) if VALIDATION in row],
@@ -267,7 +290,7 @@ def _finish(run: _Run, progress: checkpoints.Progress, started: float, save_pred
     return metrics
 
 
-def _report(run: _Run, miou: float) -> None:
+def _report(run: _Run, test: Scores) -> None:
     settings, out, final = run.settings, run.out, run.final.eval()
     before = build_segmenter(settings).to(next(final.parameters())).eval()
     try:
@@ -276,8 +299,9 @@ def _report(run: _Run, miou: float) -> None:
             out / "report.png",
             settings,
             run.images.source,
-            run.images.validation,
-            title=f"{settings.method}: mIoU {100 * miou:.1f} on {len(run.images.test)} test images",
+            # Without validation images those that were trained on: better than no picture.
+            run.images.labelled if run.images.validation is None else run.images.validation,
+            title=f"{settings.method}: {_score_line(test, run.images.test)}",
             before=(f"step {run.adaptation_start}", before),
             after=(f"step {settings.steps}", final),
             history=run_folder.read_history(out),
@@ -285,3 +309,10 @@ def _report(run: _Run, miou: float) -> None:
     except ValueError as error:
         # The training is done, and its metrics matter more than the picture.
         tqdm.write(f"no report: {error}", file=sys.stderr)
+
+
+def _score_line(test: Scores, images: Samples | None) -> str:
+    if test.miou is None or images is None:
+        return "no test images"
+    counted = sum(value is not None for value in test.iou.values())
+    return f"mIoU {100 * test.miou:.1f} over {counted} of {len(test.iou)} classes on {len(images)} test images"

@@ -8,7 +8,8 @@ import pytest
 
 from examples.workbench.data.check import check_data
 from examples.workbench.data.folders import FolderPair
-from examples.workbench.settings import Data, SceneSettings, Settings
+from examples.workbench.data.samples import labelled_subset
+from examples.workbench.settings import Data, Folder, SceneSettings, Settings
 from tests.errors import mentions
 from tests.examples.workbench.data import formats
 from tests.examples.workbench.data.formats import FOLDERS, save
@@ -23,9 +24,10 @@ def root(tmp_path):
 
 def test_counts_sizes_and_frequencies(root):
     text, notes, problems = check_data(SETTINGS, root)
-    assert "source: 4 images (as distributed: 24966), 4 with whole ends, 4 of them read" in text
+    assert "source: 4 images (as distributed: 24966), 4 with a label file, 4 with whole ends, 4 of them read" in text
     assert "sizes: 64 x 40 (4); labels of another size, to be scaled: 1" in text
-    assert "target: 6 images (as distributed: 500 or 2975), 6 with whole ends, 6 of them read" in text
+    assert "target: 6 images (as distributed: 500 or 2975), 6 with a label file, 6 with whole ends" in text
+    assert "labelled: 2 images, 2 of them read" in text
     assert "test: the validation images" in text
     assert [(note.split()[0], "complete" in note) for note in notes] == [
         (split, True) for split in ("source", "target", "validation")
@@ -33,7 +35,7 @@ def test_counts_sizes_and_frequencies(root):
     assert problems == []
     shares = {line.split("  ")[0]: line.split()[-3:] for line in text.splitlines() if re.match(r"[a-z ]+ \d", line)}
     samples = FolderPair(root, FOLDERS["cityscapes"], classes=formats.CLASSES[19])
-    label = np.concatenate([samples[i].label.ravel() for i in range(6)])
+    label = np.concatenate([samples[i].label.ravel() for i in labelled_subset(6, 2)])
     assert float(shares["road"][1]) == pytest.approx(100 * (label == 0).mean(), abs=6e-4)
     assert float(shares["without a class"][1]) == pytest.approx(100 * (label == 255).mean(), abs=6e-4)
 
@@ -61,7 +63,7 @@ def test_classes_without_a_pixel_are_noted(root):
 def test_some_images_are_read_however_short_the_time(root):
     report = check_data(SETTINGS, root, seconds=0.0)
     read = re.findall(r"(\d+) of them read", report.text)
-    assert len(read) == 3
+    assert len(read) == 4
     assert all(int(n) > 0 for n in read)
     assert report.problems == []
 
@@ -71,3 +73,22 @@ def test_scenes():
     text = check_data(Settings(labelled=2, data=data), None).text
     assert "source: 3 images, 3 of them read" in text
     assert "test: 2 images, 2 of them read" in text
+
+
+def test_both_counts_of_a_partly_labelled_target(tmp_path):
+    """And a labelled image whose mask is empty is refused, as `train` refuses it."""
+    image, label = formats.photo(8, 8), np.zeros((8, 8), np.uint8)
+    for name in "abcd":
+        save(image, tmp_path / f"img/{name}.jpg")
+    save(label, tmp_path / "lbl/a.png")
+    save(label + 255, tmp_path / "lbl/b.png")
+    folder = Folder("img", "lbl")
+    settings = Settings(method="labelled-only", data=Data(classes=["x", "y"], target=folder))
+    text, notes, problems = check_data(settings, tmp_path)
+    assert "labelled: 2 images" in text
+    assert "target: 4 images, 2 with a label file" in text
+    assert "test: none" in text
+    (problem,) = problems
+    mentions(problem, "b", "counts as labelled")
+    (note,) = notes
+    mentions(note, "labelled", "y", "colours")

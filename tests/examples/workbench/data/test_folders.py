@@ -83,9 +83,9 @@ def break_header(file):
     [
         (lambda root: shutil.rmtree(root / "lbl"), ("{root}/lbl",)),
         (lambda root: [file.unlink() for file in (root / "img").iterdir()], ("{root}/img", ".jpg", ".jpeg", ".png")),
-        (lambda root: (root / "lbl/1.png").unlink(), ("mask", "{root}/lbl", "{root}/img/1.jpg")),
+        (lambda root: (root / "lbl/1.png").unlink(), ("label file", "{root}/lbl", "{root}/img/1.jpg")),
         (lambda root: (root / "img/1.jpg").unlink(), ("image", "{root}/img", "{root}/lbl/1.png")),
-        (lambda root: [(root / f"lbl/{i}.png").unlink() for i in (0, 2)], ("mask", "{root}/img/0.png", "1 more")),
+        (lambda root: [(root / f"lbl/{i}.png").unlink() for i in (0, 2)], ("label file", "{root}/img/0.png", "1 more")),
         (lambda root: save(photo(), root / "img/1.png"), ("{root}/img/1.jpg", "1.png")),
     ],
 )

@@ -1,6 +1,7 @@
 """Scores against loops over pixels, in one process and on two ranks."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -99,10 +100,26 @@ def test_two_ranks_give_the_scores_of_one(tmp_path):
 
 
 def test_means_and_tables_of_subsets():
-    scores = Scores({"road": 0.5, "sky": 0.25, "bus": None, "rare": 0.0}, 0.25)
+    scores = Scores({"road": 0.5, "sky": 0.25, "bus": None, "rare": 0.0}, 0.25, ["bus", "rare"])
     subsets = {"large": ["road", "sky"], "absent": ["bus"], "some": ["bus", "road"]}
     assert subset_means(scores.iou, subsets) == {"large": 0.375, "absent": None, "some": 0.5}
-    lines = [line.split() for line in score_table(scores, subsets=subsets).splitlines()]
-    assert [line[-1] for line in lines] == ["50.0", "25.0", "absent", "0.0", "25.0", "37.5", "absent", "50.0"]
+    no_pixel = "(no labelled pixel)"
+    assert [re.split(" {2,}", line) for line in score_table(scores, subsets=subsets).splitlines()] == [
+        ["road", "50.0"],
+        ["sky", "25.0"],
+        ["bus", "absent", no_pixel],
+        ["rare", "0.0", no_pixel],
+        ["mean over all classes", "25.0", "(over 3 of 4 classes)"],
+        ["mean over large", "37.5", "(over 2 of 2 classes)"],
+        ["mean over absent", "absent", "(over 0 of 1 classes)"],
+        ["mean over some", "50.0", "(over 1 of 2 classes)"],
+    ]
     lines = [line.split() for line in score_table(scores, subsets=subsets, only="some").splitlines()]
-    assert [(line[0], line[-1]) for line in lines] == [("bus", "absent"), ("road", "50.0"), ("mean", "50.0")]
+    assert [line[:2] for line in lines] == [["bus", "absent"], ["road", "50.0"], ["mean", "over"]]
+
+
+def test_classes_without_a_labelled_pixel_are_listed():
+    """One that is predicted all the same has IoU 0; one that nothing shows has none."""
+    scores = scores_of(samples(labels=2))
+    assert scores.unlabelled == ["bus", "rare"]
+    assert (scores.iou["bus"], scores.iou["rare"]) == (0.0, None)

@@ -8,6 +8,7 @@ import pytest
 import semshift
 from examples.scenes import Sample
 from examples.workbench.data.images import open_images
+from examples.workbench.data.samples import Subset
 from examples.workbench.errors import InputError
 from examples.workbench.settings import GlobalSettings, SelfTraining
 from examples.workbench.training.domains import batch_sizes, choose_domains, rare_class_draws
@@ -37,7 +38,8 @@ NO_GLOBAL = GlobalSettings(weight=0)
 def test_domains_of_a_method(changes, domains):
     settings = tiny(**changes)
     images = open_images(settings, None)
-    chosen = choose_domains(settings, images.source, images.target, [3, 1])
+    images = images._replace(labelled=Subset(images.target, [3, 1]))
+    chosen = choose_domains(settings, images)
     assert list(chosen) == domains
     sizes = {"source": 6, "labelled": 2, "unlabelled": 6}
     assert {domain: len(samples) for domain, samples in chosen.items()} == {d: sizes[d] for d in domains}

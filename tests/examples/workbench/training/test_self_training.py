@@ -5,6 +5,7 @@ import torch
 from lightning_fabric import Fabric
 from torch.nn import functional as F
 
+from examples.workbench.data.samples import Subset
 from examples.workbench.networks.segmentation import Segmentation
 from examples.workbench.training import checkpoints, learners, run_folder
 from examples.workbench.training import train as train_module
@@ -182,7 +183,8 @@ def test_labels_of_unlabelled_images_do_not_matter(whole, tmp_path, monkeypatch)
 
     def spoilt(*arguments):
         images = open_images(*arguments)
-        return images._replace(target=Spoilt(images.target, (whole / "labelled.txt").read_text().split()))
+        target = Spoilt(images.target, (whole / "labelled.txt").read_text().split())
+        return images._replace(target=target, labelled=Subset(target, images.labelled.indices))
 
     monkeypatch.setattr(train_module, "open_images", spoilt)
     run(tmp_path / "run")
