@@ -83,21 +83,29 @@ def test_the_loop_of_scaling_trains():
     assert not any(map(torch.equal, before, (*network.parameters(), *align.parameters())))
 
 
-def test_two_folders_of_your_own(tmp_path, capsys):
-    """The settings of docs/paper.md fit the folders that it describes."""
-    (settings,) = (b.code for b in read_blocks(ROOT / "docs" / "paper.md") if b.language == "yaml")
-    (tmp_path / "mine.yaml").write_text(settings)
-    folders = re.findall(r"images: ([\w/]+), labels: ([\w/]+)", settings)
-    assert len(folders) == 4
+def test_the_template_fits_the_folders_of_its_page(tmp_path, capsys):
+    """docs/your-images.md: twelve target images, masks for four of them."""
+    template = ROOT / "examples" / "workbench" / "template.yaml"
+    folders = re.findall(r"^  (\w+): \{images: ([\w/]+), labels: ([\w/]+)\}", template.read_text(), flags=re.MULTILINE)
+    assert [split for split, *_ in folders] == ["source", "target"]
+    page = (ROOT / "docs" / "your-images.md").read_text()
     rng = np.random.default_rng(0)
-    for images, labels in folders:
-        for folder, shape in ((images, (96, 128, 3)), (labels, (96, 128))):
+    for split, *pair in folders:
+        assert all(f"\u2500 {part}" in page for folder in pair for part in folder.split("/"))
+        for folder, shape, count in zip(pair, ((96, 128, 3), (96, 128)), (12, 4 if split == "target" else 12)):
             (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-            for i in range(10):
-                Image.fromarray(rng.integers(0, 3, shape, dtype=np.uint8)).save(tmp_path / folder / f"{i}.png")
-    arguments = ["train", "--config", str(tmp_path / "mine.yaml"), "--data-root", str(tmp_path), "--check"]
-    assert trainer(arguments) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("no problem")
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 5, shape, dtype=np.uint8)).save(tmp_path / folder / f"{i}.png")
+    arguments = ["train", "--config", str(template), "--data-root", str(tmp_path)]
+    assert trainer([*arguments, "--check"]) == 0
+    out = capsys.readouterr().out
+    assert "labelled: 4 images" in out
+    assert "target: 12 images, 4 with a label file" in out
+    assert out.splitlines()[-1].startswith("no problem")
+    run = ["--out", str(tmp_path / "run"), "--steps", "1", "--data.size", "[32,32]", "--network.width", "8"]
+    assert trainer([*arguments, *run]) == 0
+    assert sorted((tmp_path / "run" / "labelled.txt").read_text().split()) == ["0", "1", "2", "3"]
+    assert (tmp_path / "run" / "report.png").exists()
 
 
 def test_every_fault_has_its_test():

@@ -53,8 +53,9 @@ def study_table(study: Study, results: Sequence[Record]) -> str:
     duration = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s"
     parts = [
         f"## {study.title}",
-        f"mIoU in percent on {study.split} images: mean ± sample standard deviation over the seeds. Difference to "
-        f"{study.baseline} with the same seed: mean ± standard error. Every run: `train {common}`.",
+        f"mIoU in percent on {study.split} images, over {_classes(study, results)}: mean ± sample standard deviation "
+        f"over the seeds. Difference to {study.baseline} with the same seed: mean ± standard error. Every run: `train "
+        f"{common}`.",
         table.to_markdown(disable_numparse=True, colalign=["left"] * 3 + ["right"] * (len(table.columns) - 2)),
         "IoU of each class in percent, mean over the seeds.",
         iou.map(_number).to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * len(iou.columns)),
@@ -117,6 +118,13 @@ def _tabulate(study: Study, results: Sequence[Record]) -> tuple[pd.DataFrame, pd
     differences = miou - miou.reindex([study.baseline]).iloc[0]
     differences[miou.index == study.baseline] = math.nan
     return miou, differences, means
+
+
+def _classes(study: Study, results: Sequence[Record]) -> str:
+    """Over how many of how many classes the mIoU of the runs is."""
+    scores = [record["validation"] if study.split == "validation" else record for record in results]
+    counted = sorted({sum(value is not None for value in of["iou"].values()) for of in scores})
+    return f"{' or '.join(map(str, counted))} of {' or '.join(sorted({str(len(of['iou'])) for of in scores}))} classes"
 
 
 def _number(value: float, sign: str = "") -> str:

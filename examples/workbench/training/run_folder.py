@@ -27,9 +27,9 @@ except ImportError:  # Windows
 __all__ = ["append_history", "describe_run", "lock_folder", "prepare_folder", "read_history", "run_identity"]
 
 
-def run_identity(settings: Settings, images: Mapping[str, Samples]) -> dict[str, Any]:
+def run_identity(settings: Settings, images: Mapping[str, Samples | None]) -> dict[str, Any]:
     """What must be the same when a run resumes: its settings, and the number and names of its images."""
-    names = {split: list(samples.names) for split, samples in images.items()}
+    names = {split: list(samples.names) for split, samples in images.items() if samples is not None}
     digests = {split: hashlib.sha256("\n".join(of).encode()).hexdigest()[:8] for split, of in names.items()}
     return as_plain(settings) | {"images": {split: f"{len(of)} ({digests[split]})" for split, of in names.items()}}
 

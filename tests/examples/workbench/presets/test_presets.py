@@ -74,7 +74,7 @@ def test_two_steps_evaluation_and_resume(root, init, tmp_path, capsys, monkeypat
     assert "tensors loaded as torchvision weights" in captured.err
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["resumed_from"] == [1]
-    assert metrics["validation"] == {"miou": metrics["miou"], "iou": metrics["iou"]}
+    assert metrics["validation"] == {name: metrics[name] for name in ("miou", "iou", "unlabelled")}
     names = [f"{city}_{i:06d}_000019" for city, first in (("aachen", 0), ("bochum", 1)) for i in range(first, 6, 2)]
     drawn = np.random.RandomState(0).permutation(6)[:2]
     assert (out / "labelled.txt").read_text().split() == [names[i] for i in drawn]
