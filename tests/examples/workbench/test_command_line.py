@@ -21,6 +21,10 @@ from tests.examples.workbench.tiny import checkpoint, equal, tiny
 pytestmark = pytest.mark.filterwarnings("default")
 
 
+SCORED = ("validation", "test", "subsets")
+TEST = "{images: test/images, labels: test/labels}"
+
+
 @pytest.fixture
 def folders(tmp_path):
     """A data root with four splits of small images, and a file of settings that names them."""
@@ -79,6 +83,53 @@ def test_folders_from_the_command_line(folders, capsys):
     mentions(capsys.readouterr().err, "error", "--accelerator cpu", absent)
     assert main([*again, "--accelerator", "cpu"]) == 0
     assert f"{100 * metrics['miou']:.1f}" in capsys.readouterr().out
+
+
+def test_few_images_of_ones_own(folders, capsys):
+    """One mask for three target images, no validation and no test images, and a class that no label shows."""
+    settings = yaml.safe_load((folders / "settings.yaml").read_text())
+    data = settings["data"] | {"classes": ["a", "b", "c", "unicorn"]}
+    (folders / "own.yaml").write_text(
+        yaml.safe_dump({"steps": 2, "network": {"width": 8}, "data": {k: data[k] for k in data if k not in SCORED}})
+    )
+    for name in "02":
+        (folders / f"data/target/labels/{name}.png").unlink()
+    command = ["train", "--config", str(folders / "own.yaml"), "--data-root", str(folders / "data")]
+    assert main([*command, "--check"]) == 0
+    checked = capsys.readouterr().out
+    out = folders / "run"
+    assert main([*command, "--out", str(out)]) == 0
+    captured = capsys.readouterr()
+    assert "no scores" in captured.out
+    assert (out / "labelled.txt").read_text() == "1\n"
+    assert (out / "report.png").exists()
+    assert json.loads((out / "metrics.json").read_text())["miou"] is None
+    for split in ("source", "labelled"):
+        assert f"{split} has no labelled pixel of" in checked
+        assert f"data.{split}: no labelled pixel of" in captured.err
+    kinds = [json.loads(line)["kind"] for line in (out / "warnings.jsonl").read_text().splitlines()]
+    assert {"classes source", "classes labelled"} <= set(kinds)
+    evaluate_it = ["evaluate", "--out", str(out), "--data-root", str(folders / "data")]
+    assert main(evaluate_it) == 2
+    mentions(capsys.readouterr().err, "data.test")
+    # With test images, of which none shows the class either.
+    (out / "settings.yaml").write_text((out / "settings.yaml").read_text().replace("  test: null", f"  test: {TEST}"))
+    assert main(evaluate_it) == 0
+    captured = capsys.readouterr()
+    assert "no labelled pixel of" in captured.err
+    assert "unicorn" in captured.err
+    assert "of 4 classes)" in captured.out.splitlines()[-1]
+
+
+def test_an_empty_mask_is_refused_and_leaves_no_folder(folders, capsys):
+    for name in "01":
+        (folders / f"data/target/labels/{name}.png").unlink()
+    file = folders / "data/target/labels/2.png"
+    Image.fromarray(np.full((40, 48), 255, np.uint8)).save(file)
+    command = ["train", "--config", str(folders / "settings.yaml"), "--labelled", "1"]
+    assert main([*command, "--data-root", str(folders / "data"), "--out", str(folders / "run")]) == 2
+    mentions(capsys.readouterr().err.splitlines()[-1], "error", 2, "labelled pixels", "none")
+    assert not (folders / "run" / "settings.yaml").exists()
 
 
 def test_double_precision_is_evaluated_as_it_was_trained(tmp_path, monkeypatch):
