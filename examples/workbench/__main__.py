@@ -1,16 +1,19 @@
 """The command line: `python -m examples.workbench train | evaluate | study`."""
 
+import contextlib
 import dataclasses
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from lightning_fabric import Fabric
 from torch import distributed as dist
 
+import semshift
 from examples.workbench.data.check import check_data
 from examples.workbench.data.images import open_images
 from examples.workbench.errors import InputError, describe_machine_error
@@ -19,6 +22,7 @@ from examples.workbench.networks.segmentation import Segmenter
 from examples.workbench.options import OneLineParser, read_settings
 from examples.workbench.reporting.scores import Scores, evaluate, score_table
 from examples.workbench.settings import METHODS, Settings
+from examples.workbench.spelling import did_you_mean
 from examples.workbench.studies.report import write_report
 from examples.workbench.studies.runs import run_study
 from examples.workbench.studies.study import STUDIES, read_records, read_study, study_of_methods
@@ -35,7 +39,7 @@ commands:
   evaluate  score a run again: per class, and averaged over a named subset
   study     several methods or settings, each with several seeds, in one table
 
-`python -m examples.workbench COMMAND --help` lists the options of each.
+`python -m examples.workbench COMMAND --help` lists the options of each; --version prints the versions.
 """
 
 
@@ -49,12 +53,16 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"semshift {semshift.__version__} (torch {torch.__version__})")
+        return 0
     try:
         if arguments[0] not in commands:
-            raise InputError(f"expected a command, one of {', '.join(commands)}, got {arguments[0]}")
+            names, meant = ", ".join(commands), did_you_mean(arguments[0], commands)
+            raise InputError(f"expected a command, one of {names}, got {arguments[0]}{meant}")
         if arguments[0] != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError(f"expected train on several ranks, got {arguments[0]}, which runs in one process")
-        with signals.stop_at_once():
+        with signals.stop_at_once(), _leave_cores():
             commands[arguments[0]](arguments[1:])
         return 0
     except KeyboardInterrupt as error:
@@ -69,6 +77,19 @@ def main(arguments: Sequence[str]) -> int:
             raise
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
         return 2 if wrong_input else 3
+
+
+@contextlib.contextmanager
+def _leave_cores() -> Iterator[None]:
+    """Compute with half of the cores: two runs of more threads than cores hold each other up almost to a halt."""
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, min(before, cores // 2)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -134,7 +155,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
             "chosen on the images that it is scored on"
         )
     if options.subset is not None and options.subset not in data.subsets:
-        raise InputError(f"expected --subset to be one of {sorted(data.subsets)}, got {options.subset}")
+        meant = did_you_mean(options.subset, data.subsets)
+        raise InputError(f"expected --subset to be one of {sorted(data.subsets)}, got {options.subset}{meant}")
     images = getattr(open_images(settings, options.data_root), options.split)
     if images is None:
         raise InputError(f"expected data.{options.split} in the run's settings, got no folder")
@@ -185,6 +207,9 @@ def _study(arguments: Sequence[str]) -> None:
         raise InputError(f"expected {' '.join(rest) or '--seeds'} with --methods only, got it with {named}")
     else:
         path = STUDIES / f"{named}.yaml" if named in names else Path(named)
+        if not path.exists():
+            meant = did_you_mean(named, names)
+            raise InputError(f"expected a study, one of {', '.join(names)} or a YAML file, got {named}{meant}")
         study, name, records = read_study(path), path.stem, options.records or Path("docs/results")
     file = records / f"{name}.json"
     if options.report_only:

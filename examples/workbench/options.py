@@ -2,18 +2,59 @@
 
 import argparse
 import dataclasses
+import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import yaml
 
 from examples.workbench.errors import InputError
-from examples.workbench.settings import Settings
+from examples.workbench.plain import flatten
+from examples.workbench.settings import METHODS, Settings
+from examples.workbench.spelling import did_you_mean, find_mistake, setting_types
 
 __all__ = ["PRESETS", "OneLineParser", "read_settings"]
 
 PRESETS = Path(__file__).parent / "presets"
+
+_HELP = """usage: python -m examples.workbench train [OPTIONS]
+
+Train one method: on the built-in scenes, a preset, or a file of settings.
+
+  --preset NAME          {presets}
+  --config FILE          a YAML file of settings
+  --data-root DIR        folder of the settings' image folders
+  --out DIR              the run folder
+  --resume               continue from the run folder's last checkpoint
+  --check                check images and weights for a minute, train nothing
+  --init FILE            weights to start from, short for --network.init
+  --save-predictions     write the test set's index masks
+
+  --method METHOD        {methods}
+                         (default: {defaults.method})
+  --labelled LABELLED    target images that keep their labels: a number, or a
+                         file of names (default: all; built-in scenes: 4)
+  --steps STEPS          of the optimiser (default: {defaults.steps})
+  --seed SEED            of the run (default: {defaults.seed})
+  --log_every STEPS      between two rows of the log (default: {defaults.log_every})
+  --save_every STEPS     between two checkpoints (default: {defaults.save_every})
+  --validate_every STEPS between two evaluations; 0: none (default: {defaults.validate_every})
+  --precision NAME       64-true, 32-true or bf16-mixed (default: {defaults.precision})
+  --accelerator NAME     auto, cpu, cuda or mps (default: {defaults.accelerator})
+
+Groups of settings, written as --GROUP.NAME VALUE or in the YAML file:
+  data                   classes, image folders, sizes, augmentation
+  network                the segmenter and the weights it starts from
+  optimiser              learning rate, batch sizes
+  global_alignment       the global discriminator and its weight
+  semantic_alignment     the semantic discriminator and its weight
+  self_training          the additions of ass-plus
+
+--help-all lists every setting; with --preset or --config, its values there.
+"""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -22,13 +63,27 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, command: str, epilog: str | None = None) -> None:
         super().__init__(prog=f"python -m examples.workbench {command}", epilog=epilog, allow_abbrev=False)
 
+    def parse_args(self, arguments: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        """Parse all arguments; an unknown option is refused first, since it may be a required one misspelt."""
+        for option in (argument.partition("=")[0] for argument in arguments):
+            if option.startswith("--") and option not in self._option_string_actions:
+                self.error(f"unrecognized arguments: {option}")
+        return super().parse_args(arguments)
+
     def error(self, message: str) -> Any:
-        """Raise the message."""
+        """Raise the message, with the nearest option or choice where one is misspelt."""
+        if unknown := re.fullmatch(r"unrecognized arguments: (--[^ =]+).*", message):
+            message += did_you_mean(unknown[1], self._option_string_actions)
+        elif choice := re.fullmatch(r".*invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += did_you_mean(choice[1], choice[2].replace("'", "").split(", "))
         raise InputError(message)
 
 
 def read_settings(arguments: Sequence[str]) -> tuple[Settings, argparse.Namespace]:
     """Parse the options of `train`: the settings, and the options beside them."""
+    if {"-h", "--help"} & set(arguments):
+        print(_describe_options(), end="")
+        raise SystemExit(0)
     file = _settings_file(arguments)
     parser = jsonargparse.ArgumentParser(
         prog="python -m examples.workbench train",
@@ -45,6 +100,9 @@ def read_settings(arguments: Sequence[str]) -> tuple[Settings, argparse.Namespac
     parser.add_argument("--save-predictions", action="store_true", help="write the test set's index masks")
     parser.add_argument("--check", action="store_true", help="check images and weights for a minute, train nothing")
     parser.add_class_arguments(Settings, None)
+    if "--help-all" in arguments:
+        parser.print_help()
+        raise SystemExit(0)
     try:
         options = parser.instantiate(parser.parse_args(list(arguments)))
         settings = _plain_numbers(Settings(**{part.name: options[part.name] for part in dataclasses.fields(Settings)}))
@@ -52,9 +110,46 @@ def read_settings(arguments: Sequence[str]) -> tuple[Settings, argparse.Namespac
             network = dataclasses.replace(settings.network, init=options.init)
             settings = dataclasses.replace(settings, network=network)
     except (argparse.ArgumentError, ValueError) as error:
-        message = " ".join(str(error).split())
+        known = [option for action in parser._actions for option in action.option_strings]
+        message = _find_mistake(arguments, file, known) or " ".join(str(error).split())
         raise InputError(f"{message} (with the settings of {file})" if file else message) from error
     return settings, options
+
+
+def _find_mistake(arguments: Sequence[str], file: str | None, options: Sequence[str]) -> str | None:
+    """A misspelt name or choice in the settings file or on the command line; the parser does not name the nearest."""
+    known = setting_types(Settings)
+    beside = dict.fromkeys(option.lstrip("-").replace("-", "_") for option in options)
+    values: dict[str, Any] = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        if argument.startswith("--"):
+            option, _, value = argument.partition("=")
+            setting = option.removeprefix("--").removesuffix("+")
+            if option not in options and find_mistake({setting: None}, dict.fromkeys(known)):
+                return f"expected options of train, got {option}{did_you_mean(option, [*options, *(f'--{name}' for name in known)])}"
+            if setting in known:
+                values[setting] = _parse(value or following)
+    written = _parse(Path(file).read_text(encoding="utf-8")) if file is not None else None
+    given = flatten({**(written if isinstance(written, dict) else {}), **values})
+    return find_mistake(given, {**beside, **known})
+
+
+def _parse(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _describe_options() -> str:
+    """The options of `train` that most runs need, on one screen."""
+    presets, methods = (
+        "\n".join(textwrap.wrap(", ".join(names), 55, break_on_hyphens=False)) for names in (_presets(), METHODS)
+    )
+    indent = "\n" + 25 * " "
+    return _HELP.format(
+        presets=presets.replace("\n", indent), methods=methods.replace("\n", indent), defaults=Settings()
+    )
 
 
 def _plain_numbers(value: Any) -> Any:
@@ -75,13 +170,14 @@ def _settings_file(arguments: Sequence[str]) -> str | None:
     first = OneLineParser("train")
     first.add_argument("--preset")
     first.add_argument("--config")
-    chosen, _ = first.parse_known_args([argument for argument in arguments if argument not in ("-h", "--help")])
+    chosen, _ = first.parse_known_args([argument for argument in arguments if argument != "--help-all"])
     preset, file = chosen.preset, chosen.config
     if preset is not None:
         if file is not None:
             raise InputError(f"expected --preset or --config, got both, {preset} and {file}")
         if preset not in _presets():
-            raise InputError(f"expected --preset to be one of {', '.join(_presets())}, got {preset}")
+            names, meant = ", ".join(_presets()), did_you_mean(preset, _presets())
+            raise InputError(f"expected --preset to be one of {names}, got {preset}{meant}")
         return str(PRESETS / f"{preset}.yaml")
     if file is not None:
         try:

@@ -12,7 +12,6 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import pandas as pd
 from PIL import Image
-from tqdm import tqdm
 
 from examples.scenes import Sample
 from examples.workbench.data.classes import describe_absent
@@ -20,6 +19,7 @@ from examples.workbench.data.folders import FolderPair
 from examples.workbench.data.images import open_images
 from examples.workbench.data.samples import Samples
 from examples.workbench.errors import InputError
+from examples.workbench.progress import bar
 from examples.workbench.settings import Data, Settings
 
 __all__ = ["DataReport", "check_data"]
@@ -127,13 +127,13 @@ def _map_until(
     deadline: float, function: Callable[[int], T], order: Sequence[int], title: str, at_once: int
 ) -> Iterator[tuple[int, T]]:
     """Yield indices and results until the deadline; the first batch in any case, however slow the disk."""
-    with ThreadPoolExecutor() as pool, tqdm(total=len(order), desc=title, leave=False) as bar:
+    with ThreadPoolExecutor() as pool, bar(total=len(order), desc=title, leave=False) as shown:
         for first in range(0, len(order), at_once):
             if first and time.monotonic() > deadline:
                 return
             batch = order[first : first + at_once]
             for index, result in zip(batch, pool.map(function, batch)):
-                bar.update()
+                shown.update()
                 yield index, result
 
 

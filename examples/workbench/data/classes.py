@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tqdm import tqdm
 
 from examples.workbench.data.samples import Samples
 from examples.workbench.errors import InputError
+from examples.workbench.progress import bar
 from examples.workbench.settings import Data
 
 __all__ = ["describe_absent", "find_absent", "require_labels"]
@@ -70,9 +70,9 @@ def _count_pixels(samples: Samples, order: Sequence[int], progress: str | None) 
     def count(index: int) -> np.ndarray:
         return np.bincount(samples[index].label.ravel(), minlength=256)
 
-    with ThreadPoolExecutor() as pool, tqdm(total=len(order), desc=progress, leave=False, disable=not progress) as bar:
+    with ThreadPoolExecutor() as pool, bar(total=len(order), desc=progress, leave=False, disable=not progress) as shown:
         for first in range(0, len(order), at_once):
             batch = order[first : first + at_once]
             for index, pixels in zip(batch, pool.map(count, batch)):
-                bar.update()
+                shown.update()
                 yield index, pixels

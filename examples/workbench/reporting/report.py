@@ -18,6 +18,7 @@ from torch import nn
 from examples.scenes import Sample
 from examples.workbench.data.samples import Samples, Subset
 from examples.workbench.files import save_figure
+from examples.workbench.reporting.predictions import choose_shown, paint_classes
 from examples.workbench.reporting.prototypes import draw_prototypes, pool_prototypes
 from examples.workbench.reporting.scores import predict
 from examples.workbench.reporting.style import IGNORED, STRIPE, STYLE, class_colours
@@ -27,8 +28,8 @@ __all__ = ["draw_report"]
 
 _COLOURS = {"global": "#0072B2", "auxiliary": "#56B4E9", "semantic": "#D55E00"}
 _STYLES = {"target": "--", "discriminator": ":"}
-_SHOWN, _POOLED = 4, 40
-"""Number of validation images that are shown, and of images of each domain whose prototypes are drawn."""
+_POOLED = 40
+"""Number of images of each domain whose prototypes are drawn."""
 
 Named = tuple[str, nn.Module]
 
@@ -59,8 +60,7 @@ def draw_report(
     data, segmenters = settings.data, [before, after]
     if not len(validation):
         raise ValueError("there is no labelled target image to draw")
-    indices = np.linspace(0, len(validation) - 1, min(_SHOWN, len(validation))).round().astype(int)
-    shown = [validation[index] for index in indices.tolist()]
+    shown = choose_shown(validation)
     row = 3.3 * min(max(sample.image.shape[0] / sample.image.shape[1] for sample in shown), 1.2) + 0.35
     legend = 0.3 * math.ceil((len(data.classes) + 1) / 6) + 0.2
     heights = [len(shown) * row + legend + 0.5, 4.6] + ([5.4] if source is not None else [])
@@ -100,7 +100,9 @@ def _draw_images(figure: SubFigure, shown: Sequence[Sample], segmenters: Sequenc
             masks.append(predict(segmenter, sample, data.size))
             right = (masks[-1] == sample.label)[labelled]
             notes.append(f"{100 * right.mean():.0f} % of pixels right" if right.size else "no labelled pixel")
-        for axes, picture, note in zip(row, [sample.image, *(_paint(ids, data) for ids in masks)], notes, strict=True):
+        for axes, picture, note in zip(
+            row, [sample.image, *(paint_classes(ids, data) for ids in masks)], notes, strict=True
+        ):
             axes.imshow(picture)
             axes.set_xlabel(note, fontsize=10, color="0.35", labelpad=3)
     for axes, name in zip(panels[0], ["Target image", "Ground truth", *(name for name, _ in segmenters)], strict=True):
@@ -109,17 +111,6 @@ def _draw_images(figure: SubFigure, shown: Sequence[Sample], segmenters: Sequenc
     handles = [Patch(facecolor=c / 255, label=n) for n, c in zip(names, class_colours(len(names)), strict=True)]
     hatched: Any = {"facecolor": IGNORED / 255, "edgecolor": STRIPE / 255, "hatch": "////", "linewidth": 0}
     figure.legend(handles=[*handles, Patch(label="no class", **hatched)], loc="outside lower left", ncols=6)
-
-
-def _paint(ids: np.ndarray, data: Data) -> np.ndarray:
-    """Class ids `[H, W]` in their colours, with hatching where there is no class."""
-    ignored = ids == data.ignore_index
-    picture: np.ndarray = class_colours(len(data.classes))[np.where(ignored, 0, ids)]
-    period = max(4, ids.shape[1] // 24)
-    stripe = np.indices(ids.shape).sum(0) % period < period // 3
-    picture[ignored] = IGNORED
-    picture[ignored & stripe] = STRIPE
-    return picture
 
 
 def _draw_curves(figure: SubFigure, history: pd.DataFrame, discriminators: Sequence[str]) -> None:

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassJaccardIndex
-from tqdm import tqdm
 
 import semshift
 from examples.scenes import Sample
 from examples.workbench.data.samples import Samples, image_tensor, resize_image
 from examples.workbench.errors import InputError
+from examples.workbench.progress import bar
 from examples.workbench.settings import Data
 
 __all__ = ["Scores", "evaluate", "mean_iou", "predict", "score_table", "subset_means"]
@@ -60,7 +60,7 @@ def evaluate(
     ).to(device)
     pixels = torch.zeros(256, dtype=torch.int64)
     own = range(rank, len(samples), world_size)
-    for index in tqdm(own, desc=progress, leave=False, disable=progress is None):
+    for index in bar(own, desc=progress, leave=False, disable=progress is None):
         sample = samples[index]
         predicted = predict(segmenter, sample, data.size)
         pixels += torch.from_numpy(np.bincount(sample.label.ravel(), minlength=256))

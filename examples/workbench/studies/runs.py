@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import yaml
 from joblib import Parallel, delayed
-from tqdm import tqdm
 
 from examples.workbench.errors import InputError
 from examples.workbench.files import write_whole
 from examples.workbench.plain import as_plain, check_same_run
+from examples.workbench.progress import bar
 from examples.workbench.settings import Settings
 from examples.workbench.studies.study import Record, Study, known_settings, read_records, write_record
 
@@ -59,11 +59,11 @@ def run_study(
             due.append(run)
     total, processes = len(study.rows) * len(study.seeds), _Processes()
     parallel = Parallel(n_jobs=jobs, prefer="threads", return_as="generator_unordered")
-    with tqdm(total=total, initial=total - len(due), desc="study", unit="run") as bar:
+    with bar(total=total, initial=total - len(due), desc="study", unit="run") as shown:
         try:
             for run in parallel(delayed(processes.train)(run, data_root, threads) for run in due):
                 _record(study, run, records)
-                bar.update()
+                shown.update()
         finally:
             processes.terminate()
     return read_records(study, records)

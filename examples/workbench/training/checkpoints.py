@@ -1,6 +1,5 @@
 """Checkpoints of a run: each written whole or not at all, the last three kept, damaged ones passed over."""
 
-import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,13 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from examples.workbench.errors import InputError
 from examples.workbench.files import write_whole
 from examples.workbench.plain import check_same_run
+from examples.workbench.progress import say
 
-__all__ = ["BEFORE", "BEST", "KEPT", "Progress", "Stateful", "check_weights_fit", "has_checkpoint"]
+__all__ = ["BEFORE", "BEST", "KEPT", "Progress", "Stateful", "check_weights_fit", "describe_kept", "has_checkpoint"]
 __all__ += ["load_checkpoint", "load_weights", "newest_checkpoint", "save_checkpoint", "save_weights"]
 __all__ += ["set_aside_damaged"]
 
@@ -49,7 +48,7 @@ def save_checkpoint(out: Path, progress: Progress, stateful: Mapping[str, Statef
             if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
                 raise InputError(
                     f"weights must be finite, got others in {key} of the {name} after step {progress.step - 1}: lower "
-                    f"the learning rate or the weights of the adversarial losses; {out} keeps its last checkpoint"
+                    f"the learning rate or the weights of the adversarial losses; {describe_kept(out)}"
                 )
     state = {**progress._asdict(), "run": dict(run), "stateful": states}
     _save(out / f"checkpoints/step-{progress.step:08d}.pt", state)
@@ -97,13 +96,22 @@ def has_checkpoint(out: Path) -> bool:
     return bool(_newest_first(out))
 
 
+def describe_kept(out: Path) -> str:
+    """What a run that stops has left in its folder, in words."""
+    newest = next(iter(_newest_first(out)), None)
+    if newest is None:
+        return f"{out} has no checkpoint, --resume starts at step 0"
+    step = newest.stem.removeprefix("step-").lstrip("0") or "0"
+    return f"{out} has a checkpoint of step {step}, --resume continues from it"
+
+
 def newest_checkpoint(out: Path) -> Path:
     """The newest undamaged checkpoint of a run; a line on standard error names each damaged one."""
     paths = _newest_first(out)
     for path in paths:
         if _is_whole(path):
             return path
-        tqdm.write(f"{path} is damaged; the checkpoint before it is used", file=sys.stderr)
+        say(f"{path} is damaged; the checkpoint before it is used")
     found = f"{len(paths)} damaged" if paths else "none"
     raise InputError(f"expected an undamaged checkpoint in {out / 'checkpoints'}, got {found}")
 

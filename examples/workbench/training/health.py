@@ -4,20 +4,19 @@ import json
 import math
 import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import semshift
 from examples.workbench.networks.segmentation import Segmentation
+from examples.workbench.progress import say
 from examples.workbench.settings import AlignmentSettings, Settings
 
-__all__ = ["alignment_figures", "feature_figures", "findings", "format_row", "machine_figures", "warn"]
-__all__ += ["warn_once", "window"]
+__all__ = ["alignment_figures", "feature_figures", "findings", "format_row", "machine_figures", "shorten_row"]
+__all__ += ["warn", "warn_once", "window"]
 
 Row = Mapping[str, float]
 
@@ -114,12 +113,20 @@ def format_row(row: Row) -> str:
             part = f"{name} {row[f'loss/{name}']:.2f}"
             part += f" acc {row[f'accuracy/{name}_source']:.2f}/{row[f'accuracy/{name}_target']:.2f}"
             ratio = _ratio(row, name)
-            parts.append(part if ratio is None else f"{part} grad {100 * ratio:.2g}%")
+            parts.append(part if ratio is None else f"{part} grad {_percent(ratio)}")
     if "distance/mean" in row:
         parts.append(f"apart {row['distance/mean']:.2f}")
-    if "machine/images_per_second" in row:
-        parts.append(f"{row['machine/images_per_second']:.0f} img/s")
-    parts += [f"{row[key]:.0f} MiB" for key in ("machine/memory_mib", "machine/cuda_mib") if key in row]
+    return ", ".join(parts)
+
+
+def shorten_row(row: Row) -> str:
+    """A row for the progress bar, which has 80 columns: the loss, and each accuracy on source/target in percent."""
+    parts = [f"loss {row['loss/segmentation']:.2f}"]
+    # In this order: where the line is too long, its end is cut off.
+    for name in ("global", "semantic", "auxiliary"):
+        if f"loss/{name}" in row:
+            source, target = (100 * row[f"accuracy/{name}_{domain}"] for domain in ("source", "target"))
+            parts.append(f"{name} acc {source:.0f}/{target:.0f} %")
     return ", ".join(parts)
 
 
@@ -154,7 +161,7 @@ def warn_once(out: Path, step: float, kind: str, words: str) -> None:
     if not path.exists() or f'"kind": "{kind}"' not in path.read_text():
         with path.open("a") as file:
             file.write(json.dumps({"step": step, "kind": kind, "warning": words}) + "\n")
-        tqdm.write(f"warning: {words}", file=sys.stderr)
+        say(f"warning: {words}")
 
 
 def _judge(name: str, how: AlignmentSettings, rows: Sequence[Row]) -> dict[str, str]:
@@ -191,7 +198,8 @@ def _judge(name: str, how: AlignmentSettings, rows: Sequence[Row]) -> dict[str, 
     ratios = [ratio for row in rows if (ratio := _ratio(row, name)) is not None]
     if len(ratios) >= _ROWS:
         ratio = statistics.median(ratios)
-        came = f"the {name} loss's gradient at the features has been {ratio:.2g} of the segmentation loss's {lasting}"
+        came = f"the {name} loss's gradient at the features has been {_percent(ratio)} of the segmentation loss's"
+        came = f"{came} {lasting}"
         if ratio < _SILENT:
             found["silent"] = f"{came}, which changes nothing: raise {weight}"
         elif ratio > _DOMINATES:
@@ -205,6 +213,12 @@ def _ratio(row: Row, name: str) -> float | None:
     if f"gradient/{name}" not in row or not segmentation > 0:
         return None
     return row[f"gradient/{name}"] / segmentation
+
+
+def _percent(share: float) -> str:
+    """A share in percent with two digits, and never as a power of ten."""
+    value = 100 * share
+    return "<0.01 %" if 0 < value < 0.01 else f"{value:.0f} %" if value >= 10 else f"{value:.2g} %"
 
 
 def _gradient_norm(loss: Tensor, features: Tensor, ranks: int) -> float:

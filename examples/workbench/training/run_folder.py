@@ -4,18 +4,17 @@ import contextlib
 import errno
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm import tqdm
 
 from examples.workbench.data.samples import Samples
 from examples.workbench.errors import InputError, MachineError
 from examples.workbench.files import write_whole
 from examples.workbench.plain import as_plain, check_same_run
+from examples.workbench.progress import say
 from examples.workbench.settings import Settings
 from examples.workbench.training.checkpoints import has_checkpoint, set_aside_damaged
 
@@ -52,7 +51,7 @@ def prepare_folder(out: Path, settings: Settings, *, resume: bool) -> None:
             raise InputError(f"{written} must hold the settings of the run, got a file that does not parse")
         else:
             # The checkpoint has the settings too, and they are compared when it is loaded.
-            tqdm.write(f"{written} is damaged and will be written again", file=sys.stderr)
+            say(f"{written} is damaged and will be written again")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with lock_folder(out):
@@ -104,7 +103,7 @@ def read_history(out: Path, *, before: int | None = None) -> list[dict[str, floa
             rows.append({**row, "step": int(row["step"])})
     if before is not None:
         if len(rows) < len(lines):
-            tqdm.write(f"{path} has {len(lines) - len(rows)} damaged lines, which are removed", file=sys.stderr)
+            say(f"{path} has {len(lines) - len(rows)} damaged lines, which are removed")
         rows = [row for row in rows if row["step"] < before]
         write_whole(path, lambda to: to.write_text("".join(json.dumps(row) + "\n" for row in rows)))
     return rows

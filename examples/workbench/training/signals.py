@@ -1,6 +1,7 @@
 """Signals: a run finishes its step and writes a checkpoint before it stops."""
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+
+from examples.workbench.progress import on_terminal
 
 __all__ = ["Stopped", "agree_on_signals", "defer_signals", "load_until_stopped", "stop_at_once"]
 
@@ -23,9 +26,9 @@ _WRITE = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
 class Stopped(KeyboardInterrupt):
     """A signal ended the command after all that it had to write; like Ctrl-C, no `except Exception` catches it."""
 
-    def __init__(self, signum: int, message: str = "the last checkpoint is kept, --resume continues from it") -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}: {message}")
-        self.status = 128 + signum
+    def __init__(self, signum: int, left: str = "") -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}{left and f': {left}'}")
+        self.signum, self.status = signum, 128 + signum
 
 
 @contextlib.contextmanager
@@ -44,16 +47,26 @@ def stop_at_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[list[int]]:
-    """Collect signals in a list that is read after each step; a stop signal that comes twice stops at once."""
+    """Collect signals in a list that is read after each step.
+
+    The first rank answers a stop signal with a line on standard error; one that comes twice stops at once.
+    """
     pending: list[int] = []
+    stops: set[int] = set()
+    # The processes that load images inherit the handlers.
+    answering = os.getpid() if os.environ.get("RANK", "0") == "0" else None
 
     def collect(signum: int, frame: FrameType | None) -> None:
-        if signum in _STOP and signum in pending:
+        if signum in stops:
             raise Stopped(signum)
         pending.append(signum)
-        if signum in _STOP and hasattr(signal, "SIGCHLD"):
-            # A job's signal ends the loading processes too, of which PyTorch would raise an error amid the step.
-            _handle(signal.SIGCHLD, lambda *_: None, handlers)
+        if signum in _STOP:
+            stops.add(signum)
+            if os.getpid() == answering:
+                _answer(signum)
+            if hasattr(signal, "SIGCHLD"):
+                # A job's signal ends the loading processes too, of which PyTorch would raise an error amid the step.
+                _handle(signal.SIGCHLD, lambda *_: None, handlers)
 
     with contextlib.ExitStack() as handlers:
         for signum in (*_STOP, *_WRITE):
@@ -87,6 +100,15 @@ def agree_on_signals(pending: list[int], device: torch.device) -> tuple[bool, in
     # Signals that arrived meanwhile wait for the next step.
     del pending[: len(read)]
     return write, stop
+
+
+def _answer(signum: int) -> None:
+    """Say on standard error that the step is finished first, and how to stop at once."""
+    again = "press Ctrl-C again" if signum == signal.SIGINT else f"send {signal.Signals(signum).name} again"
+    # Not printed: the signal may have come amid a print, which Python refuses to enter twice.
+    with contextlib.suppress(OSError):
+        below_the_bar = "\n" if on_terminal() else ""
+        os.write(2, f"{below_the_bar}finishing this step; {again} to stop now\n".encode())
 
 
 def _handle(signum: signal.Signals, handler: Any, until: contextlib.ExitStack) -> None:

@@ -2,20 +2,19 @@
 
 import contextlib
 import json
-import sys
+import signal
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from torch import nn
-from tqdm import tqdm
 
 import semshift
 from examples.workbench.data.classes import describe_absent, find_absent, require_labels
@@ -25,12 +24,21 @@ from examples.workbench.data.samples import Samples
 from examples.workbench.errors import InputError, MachineError
 from examples.workbench.files import write_whole
 from examples.workbench.networks.build import build_segmenter, dtype_of, load_init
+from examples.workbench.progress import bar, say, time_left
+from examples.workbench.reporting.predictions import draw_predictions
 from examples.workbench.reporting.report import draw_report
 from examples.workbench.reporting.scores import Scores, evaluate, subset_means
 from examples.workbench.settings import Settings
 from examples.workbench.training import checkpoints, run_folder, signals
 from examples.workbench.training.domains import batch_sizes, choose_domains, rare_class_draws
-from examples.workbench.training.health import format_row, machine_figures, warn, warn_once, window
+from examples.workbench.training.health import (
+    format_row,
+    machine_figures,
+    shorten_row,
+    warn,
+    warn_once,
+    window,
+)
 from examples.workbench.training.learners import Learners, build_learners
 from examples.workbench.training.ranks import launch_fabric, run_on_first_rank, synchronise_batch_norm
 from examples.workbench.training.step import learn
@@ -39,6 +47,7 @@ __all__ = ["train"]
 
 VALIDATION = "miou/validation"
 """The history's key of the mIoU on the validation images."""
+_BAR = "{desc} {n_fmt}/{total_fmt}, {remaining} left{postfix} |{bar}|"
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,10 +102,18 @@ def train(
         The contents of `out/metrics.json`; a signal raises `Stopped` after a step and its checkpoint.
     """
     started = time.monotonic()
-    run = _prepare(settings, out, data_root, resume, save_predictions)
-    with run_folder.lock_folder(out) if run.first else contextlib.nullcontext():
-        progress = _train_steps(run)
-        return _finish(run, progress, started, save_predictions)
+    try:
+        run = _prepare(settings, out, data_root, resume, save_predictions)
+        with run_folder.lock_folder(out) if run.first else contextlib.nullcontext():
+            try:
+                progress = _train_steps(run, resume)
+                return _finish(run, progress, started, save_predictions)
+            finally:
+                # Whatever ends the run, TensorBoard has its last rows.
+                run.fabric.logger.finalize("")
+    except KeyboardInterrupt as stop:
+        signum = getattr(stop, "signum", signal.SIGINT)
+        raise signals.Stopped(signum, checkpoints.describe_kept(out)) from None
 
 
 def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool, save_predictions: bool) -> _Run:
@@ -116,7 +133,7 @@ def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool
     if settings.network.init is not None and not checkpoints.has_checkpoint(out):
         loaded = load_init(settings, segmenter)
         if first:
-            tqdm.write(str(loaded), file=sys.stderr)
+            say(str(loaded))
 
     def prepare_folder() -> None:
         absent = _check_classes(settings, images)
@@ -158,17 +175,21 @@ def _check_classes(settings: Settings, images: Images) -> dict[str, str]:
     return {split: words for split, words in absent.items() if words is not None}
 
 
-def _train_steps(run: _Run) -> checkpoints.Progress:
+def _train_steps(run: _Run, resume: bool) -> checkpoints.Progress:
     """Take all steps that are left, or stop after one of them by a signal."""
     settings, out, fabric, learners, data = run.settings, run.out, run.fabric, run.learners, run.settings.data
     identity = run_folder.run_identity(settings, run.images._asdict())
-    bar = tqdm(total=settings.steps, desc=settings.method, unit="step", disable=not run.first)
-    with signals.defer_signals() as pending, bar:
+    shown = bar(total=settings.steps, desc=settings.method, bar_format=_BAR, disable=not run.first)
+    with signals.defer_signals() as pending, shown:
         progress = _resume(run, identity)
+        if resume and run.first:
+            done, here = progress.step, f"nothing to resume in {out}: starting"
+            say(f"{f'resuming {out}' if progress.resumed_from else here} at step {done} of {settings.steps}")
         rows = (row for row in run_folder.read_history(out) if VALIDATION not in row)
         recent = deque(rows, maxlen=window(settings))
-        bar.initial = bar.n = done = progress.step
+        shown.initial = shown.n = done = progress.step
         since, stop = (done, time.monotonic()), 0
+        start = since
         ranks, images = fabric.world_size, run.sampler.per_batch
         sampler = run.sampler.resume(done, rank=fabric.global_rank, world_size=ranks, per_batch=images)
         loaded = load_batches(run.training, sampler, workers=data.workers, timeout=data.timeout)
@@ -187,11 +208,15 @@ def _train_steps(run: _Run) -> checkpoints.Progress:
                 row |= machine_figures(seen, now - since[1], fabric.device)
                 since = (done, now)
                 run_folder.append_history(out, row)
-                fabric.log_dict({name: value for name, value in row.items() if name != "step"}, step)
+                rates = {f"learning_rate/{name}": rate(step) for name, rate in learners.learning_rates.items()}
+                fabric.log_dict({name: value for name, value in (row | rates).items() if name != "step"}, step)
                 recent.append(row)
                 warn(out, recent, settings)
-                bar.set_postfix_str(format_row(row), refresh=False)
-            bar.update()
+                shown.set_postfix_str(shorten_row(row), refresh=False)
+                if shown.disable:
+                    left = time_left((settings.steps - done) * (now - start[1]) / (done - start[0]))
+                    say(f"{settings.method} step {done}/{settings.steps}: {format_row(row)}, {left}")
+            shown.update()
             if settings.validate_every and (done % settings.validate_every == 0 or last):
                 progress = _validate(run, progress, done)
             progress = progress._replace(step=done)
@@ -205,7 +230,7 @@ def _train_steps(run: _Run) -> checkpoints.Progress:
             stop = stop or signals.agree_on_signals(pending, fabric.device)[1]
             if run.first:
                 checkpoints.save_checkpoint(out, progress, learners.stateful(), identity)
-            raise signals.Stopped(stop, f"{out} has a checkpoint of step {done}, --resume continues from it")
+            raise signals.Stopped(stop)
     return progress
 
 
@@ -230,11 +255,23 @@ def _validate(run: _Run, progress: checkpoints.Progress, done: int) -> checkpoin
     assert miou is not None
     if run.first:
         run_folder.append_history(run.out, {"step": done - 1, VALIDATION: miou})
+        _log_validation(run, done - 1, miou)
     if progress.best is not None and miou <= progress.best[0]:
         return progress
     if run.first:
         checkpoints.save_weights(run.out / checkpoints.BEST, run.learners.networks(), step=done, miou=miou)
     return progress._replace(best=(miou, done))
+
+
+def _log_validation(run: _Run, step: int, miou: float) -> None:
+    """Show the mIoU on the validation images, and predictions on a few of them, in TensorBoard."""
+    run.fabric.log(VALIDATION, miou, step)
+    network, training, logger = run.final, run.final.training, cast(TensorBoardLogger, run.fabric.logger)
+    assert run.images.validation is not None
+    pictures = draw_predictions(network.eval(), run.images.validation, run.settings.data)
+    network.train(training)
+    for index, picture in enumerate(pictures):
+        logger.experiment.add_image(f"predictions/{index}", picture, step, dataformats="HWC")
 
 
 def _score(run: _Run, split: str, predictions: Path | None = None) -> Scores:
@@ -265,6 +302,8 @@ def _finish(run: _Run, progress: checkpoints.Progress, started: float, save_pred
     once = settings.data.validation is not None and settings.data.validation == settings.data.test
     validation = test if once else no_scores if run.images.validation is None else _score(run, "validation")
     if run.first:
+        if not settings.validate_every and validation.miou is not None:
+            _log_validation(run, settings.steps - 1, validation.miou)
         _report(run, test)
     metrics = {
         "method": settings.method,
@@ -308,7 +347,7 @@ def _report(run: _Run, test: Scores) -> None:
         )
     except ValueError as error:
         # The training is done, and its metrics matter more than the picture.
-        tqdm.write(f"no report: {error}", file=sys.stderr)
+        say(f"no report: {error}")
 
 
 def _score_line(test: Scores, images: Samples | None) -> str:

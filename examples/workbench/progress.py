@@ -1,0 +1,36 @@
+"""Progress on standard error: bars in a terminal; elsewhere plain lines, and no bars."""
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+__all__ = ["bar", "on_terminal", "say", "time_left"]
+
+
+def on_terminal() -> bool:
+    """Whether standard error is a terminal that can draw a line again."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def bar(items: Iterable[Any] | None = None, *, disable: bool = False, **options: Any) -> Any:
+    """A progress bar of tqdm, which is silent where there is no terminal; `options` are tqdm's."""
+    return tqdm(items, disable=disable or not on_terminal(), dynamic_ncols=True, **options)
+
+
+def say(line: str) -> None:
+    """Print a line on standard error, above the bars."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def time_left(seconds: float) -> str:
+    """A duration in words, such as `4.1 min left`.
+
+    >>> time_left(247)
+    '4.1 min left'
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s left"
+    return f"{seconds / 60:.1f} min left" if seconds < 3600 else f"{seconds / 3600:.1f} h left"

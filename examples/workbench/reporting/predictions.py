@@ -1,0 +1,48 @@
+"""Predictions of a segmenter as pictures, in the classes' colours."""
+
+import math
+
+import numpy as np
+from torch import nn
+
+from examples.scenes import Sample
+from examples.workbench.data.samples import Samples
+from examples.workbench.reporting.scores import predict
+from examples.workbench.reporting.style import IGNORED, STRIPE, class_colours
+from examples.workbench.settings import Data
+
+__all__ = ["choose_shown", "draw_predictions", "paint_classes"]
+
+_SHOWN, _LONGEST = 4, 512
+"""Number of images that are shown, and the longest side of a picture of one, in pixels."""
+
+
+def choose_shown(samples: Samples) -> list[Sample]:
+    """A few of the images, at equal distances from the first to the last."""
+    indices = np.linspace(0, len(samples) - 1, min(_SHOWN, len(samples))).round().astype(int)
+    return [samples[index] for index in indices.tolist()]
+
+
+def draw_predictions(segmenter: nn.Module, samples: Samples, data: Data) -> list[np.ndarray]:
+    """Image, ground truth and prediction side by side, `uint8 [H, 3 * W, 3]`, of a few images.
+
+    The segmenter is in evaluation mode. Large images are thinned out.
+    """
+    pictures = []
+    for sample in choose_shown(samples):
+        masks = [sample.label, predict(segmenter, sample, data.size)]
+        thin = math.ceil(max(sample.label.shape) / _LONGEST)
+        parts = [part[::thin, ::thin] for part in (sample.image, *(paint_classes(ids, data) for ids in masks))]
+        pictures.append(np.concatenate(parts, axis=1))
+    return pictures
+
+
+def paint_classes(ids: np.ndarray, data: Data) -> np.ndarray:
+    """Class ids `[H, W]` in their colours, with hatching where there is no class."""
+    ignored = ids == data.ignore_index
+    picture: np.ndarray = class_colours(len(data.classes))[np.where(ignored, 0, ids)]
+    period = max(4, ids.shape[1] // 24)
+    stripe = np.indices(ids.shape).sum(0) % period < period // 3
+    picture[ignored] = IGNORED
+    picture[ignored & stripe] = STRIPE
+    return picture

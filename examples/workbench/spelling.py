@@ -1,0 +1,72 @@
+"""Misspelt names of commands, options and settings, and the known names that are nearest."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+__all__ = ["did_you_mean", "find_mistake", "setting_types"]
+
+_NEAR = 0.6
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error: the known name that is nearest, or nothing where none is near.
+
+    >>> did_you_mean("optimizer.lr", ["optimiser.power", "optimiser.learning_rate"])
+    '; did you mean optimiser.learning_rate?'
+    """
+    nearest = max(known, key=lambda other: _likeness(name, other), default="")
+    return f"; did you mean {nearest}?" if _likeness(name, nearest) >= _NEAR else ""
+
+
+def setting_types(settings: type) -> dict[str, Any]:
+    """The dotted name of each setting of a dataclass, and of each group of them, to its type."""
+    return dict(_walk(settings, ""))
+
+
+def find_mistake(given: Mapping[str, Any], known: Mapping[str, Any]) -> str | None:
+    """The first unknown name, or value that is none of a setting's choices, in settings by their dotted names."""
+    for name, value in given.items():
+        # Below a setting that is no group lie names of the user's own, such as those of `data.subsets`.
+        above = [name[:end] for end, letter in enumerate(name) if letter == "."]
+        if name not in known and not any(_is_open(known.get(part)) for part in above):
+            return f"expected names of settings, got {name}{did_you_mean(name, known)}"
+        if typing.get_origin(known.get(name)) is typing.Literal:
+            choices = list(map(str, typing.get_args(known[name])))
+            if str(value) not in choices:
+                meant = did_you_mean(str(value), choices)
+                return f"expected {name} to be one of {', '.join(choices)}, got {value}{meant}"
+    return None
+
+
+def _walk(settings: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, kind in typing.get_type_hints(settings).items():
+        yield prefix + name, kind
+        for part in _alternatives(kind):
+            if dataclasses.is_dataclass(part):
+                yield from _walk(typing.cast(type, part), f"{prefix}{name}.")
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    return typing.get_args(kind) if union else (kind,)
+
+
+def _is_open(kind: Any) -> bool:
+    return any(typing.get_origin(part) is dict for part in _alternatives(kind))
+
+
+def _likeness(name: str, other: str) -> float:
+    """In [0, 1]: of the parts that are least alike; a setting may be named without its groups."""
+    parts, others = (text.lower().replace("-", "_").lstrip("_").split(".") for text in (name, other))
+    if len(parts) == 1 < len(others):
+        return 0.95 * _part_likeness(parts[0], others[-1])
+    return min(map(_part_likeness, parts, others)) if len(parts) == len(others) else 0.0
+
+
+def _part_likeness(part: str, other: str) -> float:
+    initials = "".join(word[:1] for word in other.split("_"))
+    return 1.0 if len(part) > 1 and part == initials else difflib.SequenceMatcher(None, part, other).ratio()
