@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import yaml
 from examples.workbench.errors import InputError
 from examples.workbench.plain import flatten
 from examples.workbench.settings import METHODS, Settings
-from examples.workbench.spelling import did_you_mean, find_mistake, setting_types
+from examples.workbench.spelling import did_you_mean, find_mistake, is_setting, setting_types
 
 __all__ = ["PRESETS", "OneLineParser", "read_settings"]
 
@@ -125,8 +125,9 @@ def _find_mistake(arguments: Sequence[str], file: str | None, options: Sequence[
         if argument.startswith("--"):
             option, _, value = argument.partition("=")
             setting = option.removeprefix("--").removesuffix("+")
-            if option not in options and find_mistake({setting: None}, dict.fromkeys(known)):
-                return f"expected options of train, got {option}{did_you_mean(option, [*options, *(f'--{name}' for name in known)])}"
+            if option not in options and not is_setting(setting, known):
+                meant = did_you_mean(option, [*options, *(f"--{name}" for name in known)])
+                return f"expected options of train, got {option}{meant}"
             if setting in known:
                 values[setting] = _parse(value or following)
     written = _parse(Path(file).read_text(encoding="utf-8")) if file is not None else None
@@ -143,13 +144,11 @@ def _parse(text: str) -> Any:
 
 def _describe_options() -> str:
     """The options of `train` that most runs need, on one screen."""
-    presets, methods = (
-        "\n".join(textwrap.wrap(", ".join(names), 55, break_on_hyphens=False)) for names in (_presets(), METHODS)
-    )
-    indent = "\n" + 25 * " "
-    return _HELP.format(
-        presets=presets.replace("\n", indent), methods=methods.replace("\n", indent), defaults=Settings()
-    )
+
+    def wrap(names: Iterable[str]) -> str:
+        return ("\n" + 25 * " ").join(textwrap.wrap(", ".join(names), 55, break_on_hyphens=False))
+
+    return _HELP.format(presets=wrap(_presets()), methods=wrap(METHODS), defaults=Settings())
 
 
 def _plain_numbers(value: Any) -> Any:

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["did_you_mean", "find_mistake", "setting_types"]
+__all__ = ["did_you_mean", "find_mistake", "is_setting", "setting_types"]
 
 _NEAR = 0.6
 
@@ -18,8 +18,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     >>> did_you_mean("optimizer.lr", ["optimiser.power", "optimiser.learning_rate"])
     '; did you mean optimiser.learning_rate?'
     """
-    nearest = max(known, key=lambda other: _likeness(name, other), default="")
-    return f"; did you mean {nearest}?" if _likeness(name, nearest) >= _NEAR else ""
+    near = [other for other in known if _likeness(name, other) >= _NEAR]
+    return f"; did you mean {max(near, key=lambda other: _likeness(name, other))}?" if near else ""
 
 
 def setting_types(settings: type) -> dict[str, Any]:
@@ -27,12 +27,16 @@ def setting_types(settings: type) -> dict[str, Any]:
     return dict(_walk(settings, ""))
 
 
+def is_setting(name: str, known: Mapping[str, Any]) -> bool:
+    """Whether a setting has this name, or is a dict, such as `data.subsets`, in which the name is the user's own."""
+    above = [name[:end] for end, letter in enumerate(name) if letter == "."]
+    return name in known or any(_is_dict(known.get(part)) for part in above)
+
+
 def find_mistake(given: Mapping[str, Any], known: Mapping[str, Any]) -> str | None:
     """The first unknown name, or value that is none of a setting's choices, in settings by their dotted names."""
     for name, value in given.items():
-        # Below a setting that is no group lie names of the user's own, such as those of `data.subsets`.
-        above = [name[:end] for end, letter in enumerate(name) if letter == "."]
-        if name not in known and not any(_is_open(known.get(part)) for part in above):
+        if not is_setting(name, known):
             return f"expected names of settings, got {name}{did_you_mean(name, known)}"
         if typing.get_origin(known.get(name)) is typing.Literal:
             choices = list(map(str, typing.get_args(known[name])))
@@ -55,7 +59,7 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
     return typing.get_args(kind) if union else (kind,)
 
 
-def _is_open(kind: Any) -> bool:
+def _is_dict(kind: Any) -> bool:
     return any(typing.get_origin(part) is dict for part in _alternatives(kind))
 
 

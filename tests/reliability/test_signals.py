@@ -45,6 +45,57 @@ def test_a_stop_signal_finishes_the_step_and_the_run_resumes(signum, status, run
     assert json.loads((out / "metrics.json").read_text())["resumed_from"] == [3]
 
 
+@pytest.mark.parametrize(("signum", "again"), [(signal.SIGINT, "Ctrl-C again"), (signal.SIGTERM, "SIGTERM again")])
+def test_a_stop_signal_is_answered_at_once(signum, again, capfd):
+    with signals.defer_signals():
+        send(signal.SIGUSR1)
+        assert capfd.readouterr().err == ""
+        send(signum)
+        mentions(capfd.readouterr().err.rstrip("\n"), "this step", again, "now")
+
+
+def test_other_ranks_and_loading_processes_do_not_answer(capfd, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "1")
+        with signals.defer_signals() as pending:
+            send(signal.SIGINT)
+            assert pending == [signal.SIGINT]
+    with signals.defer_signals():
+        child = multiprocessing.get_context("fork").Process(target=send, args=(signal.SIGINT,))
+        child.start()
+        child.join()
+    assert child.exitcode == 0
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_message_names_a_checkpoint_that_is_not_there(run, tmp_path, monkeypatch, capsys):
+    """Neither while images are listed nor before the first checkpoint; nor outside of training."""
+    for where in ("open_images", "build_learners", "load_batches"):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module, where, lambda *a, **o: send(signal.SIGINT, signal.SIGINT))
+            assert run("--resume") == 130
+        line = capsys.readouterr().err.splitlines()[-1]
+        mentions(line, "SIGINT", tmp_path / "run", "no checkpoint")
+    with signals.stop_at_once(), pytest.raises(signals.Stopped) as stop:
+        send(signal.SIGTERM)
+    assert "checkpoint" not in str(stop.value)
+
+
+def test_the_second_stops_while_the_last_checkpoint_is_written(run, tmp_path, monkeypatch):
+    """The first has been read by then."""
+    save = checkpoints.save_checkpoint
+
+    def stop_and_save(*arguments):
+        send(signal.SIGINT)
+        save(*arguments)
+
+    at_step(monkeypatch, 2, lambda: send(signal.SIGINT))
+    monkeypatch.setattr(checkpoints, "save_checkpoint", stop_and_save)
+    assert run("--save_every", 100) == 130
+    assert not checkpoints.has_checkpoint(tmp_path / "run")
+
+
 def test_usr1_writes_a_checkpoint_and_the_run_continues(run, tmp_path, monkeypatch):
     at_step(monkeypatch, 1, lambda: send(signal.SIGUSR1))
     assert run("--steps", 4, "--save_every", 100) == 0

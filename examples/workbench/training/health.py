@@ -121,13 +121,14 @@ def format_row(row: Row) -> str:
 
 def shorten_row(row: Row) -> str:
     """A row for the progress bar, which has 80 columns: the loss, and each accuracy on source/target in percent."""
-    parts = [f"loss {row['loss/segmentation']:.2f}"]
+    accuracies = []
     # In this order: where the line is too long, its end is cut off.
     for name in ("global", "semantic", "auxiliary"):
         if f"loss/{name}" in row:
             source, target = (100 * row[f"accuracy/{name}_{domain}"] for domain in ("source", "target"))
-            parts.append(f"{name} acc {source:.0f}/{target:.0f} %")
-    return ", ".join(parts)
+            accuracies.append(f"{name} {source:.0f}/{target:.0f}")
+    loss = f"loss {row['loss/segmentation']:.2f}"
+    return f"{loss}, acc {', '.join(accuracies)} %" if accuracies else loss
 
 
 def window(settings: Settings) -> int:

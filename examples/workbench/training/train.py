@@ -47,7 +47,8 @@ __all__ = ["train"]
 
 VALIDATION = "miou/validation"
 """The history's key of the mIoU on the validation images."""
-_BAR = "{desc} {n_fmt}/{total_fmt}, {remaining} left{postfix} |{bar}|"
+BAR = "{desc} {n_fmt}/{total_fmt} {remaining} left{postfix} |{bar}|"
+"""Format of the training bar: what matters comes first, since tqdm cuts its end off where a terminal is narrow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +180,7 @@ def _train_steps(run: _Run, resume: bool) -> checkpoints.Progress:
     """Take all steps that are left, or stop after one of them by a signal."""
     settings, out, fabric, learners, data = run.settings, run.out, run.fabric, run.learners, run.settings.data
     identity = run_folder.run_identity(settings, run.images._asdict())
-    shown = bar(total=settings.steps, desc=settings.method, bar_format=_BAR, disable=not run.first)
+    shown = bar(total=settings.steps, desc=settings.method, bar_format=BAR, disable=not run.first)
     with signals.defer_signals() as pending, shown:
         progress = _resume(run, identity)
         if resume and run.first:

@@ -1,5 +1,6 @@
 """The command line: a run on folders, its evaluation, and one line for every bad command."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,6 +12,9 @@ from PIL import Image
 import semshift
 from examples.workbench import __main__ as command_line
 from examples.workbench.__main__ import main
+from examples.workbench.options import PRESETS
+from examples.workbench.settings import METHODS, Settings
+from examples.workbench.spelling import setting_types
 from examples.workbench.training import checkpoints
 from examples.workbench.training import train as train_module
 from examples.workbench.training.train import train
@@ -204,8 +208,15 @@ def test_a_checkpoint_of_other_classes_is_refused(folders, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["fly"], ("train, evaluate, study", "fly")),
+        (["fly"], ("train", "evaluate", "study", "fly")),
+        (["evalute"], ("evalute", "did you mean evaluate?")),
         (["train", "--preset", "none"], ("--preset", "none")),
+        (["train", "--preset", "idd-camvd"], ("--preset", "idd-camvd", "did you mean idd-camvid?")),
+        (["train", "--optimizer.lr", "1"], ("--optimizer.lr", "did you mean --optimiser.learning_rate?")),
+        (["train", "--save_predictions"], ("--save_predictions", "did you mean --save-predictions?")),
+        (["train", "--method=as"], ("method", "as", "did you mean ass?")),
+        (["train", "--network", "{nam: small}"], ("network.nam", "did you mean network.name?")),
+        (["train", "--steps", "many", "--data.subsets.ends", "[sky]"], ("steps", "many")),
         (["train", "--preset", "idd-camvid"], ("--data-root", "none")),
         (["train", "--steps", "many"], ("steps", "many")),
         (["train", "--network.width", "10"], ("network.width", 10)),
@@ -213,6 +224,7 @@ def test_a_checkpoint_of_other_classes_is_refused(folders, capsys):
         (["evaluate", "--out", "/none"], ("--out", "/none", "settings.yaml")),
         (["evaluate", "--split", "train", "--out", "/none"], ("--split", "'validation'", "train")),
         (["evaluate"], ("--out",)),
+        (["evaluate", "--outt", "/none"], ("--outt", "did you mean --out?")),
     ],
 )
 def test_bad_command_lines(arguments, words, capsys, tmp_path, monkeypatch):
@@ -249,7 +261,9 @@ def test_a_study_is_named_or_made_of_methods(monkeypatch, tmp_path, capsys):
         (["scenes", "--steps", "10"], ("--steps 10", "scenes")),
         (["scenes", "--seeds", "1"], ("--seeds", "scenes")),
         (["none.yaml"], ("none.yaml",)),
+        (["scens"], ("scens", "did you mean scenes?")),
         (["--methods", "magic"], ("--methods", "magic")),
+        (["--methods", "as-plus"], ("--methods", "as-plus", "did you mean ass-plus?")),
         (["--methods", "ass", "--seeds", "0", "0"], ("seeds", [0, 0])),
         (["--methods", "ass", "--jobs", "0"], ("--jobs", 0)),
         (["--methods", "ass", "--seed", "1"], ("--seed",)),
@@ -264,3 +278,65 @@ def test_usage(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0
     assert capsys.readouterr().out.count("study") == 2
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("optimizer: {lr: 1}", ("optimizer.lr", "did you mean optimiser.learning_rate?")),
+        ("data: {test: {imges: a, labels: b}}", ("data.test.imges", "did you mean data.test.images?")),
+        ("data: {test: {images: a, labels: b, layout: gta}}", ("data.test.layout", "gta", "did you mean gta5?")),
+        ("stepz: 3", ("stepz", "did you mean steps?")),
+        ("steps: many", ("steps", "many")),
+        ("[", ()),
+    ],
+)
+def test_bad_settings_files(written, words, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(written)
+    assert main(["train", "--config", str(tmp_path / "mine.yaml")]) == 2
+    mentions(capsys.readouterr().err.strip(), "error", tmp_path / "mine.yaml", *words)
+
+
+def test_help_of_train_fits_a_screen_and_all_of_it_is_one_option_away(capsys):
+    for arguments in (["--help"], ["-h", "--preset", "idd-camvid"]):
+        with pytest.raises(SystemExit) as done:
+            main(["train", *arguments])
+        assert done.value.code == 0
+        printed = capsys.readouterr().out
+        assert len(printed.splitlines()) <= 40
+        assert max(map(len, printed.splitlines())) <= 80
+        for part in dataclasses.fields(Settings):
+            group = dataclasses.is_dataclass(getattr(Settings(), part.name))
+            assert (f"  {part.name} " if group else f"--{part.name} ") in printed
+        assert all(
+            word in printed for word in ("--help-all", *METHODS, *(path.stem for path in PRESETS.glob("*.yaml")))
+        )
+    with pytest.raises(SystemExit) as done:
+        main(["train", "--help-all"])
+    assert done.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(f"--{name}" in printed for name in setting_types(Settings) if name.count(".") < 2)
+    assert all(option in printed for option in ("--resume", "--save-predictions", "--check", "--init"))
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"semshift {semshift.__version__} (torch {torch.__version__})\n"
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_command_leaves_half_of_the_cores(given, monkeypatch, tmp_path):
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(command_line, "train", lambda *a, **o: seen.append(torch.get_num_threads()) or {})
+    monkeypatch.setattr(command_line.os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    torch.set_num_threads(7)
+    try:
+        with pytest.raises(KeyError, match="iou"):
+            main(["train", "--out", str(tmp_path)])
+        assert seen == [7 if given else 4]
+        assert torch.get_num_threads() == 7
+    finally:
+        torch.set_num_threads(before)

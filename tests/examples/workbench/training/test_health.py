@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import semshift
 from examples.scenes import Severity
@@ -21,6 +22,7 @@ from examples.workbench.training.health import (
     findings,
     format_row,
     machine_figures,
+    shorten_row,
     window,
 )
 from examples.workbench.training.train import train
@@ -237,10 +239,28 @@ def test_figures_of_the_machine():
 def test_a_row_in_one_line():
     row = rows(1)[0] | {"loss/segmentation": 1.234, "loss/semantic": 0.69}
     row |= {"distance/mean": 0.5, "machine/images_per_second": 80.2, "machine/memory_mib": 500.3}
-    assert format_row(row) == ("segmentation 1.23, semantic 0.69 acc 0.80/0.70 grad 5%, apart 0.50, 80 img/s, 500 MiB")
+    assert format_row(row) == "segmentation 1.23, semantic 0.69 acc 0.80/0.70 grad 5 %, apart 0.50"
+    for gradient, words in ((3.2, "160 %"), (1.994, "100 %"), (0.001, "0.05 %"), (1e-7, "<0.01 %"), (0.0, "0 %")):
+        row["gradient/semantic"] = row["gradient/segmentation"] * gradient / 2
+        assert f"grad {words}, apart" in format_row(row)
     assert (
         format_row({"loss/segmentation": 1.234, "loss/self-training": 2.0}) == "segmentation 1.23, self-training 2.00"
     )
+
+
+@pytest.mark.parametrize(("method", "names"), [("ass", ["global", "semantic"]), ("ass-plus", ["global", "semantic"])])
+def test_the_bar_shows_what_matters_in_80_columns(method, names):
+    """Rendered as in a terminal of 80 columns, of which tqdm uses 79."""
+    row = {"loss/segmentation": 0.934, "loss/self-training": 0.41, "machine/images_per_second": 80.2}
+    for name in [*names, "auxiliary"]:
+        row |= {f"loss/{name}": 0.7, f"accuracy/{name}_source": 0.61, f"accuracy/{name}_target": 0.584}
+    for done, total, seconds in ((120, 800, 36), (12000, 40000, 2000)):
+        line = tqdm.format_meter(
+            done, total, seconds, ncols=79, prefix=method, postfix=shorten_row(row), bar_format=train_module.BAR
+        )
+        assert len(line) <= 79
+        mentions(line, f"{method} {done}/{total}", "left", "loss 0.93", *(f"{name} 61/58" for name in names))
+    assert shorten_row({"loss/segmentation": 1.0}) == "loss 1.00"
 
 
 def test_figures_of_an_alignment():

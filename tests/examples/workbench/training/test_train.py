@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.scenes import Scenes
 from examples.workbench.errors import InputError
@@ -192,3 +193,34 @@ def test_the_reference_of_the_global_alignment_matters(tmp_path):
         newest = checkpoints.newest_checkpoint(tmp_path / against)
         weights[against] = checkpoints.load_weights(newest)["classifier.weight"]
     assert len({tuple(of.flatten().tolist()) for of in weights.values()}) == 3
+
+
+@pytest.mark.parametrize("validate_every", [0, 2])
+def test_tensorboard_has_scores_rates_and_pictures(validate_every, tmp_path):
+    out = tmp_path / "run"
+    metrics = train(tiny(steps=4, validate_every=validate_every), out)
+    events = EventAccumulator(str(out / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    scores = [(event.step + 1, event.value) for event in events.Scalars("miou/validation")]
+    assert [step for step, _ in scores] == ([2, 4] if validate_every else [4])
+    assert scores[-1][1] == pytest.approx(metrics["validation"]["miou"])
+    for name in ("segmenter", "global", "semantic"):
+        rates = [event.value for event in events.Scalars(f"learning_rate/{name}")]
+        assert len(rates) == 4
+        assert rates[0] == pytest.approx(3e-3 if name == "segmenter" else 5e-4)
+        assert (rates[-1] < rates[0]) == (name == "segmenter")
+    # Two validation images.
+    assert events.Tags()["images"] == ["predictions/0", "predictions/1"]
+    for event in events.Images("predictions/1"):
+        assert (event.height, event.width) == (32, 3 * 32)
+    assert [event.step + 1 for event in events.Images("predictions/1")] == [step for step, _ in scores]
+
+
+def test_a_run_says_where_it_resumes(tmp_path, capsys):
+    out = tmp_path / "run"
+    train(tiny(steps=3), out, resume=True)
+    mentions(capsys.readouterr().err.splitlines()[0], "nothing", out, "step 0")
+    train(tiny(steps=3), out, resume=True)
+    mentions(capsys.readouterr().err.splitlines()[0], "resuming", out, "step 3")
+    train(tiny(steps=3), tmp_path / "new")
+    assert "resum" not in capsys.readouterr().err
