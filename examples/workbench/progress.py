@@ -22,7 +22,8 @@ def bar(items: Iterable[Any] | None = None, *, disable: bool = False, **options:
 
 def say(line: str) -> None:
     """Print a line on standard error, above the bars."""
-    tqdm.write(line, file=sys.stderr)
+    # With its end in one write, so that the answer to a signal comes after it.
+    tqdm.write(f"{line}\n", file=sys.stderr, end="")
 
 
 def time_left(seconds: float) -> str:
