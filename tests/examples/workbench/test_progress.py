@@ -45,8 +45,9 @@ def test_a_run_without_a_terminal_prints_plain_lines(tmp_path, capsys):
     train(tiny(log_every=3, steps=7, validate_every=3), tmp_path / "run")
     printed = capsys.readouterr().err
     assert "\r" not in printed
-    assert [line.split(":")[0] for line in printed.splitlines()] == [f"ass step {n}/7" for n in (1, 4, 7)]
-    for line in printed.splitlines():
+    lines = [line for line in printed.splitlines() if not line.startswith("warning: data.")]
+    assert [line.split(":")[0] for line in lines] == [f"ass step {n}/7" for n in (1, 4, 7)]
+    for line in lines:
         assert all(words in line for words in ("segmentation ", "global ", "semantic ", " acc ", " left"))
 
 
