@@ -47,10 +47,11 @@ class Folder:
     """The two folders of a split.
 
     Args:
-        images: folder of images below the data root.
+        images: folder of images below the data root, which may hold the label files too.
         labels: folder of their label files below the data root; null where the images have none (`target` only).
-        layout: `index` is `NAME.jpg` or `NAME.png` with index masks `NAME.png` of the ids of `data.classes`; the others
-            are data sets as distributed, whose ids become those of `data.classes` by the classes' names.
+        layout: `index` is `NAME.jpg`, or png, bmp, tif or webp, with index masks `NAME.png` of the ids of
+            `data.classes`; the others are data sets as distributed, whose ids become those of `data.classes` by the
+            classes' names.
         label_ending: of layout `index`: what follows an image's name in its label file's, such as `_mask.png`.
         colours: of layout `index`: each class's red, green and blue where masks hold colours, or a file below the data
             root in the format of CVAT's `labelmap.txt`; colours of names outside `data.classes` are ignored pixels.
@@ -61,6 +62,21 @@ class Folder:
     layout: LayoutName = "index"
     label_ending: str | None = None
     colours: dict[str, tuple[int, int, int]] | str | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("label_ending", "colours"):
+            given = getattr(self, option)
+            if given is not None and self.layout != "index":
+                raise ValueError(f"expected {option} with layout index only, got {given} with {self.layout}")
+            if given is not None and not given:
+                raise ValueError(f"expected {option} to be null or not empty, got {given!r}")
+        if isinstance(self.colours, dict):
+            names: dict[tuple[int, ...], str] = {}
+            for name, colour in self.colours.items():
+                if len(colour) != 3 or not all(0 <= channel <= 255 for channel in colour):
+                    raise ValueError(f"expected colours of three numbers from 0 to 255, got {name}: {list(colour)}")
+                if (other := names.setdefault(tuple(colour), name)) != name:
+                    raise ValueError(f"expected a colour for each name, got {list(colour)} for {other} and {name}")
 
 
 @dataclass(frozen=True)

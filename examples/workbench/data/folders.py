@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
 
 import semshift
 from examples.scenes import Sample
+from examples.workbench.data.colours import ids_of_colours, open_table
+from examples.workbench.data.files import read_colour_mask, read_deep_mask, read_image, read_index_mask
 from examples.workbench.data.layouts import LAYOUTS, id_table
+from examples.workbench.data.listing import list_files
 from examples.workbench.errors import InputError
 from examples.workbench.settings import Folder
 
@@ -30,10 +32,14 @@ class FolderPair:
         self.layout = layout = LAYOUTS[folder.layout]
         if layout.ids is not None and (unknown := [name for name in classes if name not in layout.ids]):
             raise InputError(f"expected classes of {folder.layout}, {', '.join(layout.ids)}; got {unknown[0]}")
-        images = _list_files(root, folder.images, layout.pattern, layout.image_ends)
+        label_end, passed_over = folder.label_ending or layout.label_end, layout.passed_over
+        # In one folder, what ends as a label file does is no image.
+        in_one = folder.labels is not None and Path(folder.labels) == Path(folder.images)
+        no_images = (*passed_over, label_end) if in_one else passed_over
+        images = list_files(root, folder.images, layout.pattern, layout.image_ends, no_images)
         masks: dict[str, Path] = {}
         if folder.labels is not None:
-            masks = _list_files(root, folder.labels, layout.pattern, (layout.label_end,))
+            masks = list_files(root, folder.labels, layout.pattern, (label_end,), passed_over)
         where = f"in {root / folder.labels}" if folder.labels is not None else "without a folder of labels"
         unlabelled = [file for name, file in images.items() if name not in masks]
         if unlabelled and not partial:
@@ -49,35 +55,43 @@ class FolderPair:
         self._num_classes = len(classes)
         self._ignore_index = ignore_index
         self._table = id_table(layout, classes, ignore_index)
+        self._colours = open_table(folder.colours, root, classes, ignore_index) if folder.colours else None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
         image_file, mask_file = self.files[index]
-        picture, bits = _read_image(image_file)
-        # Pillow drops the lower half of three channels of 16 bits, and clips one channel, nearly all of it to white.
-        if bits > 8:
-            raise InputError(f"expected {image_file} to be an image of 8 bits a channel, got one of {bits}")
-        image = np.asarray(picture.convert("RGB"))
+        image = read_image(image_file)
         if mask_file is None:
             return Sample(image, np.full(image.shape[:2], self._ignore_index, np.uint8), self.names[index])
-        label = _read_label(mask_file, channels=self._layout_name == "synthia")
+        label = self._read_label(mask_file)
         # A few label files of GTA5 differ in size from their images, and show the same view.
         if self._layout_name == "gta5" and label.shape != image.shape[:2]:
-            label = np.asarray(Image.fromarray(label).resize(picture.size, Image.Resampling.NEAREST))
+            size = (image.shape[1], image.shape[0])
+            label = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
         if label.shape != image.shape[:2]:
             ours, theirs = (f"{array.shape[1]} x {array.shape[0]}" for array in (image, label))
             raise InputError(f"expected {mask_file} to have its image's size {ours}, got {theirs}")
+        return Sample(image, label, self.names[index])
+
+    def _read_label(self, file: Path) -> np.ndarray:
+        """Indices in the classes, `uint8 [H, W]`, of a label file's pixels."""
         try:
-            return Sample(image, self._class_ids(label), self.names[index])
+            if self._colours is not None:
+                return ids_of_colours(read_colour_mask(file), self._colours)
+            return self._class_ids(read_deep_mask(file) if self._layout_name == "synthia" else read_index_mask(file))
+        except InputError:
+            raise
         except ValueError as error:
-            raise InputError(f"{mask_file}: {error}") from error
+            raise InputError(f"{file}: {error}") from error
 
     def _class_ids(self, label: np.ndarray) -> np.ndarray:
         """Indices in the classes, `uint8 [H, W]`, of the file's ids."""
         # The ids that occur are remapped, not the pixels: millions of pixels would take longer than reading them.
-        occurring = np.flatnonzero(np.bincount(label.ravel()))
+        # Numbers of 32 bits may be negative, or too large to count each.
+        small = label.dtype.itemsize <= 2
+        occurring = np.flatnonzero(np.bincount(label.ravel())) if small else np.unique(label).astype(np.int64)
         others = occurring[occurring != 255]
         if self._layout_name == "cityscapes" and 0 < len(others) < len(occurring) and others.max() < 19:
             raise ValueError("expected ids of gtFine_labelIds.png, got 255 and none of 19 to 33: are they train ids?")
@@ -99,57 +113,5 @@ class FolderPair:
         return labels.numpy()
 
 
-def _list_files(root: Path, folder: str, pattern: str, endings: Sequence[str]) -> dict[str, Path]:
-    """Files by name without the ending."""
-    where = root / folder
-    # Judged by its name alone: large data sets are often kept behind a link.
-    if Path(folder).is_absolute() or ".." in Path(folder).parts:
-        raise InputError(f"expected a folder below the data root {root}, got {folder}")
-    if not where.is_dir():
-        raise InputError(f"expected a folder {where}, got none")
-    files: dict[str, Path] = {}
-    for file in sorted(where.glob(pattern)):
-        for ending in endings:
-            if file.name.lower().endswith(ending.lower()):
-                name = file.name[: -len(ending)]
-                if name in files:
-                    raise InputError(f"expected one file of a name, got {files[name]} and {file.name}")
-                files[name] = file
-    if not files:
-        raise InputError(f"expected {where} to hold files ending in {', '.join(endings)}, got none")
-    return files
-
-
 def _some(files: Sequence[Path]) -> str:
     return f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}"
-
-
-def _read_image(file: Path) -> tuple[Image.Image, int]:
-    """An image, and the bits of a channel in its file: up to 8, 16 or 32."""
-    try:
-        with Image.open(file) as image:
-            # Before loading: afterwards the mode is RGB for any number of bits.
-            bits = 16 if ";16" in f"{image.mode} {image.tile}" else 32 if image.mode in ("I", "F") else 8
-            image.load()
-            return image.copy(), bits
-    # On a damaged file the decoders raise OSError, SyntaxError, ValueError and more.
-    except Exception as error:
-        why = str(error) or type(error).__name__
-        raise InputError(f"expected {file} to be a whole image, got an unreadable file: {why}") from error
-
-
-def _read_label(file: Path, *, channels: bool) -> np.ndarray:
-    """An index mask, or the first of several channels of 16 bits."""
-    mask, bits = _read_image(file)
-    if not channels:
-        if mask.mode not in ("L", "P", "I", "I;16"):
-            raise InputError(f"expected {file} to be an index mask of one channel, got an image of mode {mask.mode}")
-        return np.asarray(mask)
-    if bits != 16 or len(mask.getbands()) < 2:
-        raise InputError(f"expected {file} to hold several channels of 16 bits, got mode {mask.mode} of {bits}")
-    # Pillow detects damage, but cannot read such channels.
-    deep = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
-    if deep is None or deep.dtype != np.uint16 or deep.ndim != 3:
-        raise InputError(f"expected a label file that OpenCV can read, got {file}")
-    # Blue, green, red; grey with alpha is read as three times grey.
-    return np.asarray(deep[..., 2])

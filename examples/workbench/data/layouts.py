@@ -21,6 +21,8 @@ class Layout(NamedTuple):
     """All ids that the files may hold, those without a class included."""
     counts: Sequence[int]
     """Numbers of images in the published splits, ascending."""
+    passed_over: Sequence[str] = ()
+    """Endings of files that conversions write beside the label files."""
 
 
 # fmt: off
@@ -40,10 +42,10 @@ _SYNTHIA = {
 # fmt: on
 
 LAYOUTS: dict[str, Layout] = {
-    "index": Layout("*", (".jpg", ".jpeg", ".png"), ".png", None, (), ()),
+    "index": Layout("*", (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"), ".png", None, (), ()),
     # 34 is the licence plate.
-    "gta5": Layout("*", (".png",), ".png", _CITYSCAPES, range(35), (24_966,)),
-    "synthia": Layout("*", (".png",), ".png", _SYNTHIA, range(23), (9_400,)),
+    "gta5": Layout("*", (".png",), ".png", _CITYSCAPES, range(35), (24_966,), ("_labelTrainIds.png",)),
+    "synthia": Layout("*", (".png",), ".png", _SYNTHIA, range(23), (9_400,), ("_labelTrainIds.png",)),
     # The licence plate, -1, is stored as 255.
     "cityscapes": Layout(
         "*/*", ("_leftImg8bit.png",), "_gtFine_labelIds.png", _CITYSCAPES, (*range(34), 255), (500, 2_975)

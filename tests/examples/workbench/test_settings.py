@@ -57,6 +57,13 @@ def test_bad_options_are_named(arguments, words):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (lambda: Folder("a", "b", "gta5", label_ending="_m.png"), ("label_ending", "index", "_m.png", "gta5")),
+        (lambda: Folder("a", "b", "cityscapes", colours="map.txt"), ("colours", "index", "map.txt", "cityscapes")),
+        (lambda: Folder("a", "b", label_ending=""), ("label_ending",)),
+        (lambda: Folder("a", "b", colours={}), ("colours",)),
+        (lambda: Folder("a", "b", colours={"belt": (0, 256, 0)}), ("colours", 255, "belt", [0, 256, 0])),
+        (lambda: Folder("a", "b", colours={"belt": (0, -1, 0)}), ("colours", "belt", [0, -1, 0])),
+        (lambda: Folder("a", "b", colours={"x": (1, 2, 3), "y": (1, 2, 3)}), ("[1, 2, 3]", "x and y")),
         (lambda: Data(ignore_index=3), ("data.ignore_index", 8, 255, 3)),
         (lambda: Data(classes=["a", "a"]), ("data.classes", ["a", "a"])),
         (lambda: Data(subsets={"some": ["tram"]}), ("data.subsets.some", "data.classes", ["tram"])),

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from examples.workbench.data.check import check_data
 from examples.workbench.data.folders import FolderPair
@@ -46,10 +47,33 @@ def test_every_unusable_file_is_named(root):
     cut = root / "cityscapes/leftImg8bit/val/bochum/bochum_000001_000019_leftImg8bit.png"
     cut.write_bytes(cut.read_bytes()[:1000])
     problems = check_data(SETTINGS, root).problems
-    expected = [(root / formats.GTA5, "RGB"), (root / formats.AACHEN, "empty"), (cut, 1000)]
+    expected = [(root / formats.GTA5, "RGB"), (root / formats.AACHEN, "empty"), (cut, "truncated")]
     assert len(problems) == len(expected)
     for problem, words in zip(problems, expected):
         mentions(problem, *words)
+
+
+def test_only_a_file_that_cannot_be_read_is_a_problem(tmp_path):
+    """Whatever its name and its end: training reads the same files."""
+    data = Data(
+        classes=["a", "b"], **{split: Folder("img", "lbl") for split in ("source", "target", "validation", "test")}
+    )
+    for name in ("jpeg", "more", "whole"):
+        save(formats.photo(), tmp_path / f"img/{name}.png")
+        save(formats.ids(1), tmp_path / f"lbl/{name}.png")
+    Image.fromarray(formats.photo()).save(tmp_path / "img/jpeg.png", "JPEG")
+    for folder in ("img", "lbl"):
+        with (tmp_path / folder / "more.png").open("ab") as file:
+            file.write(b"added by a camera" * 3)
+    report = check_data(Settings(data=data, labelled=2), tmp_path)
+    assert report.problems == []
+    assert "source: 3 images, 2 with whole ends, 3 of them read" in report.text
+    (tmp_path / "img/jpeg.png").write_bytes((tmp_path / "img/jpeg.png").read_bytes()[:-300])
+    # However short the time, suspects are read first.
+    problems = check_data(Settings(data=data, labelled=2), tmp_path, seconds=0.0).problems
+    assert problems
+    for problem in problems:
+        mentions(problem, tmp_path / "img/jpeg.png", "truncated")
 
 
 def test_classes_without_a_pixel_are_noted(root):

@@ -211,3 +211,69 @@ def test_label_files_that_are_not_of_the_layout(published, layout, file, damage,
 def test_a_class_that_the_layout_lacks(published):
     with refuses(InputError, "gta5", "road", "got unicorn"):
         FolderPair(published, FOLDERS["gta5"], classes=["road", "unicorn"])
+
+
+@pytest.mark.parametrize(("layout", "image"), [("gta5", GTA5), ("synthia", SYNTHIA)])
+def test_train_ids_beside_the_labels_are_passed_over(published, layout, image):
+    names = pair(published, layout, 16).names
+    shutil.copy(published / image, (published / image).with_name(f"{names[0]}_labelTrainIds.png"))
+    assert pair(published, layout, 16).names == names
+
+
+def in_one_folder(root, image_end, label_end):
+    for i in range(2):
+        save(photo(seed=i), root / f"img/a.rf.{i}{image_end}")
+        save(ids(2, seed=i), root / f"img/a.rf.{i}{label_end}")
+
+
+@pytest.mark.parametrize(
+    ("image_end", "label_end"), [(".png", "_mask.png"), (".jpg", "_mask.png"), (".jpg", ".png"), (".PNG", "_L.tif")]
+)
+@pytest.mark.parametrize("labels", ["img", "img/"])
+def test_images_and_labels_in_one_folder(tmp_path, image_end, label_end, labels):
+    in_one_folder(tmp_path, image_end, label_end)
+    samples = pair(tmp_path, labels=labels, label_ending=None if label_end == ".png" else label_end)
+    assert samples.names == ["a.rf.0", "a.rf.1"]
+    assert np.array_equal(samples[1].label, ids(2, seed=1))
+    (tmp_path / f"img/a.rf.0{image_end}").unlink()
+    with refuses(InputError, "image", f"{tmp_path}/img/a.rf.0{label_end}"):
+        pair(tmp_path, labels=labels, label_ending=None if label_end == ".png" else label_end)
+
+
+@pytest.mark.parametrize("ending", ["bmp", "tif", "TIFF", "webp"])
+def test_endings_of_images(tmp_path, ending):
+    save(photo(), tmp_path / f"img/a.{ending}")
+    save(ids(2), tmp_path / "lbl/a.png")
+    assert pair(tmp_path)[0].image.shape == (40, 64, 3)
+
+
+@pytest.mark.parametrize("palette", [False, True])
+def test_masks_of_colours(tmp_path, palette):
+    save(photo(), tmp_path / "img/a.png")
+    mask = Image.fromarray(ids(3))
+    mask.putpalette([0, 0, 0, 60, 60, 60, 250, 50, 83, 1, 1, 1])
+    (tmp_path / "lbl").mkdir()
+    (mask if palette else mask.convert("RGB")).save(tmp_path / "lbl/a.png")
+    colours = {"c": (60, 60, 60), "a": (250, 50, 83), "b": (1, 1, 1), "background": (0, 0, 0)}
+    expected = np.array([255, 2, 0, 1])[ids(3)]
+    assert np.array_equal(pair(tmp_path, colours=colours)[0].label, expected)
+    (tmp_path / "labelmap.txt").write_text("".join(f"{n}:{r},{g},{b}::\n" for n, (r, g, b) in colours.items()))
+    assert np.array_equal(pair(tmp_path, colours="labelmap.txt")[0].label, expected)
+    del colours["background"]
+    with refuses(InputError, tmp_path / "lbl/a.png", "[0, 0, 0]", f"{(ids(3) == 0).sum()} pixels"):
+        pair(tmp_path, colours=colours)[0]
+
+
+def test_names_in_two_forms_of_unicode(tmp_path):
+    save(photo(), tmp_path / "img" / "Mu\u0308ll.png")
+    save(ids(2), tmp_path / "lbl" / "M\u00fcll.png")
+    assert pair(tmp_path)[0].name == "M\u00fcll"
+
+
+@pytest.mark.parametrize("number", [-1, 2**31 - 1])
+def test_numbers_of_32_bits(tmp_path, number):
+    save(photo(), tmp_path / "img/a.png")
+    (tmp_path / "lbl").mkdir()
+    Image.fromarray(np.full((40, 64), number, np.int32)).save(tmp_path / "lbl/a.tif")
+    with refuses(InputError, tmp_path / "lbl/a.tif", number, 40 * 64):
+        pair(tmp_path, label_ending=".tif")[0]
