@@ -67,7 +67,7 @@ def test_only_a_file_that_cannot_be_read_is_a_problem(tmp_path):
             file.write(b"added by a camera" * 3)
     report = check_data(Settings(data=data, labelled=2), tmp_path)
     assert report.problems == []
-    assert "source: 3 images, 2 with whole ends, 3 of them read" in report.text
+    assert "source: 3 images, 3 with a label file, 2 with whole ends, 3 of them read" in report.text
     (tmp_path / "img/jpeg.png").write_bytes((tmp_path / "img/jpeg.png").read_bytes()[:-300])
     # However short the time, suspects are read first.
     problems = check_data(Settings(data=data, labelled=2), tmp_path, seconds=0.0).problems

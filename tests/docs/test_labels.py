@@ -1,0 +1,204 @@
+"""The recipes of docs/labels.md, each run on files in the format of the tool that it is for."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from docs.pages import read_blocks
+from examples.workbench.__main__ import main as workbench
+from examples.workbench.data.folders import FolderPair
+from examples.workbench.options import read_settings
+from examples.workbench.settings import Folder
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "labels.md"
+# What is on every image: a belt, and a box on it that covers a part.
+IDS = np.zeros((48, 64), np.uint8)
+IDS[20:, 8:56] = 1
+IDS[10:30, 20:40] = 2
+NAMES = ["a", "b c"]
+
+
+def recipes():
+    """Blocks by heading."""
+    text = PAGE.read_text(encoding="utf-8").splitlines()
+    found = {}
+    for block in read_blocks(PAGE):
+        heading = next(line for line in reversed(text[: block.line]) if line.startswith("## "))
+        found.setdefault(heading[3:], []).append(block)
+    return found
+
+
+def code(heading, language):
+    (block,) = (block for block in recipes()[heading] if block.language == language)
+    return block.code
+
+
+def run(heading):
+    exec(compile(code(heading, "python"), f"labels.md: {heading}", "exec"), {})
+
+
+def settings(heading):
+    Path("mine.yaml").write_text(code(heading, "yaml"), encoding="utf-8")
+    return read_settings(["--config", "mine.yaml"])[0]
+
+
+def write_photo(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*IDS.shape, 3), dtype=np.uint8)).save(path)
+
+
+def write_mask(picture, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(path)
+
+
+def labels(folder, classes):
+    samples = FolderPair(Path(), folder, classes=classes, partial=True)
+    return {samples.names[i]: samples[i].label for i in samples.with_labels}
+
+
+def check(found, expected, names=NAMES):
+    assert found.keys() == set(names)
+    for label in found.values():
+        assert np.array_equal(label, expected)
+
+
+# pycocotools has NumPy's older protocol.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES:
+        write_photo(Path("photos", f"{name}.jpg"))
+
+
+def index_masks():
+    for name in NAMES:
+        write_mask(np.array([0, 7, 11], np.uint8)[IDS], Path("old_masks", f"{name}.png"))
+    run("Index masks")
+    check(labels(Folder("photos", "masks"), ["belt", "box"]), np.array([255, 0, 1])[IDS])
+
+
+def masks_of_colours():
+    colours = np.array([[0, 0, 0], [60, 60, 60], [255, 255, 255]], np.uint8)
+    for name in NAMES:
+        write_mask(colours[IDS], Path("masks", f"{name}.png"))
+    data = settings("Masks of colours").data
+    check(labels(data.target, data.classes), np.array([0, 1, 255])[IDS])
+
+
+def cvat():
+    """As CVAT packs `Segmentation mask 1.1`: palette PNGs, a list of names, and instances beside the classes."""
+    root = Path("cvat")
+    table = {"background": (0, 0, 0), "belt": (60, 60, 60), "box": (250, 50, 83)}
+    for name in NAMES:
+        write_photo(root / f"JPEGImages/{name}.jpg")
+        for below in ("SegmentationClass", "SegmentationObject"):
+            mask = Image.fromarray(IDS)
+            mask.putpalette([channel for colour in table.values() for channel in colour])
+            write_mask(mask, root / below / f"{name}.png")
+    lines = [f"{name}:{','.join(map(str, colour))}::" for name, colour in table.items()]
+    (root / "labelmap.txt").write_text("\n".join(["# label:color_rgb:parts:actions", *lines, ""]))
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    (root / "ImageSets/Segmentation/default.txt").write_text("\n".join(NAMES))
+    data = settings("CVAT").data
+    check(labels(data.target, data.classes), np.array([255, 0, 1])[IDS])
+    # The second piece of advice of the section.
+    classes = re.search(r"`classes: \[(background, .*?)\]`", PAGE.read_text())[1].split(", ")
+    check(labels(data.target, classes), IDS)
+
+
+def roboflow():
+    names = ["a_jpg.rf.0123456789abcdef", "b_png.rf.fedcba9876543210"]
+    for split in ("train", "test"):
+        for name in names:
+            write_photo(Path("roboflow", split, f"{name}.jpg"))
+            write_mask(IDS, Path("roboflow", split, f"{name}_mask.png"))
+        Path("roboflow", split, "_classes.csv").write_text(code("Roboflow", "text"))
+    data = settings("Roboflow").data
+    assert data.classes == [line.split(", ")[1] for line in code("Roboflow", "text").splitlines()[1:]]
+    for folder in (data.target, data.test):
+        check(labels(folder, data.classes), IDS, names)
+
+
+def label_studio():
+    root = Path("label-studio")
+    # One was uploaded, the other lies in a connected folder; the third has no annotation.
+    images = {
+        12: "/data/upload/1/1a2b3c4d-a.jpg",
+        13: "/data/local-files/?d=photos/b c.jpg",
+        14: "/data/upload/1/0a0a0a0a-x.jpg",
+    }
+    root.mkdir()
+    (root / "export.json").write_text(
+        json.dumps([{"id": task, "data": {"image": image}} for task, image in images.items()])
+    )
+    for task in (12, 13):
+        box, left = IDS == 2, np.arange(IDS.shape[1]) < 30
+        # The box in two strokes, and the belt also below it.
+        strokes = {"box-0": box & left, "box-1": box & ~left, "belt-0": IDS > 0}
+        for tag, pixels in strokes.items():
+            write_mask(pixels.astype(np.uint8) * 255, root / f"task-{task}-annotation-3-by-1-tag-{tag}.png")
+    write_photo(Path("photos/x.jpg"))
+    run("Label Studio")
+    check(labels(Folder("photos", "masks"), ["background", "belt", "box"]), IDS)
+
+
+def coco_polygons():
+    def annotation(image, category, left, top, right, bottom):
+        corners = [left, top, right, top, right, bottom, left, bottom]
+        size = {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top)}
+        return {"image_id": image, "category_id": category, "segmentation": [corners], "iscrowd": 0, **size}
+
+    found = []
+    for image in (5, 9):
+        found += [annotation(image, 3, 8, 20, 56, 48), annotation(image, 70, 20, 10, 40, 30)]
+    annotations = [{"id": number, **one} for number, one in enumerate(found, 1)]
+    images = [{"id": i, "file_name": f"{name}.jpg", "width": 64, "height": 48} for i, name in zip((5, 9), NAMES)]
+    categories = [{"id": 70, "name": "box"}, {"id": 3, "name": "belt"}]
+    Path("coco").mkdir()
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    Path("coco/annotations.json").write_text(json.dumps(content))
+    run("COCO polygons")
+    check(labels(Folder("photos", "masks"), ["background", "belt", "box"]), IDS)
+
+
+RECIPES = {
+    "Index masks": index_masks,
+    "Masks of colours": masks_of_colours,
+    "CVAT": cvat,
+    "Roboflow": roboflow,
+    "Label Studio": label_studio,
+    "COCO polygons": coco_polygons,
+}
+
+
+@pytest.mark.parametrize("heading", RECIPES)
+def test_recipe(heading):
+    RECIPES[heading]()
+
+
+def test_every_recipe_has_its_test():
+    assert recipes().keys() == RECIPES.keys()
+
+
+def test_coco_prints_the_classes(capsys):
+    coco_polygons()
+    assert capsys.readouterr().out.splitlines()[-1] == "classes: ['background', 'belt', 'box']"
+
+
+def test_the_check_reads_an_export(capsys):
+    """A whole settings file with the rows of a recipe."""
+    roboflow()
+    split = "{images: roboflow/train, labels: roboflow/train, label_ending: _mask.png}"
+    assert f"target: {split}" in code("Roboflow", "yaml")
+    Path("mine.yaml").write_text(f"{code('Roboflow', 'yaml')}  size: [48, 64]\n  source: {split}\n")
+    capsys.readouterr()
+    assert workbench(["train", "--config", "mine.yaml", "--data-root", ".", "--check"]) == 0
+    assert "2 images" in capsys.readouterr().out
