@@ -115,6 +115,7 @@ BELOW = {
     "reporting": {"data", "networks"},
     "training": {"data", "networks", "reporting"},
     "studies": {"reporting"},
+    "inference": {"data", "networks", "reporting", "training"},
 }
 
 

@@ -1,7 +1,6 @@
-"""The command line: `python -m examples.workbench train | evaluate | study`."""
+"""The command line: `python -m examples.workbench train | evaluate | predict | export | study`."""
 
 import contextlib
-import dataclasses
 import os
 import shlex
 import signal
@@ -10,15 +9,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 from torch import distributed as dist
 
 import semshift
 from examples.workbench.data.check import check_data
 from examples.workbench.data.images import open_images
 from examples.workbench.errors import InputError, describe_machine_error
-from examples.workbench.networks.build import build_segmenter, dtype_of, load_init
-from examples.workbench.networks.segmentation import Segmenter
+from examples.workbench.inference.commands import export_command, predict_command
+from examples.workbench.inference.trained import load_run
+from examples.workbench.networks.build import build_segmenter, load_init
 from examples.workbench.options import OneLineParser, read_settings
 from examples.workbench.reporting.scores import Scores, evaluate, score_table
 from examples.workbench.settings import METHODS, Settings
@@ -26,7 +25,7 @@ from examples.workbench.spelling import did_you_mean
 from examples.workbench.studies.report import write_report
 from examples.workbench.studies.runs import run_study
 from examples.workbench.studies.study import STUDIES, read_records, read_study, study_of_methods
-from examples.workbench.training import checkpoints, signals
+from examples.workbench.training import signals
 from examples.workbench.training.ranks import check_accelerator
 from examples.workbench.training.train import train
 
@@ -37,6 +36,8 @@ USAGE = """usage: python -m examples.workbench COMMAND [OPTIONS]
 commands:
   train     train one method on the built-in scenes, a preset or a file of settings
   evaluate  score a run again: per class, and averaged over a named subset
+  predict   masks of new images, by the network of a run
+  export    the network of a run as a program of its own, or as weights
   study     several methods or settings, each with several seeds, in one table
 
 `python -m examples.workbench COMMAND --help` lists the options of each; --version prints the versions.
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         0; 2 for wrong input, 3 for a failure of the machine, and 128 plus its number for a signal.
     """
     commands = {"train": _train, "evaluate": _evaluate, "study": _study}
+    commands |= {"predict": predict_command, "export": export_command}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -133,7 +135,7 @@ def _check(settings: Settings, data_root: Path | None) -> None:
 
 def _evaluate(arguments: Sequence[str]) -> None:
     parser = OneLineParser("evaluate")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a run folder")
+    parser.add_argument("--run", "--out", metavar="DIR", type=Path, required=True, help="a run folder")
     parser.add_argument("--data-root", metavar="DIR", type=Path, help="folder of the run's image folders")
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="(default: test)")
     parser.add_argument("--subset", metavar="NAME", help="one of the run's data.subsets")
@@ -141,14 +143,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--best", action="store_true", help="the step that was best on the validation images")
     parser.add_argument("--save-predictions", metavar="DIR", type=Path, help="write the predicted index masks here")
     options = parser.parse_args(arguments)
-    out = options.out
-    if not (out / "settings.yaml").exists():
-        raise InputError(f"expected --out to be a run folder, got {out}, which has no settings.yaml")
-    settings, _ = read_settings(["--config", str(out / "settings.yaml")])
-    if options.accelerator is not None:
-        settings = dataclasses.replace(settings, accelerator=options.accelerator)
-    check_accelerator(settings)
-    data = settings.data
+    network = load_run(options.run, best=options.best, accelerator=options.accelerator)
+    data = network.data
     if options.best and options.split == "test" and data.test is not None and data.test == data.validation:
         raise InputError(
             "expected --split validation with --best where data.validation is data.test, got test: the step would be "
@@ -157,11 +153,11 @@ def _evaluate(arguments: Sequence[str]) -> None:
     if options.subset is not None and options.subset not in data.subsets:
         meant = did_you_mean(options.subset, data.subsets)
         raise InputError(f"expected --subset to be one of {sorted(data.subsets)}, got {options.subset}{meant}")
-    images = getattr(open_images(settings, options.data_root), options.split)
+    images = getattr(open_images(network.settings, options.data_root), options.split)
     if images is None:
         raise InputError(f"expected data.{options.split} in the run's settings, got no folder")
     scores = evaluate(
-        _load(settings, out / checkpoints.BEST if options.best else checkpoints.newest_checkpoint(out)),
+        network.segmenter,
         images,
         data,
         predictions=options.save_predictions,
@@ -170,15 +166,6 @@ def _evaluate(arguments: Sequence[str]) -> None:
         absent = ", ".join(scores.unlabelled)
         print(f"warning: data.{options.split}: no labelled pixel of {absent} in {len(images)} images", file=sys.stderr)
     print(score_table(scores, subsets=data.subsets, only=options.subset))
-
-
-def _load(settings: Settings, checkpoint: Path) -> Segmenter:
-    segmenter = build_segmenter(settings)
-    use_teacher = "self-training" in settings.parts and settings.self_training.final == "teacher"
-    weights = checkpoints.load_weights(checkpoint, teacher=use_teacher)
-    checkpoints.check_weights_fit(segmenter.state_dict(), weights, checkpoint)
-    segmenter.load_state_dict(weights)
-    return segmenter.to(Fabric(accelerator=settings.accelerator, devices=1).device, dtype_of(settings)).eval()
 
 
 def _study(arguments: Sequence[str]) -> None:

@@ -398,6 +398,11 @@ class Settings:
         return METHODS[self.method]
 
     @property
+    def final(self) -> Literal["teacher", "segmenter"]:
+        """Whose weights are evaluated and used: the segmenter's unless the method trains a teacher."""
+        return self.self_training.final if "self-training" in self.parts else "segmenter"
+
+    @property
     def segments_unlabelled(self) -> bool:
         """Whether the segmenter sees the unlabelled images as they are, for their output maps."""
         return not {"global", "auxiliary"}.isdisjoint(self.alignments)

@@ -70,11 +70,13 @@ def labelled_subset(total: int, labelled: int) -> list[int]:
     return order
 
 
-def resize_image(sample: Sample, size: tuple[int, int]) -> np.ndarray:
-    """The image at the network's size, for evaluation: `uint8 [h, w, 3]`."""
-    if sample.image.shape[:2] == size:
-        return sample.image
-    return np.asarray(Image.fromarray(sample.image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image `uint8 [H, W, 3]` at the network's size, for evaluation: `uint8 [*size, 3]`."""
+    if image.shape[:2] == size:
+        return image
+    # One axis after the other: which of them Pillow begins with depends on its version and on the sizes.
+    wide = Image.fromarray(image).resize((size[1], image.shape[0]), Image.Resampling.BILINEAR)
+    return np.asarray(wide.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 def image_tensor(image: np.ndarray) -> Tensor:

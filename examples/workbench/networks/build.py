@@ -18,14 +18,19 @@ def dtype_of(settings: Settings) -> torch.dtype:
     return torch.float64 if settings.precision == "64-true" else torch.float32
 
 
-def build_segmenter(settings: Settings) -> Segmenter:
-    """The segmenter with random weights, which depend on the seed alone; `load_init` loads those of `network.init`."""
+def build_segmenter(settings: Settings, configuration: Path | None = None) -> Segmenter:
+    """The segmenter with random weights, which depend on the seed alone; `load_init` loads those of `network.init`.
+
+    Args:
+        settings: of the run.
+        configuration: of segformer: a `config.json` to use in place of that in `network.init` or `network.config`.
+    """
     torch.manual_seed(settings.seed)
     network, classes = settings.network, len(settings.data.classes)
     if network.name == "small":
         return SmallSegmenter(classes, width=network.width, feature_layer=network.feature_layer)
     if network.name == "segformer":
-        config = network.init or network.config
+        config = configuration or network.init or network.config
         return SegFormer(classes, config=Path(config) if config else None, feature_layer=network.feature_layer)
     return DeepLabV2(
         classes,

@@ -30,6 +30,7 @@ class SegFormer(Segmenter):
         super().__init__()
         network = _transformers().SegformerForSemanticSegmentation(_config(config, num_classes))
         encoder, decoder = network.config.hidden_sizes[-1], network.config.decoder_hidden_size
+        self.configuration = network.config.to_json_string(use_diff=False)
         self.feature_layer = feature_layer
         self.feature_channels = encoder if feature_layer == "encoder" else decoder
         self.encoder: nn.Module = network.segformer

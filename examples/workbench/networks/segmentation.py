@@ -29,6 +29,8 @@ class Segmenter(nn.Module):
 
     feature_channels: int
     """C of the features."""
+    configuration: str | None = None
+    """Contents of a file that the settings name and that is needed to build the network again."""
     gain: Tensor
     offset: Tensor
 

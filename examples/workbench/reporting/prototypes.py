@@ -23,7 +23,8 @@ def pool_prototypes(segmenter: nn.Module, samples: Samples, size: tuple[int, int
     pooled: Any = 0
     for index in range(len(samples)):
         sample = samples[index]
-        features = segmenter(image_tensor(resize_image(sample, size))[None].to(next(segmenter.parameters()))).features
+        images = image_tensor(resize_image(sample.image, size))[None].to(next(segmenter.parameters()))
+        features = segmenter(images).features
         # At the network's size, since pooling refuses labels whose shape is far from that of the features.
         label = Image.fromarray(sample.label).resize((size[1], size[0]), Image.Resampling.NEAREST)
         labels = torch.from_numpy(np.array(label))[None].to(features.device)

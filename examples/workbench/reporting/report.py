@@ -97,7 +97,7 @@ def _draw_images(figure: SubFigure, shown: Sequence[Sample], segmenters: Sequenc
         masks, notes = [sample.label], [_shorten(sample.name, 38), ""]
         labelled = sample.label != data.ignore_index
         for _, segmenter in segmenters:
-            masks.append(predict(segmenter, sample, data.size))
+            masks.append(predict(segmenter, sample.image, data.size, sample.label.shape))
             right = (masks[-1] == sample.label)[labelled]
             notes.append(f"{100 * right.mean():.0f} % of pixels right" if right.size else "no labelled pixel")
         for axes, picture, note in zip(

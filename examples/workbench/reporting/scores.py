@@ -7,19 +7,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 import semshift
-from examples.scenes import Sample
 from examples.workbench.data.samples import Samples, image_tensor, resize_image
 from examples.workbench.errors import InputError
+from examples.workbench.networks.segmentation import upsample
 from examples.workbench.progress import bar
+from examples.workbench.reporting.masks import save_mask
 from examples.workbench.settings import Data
 
-__all__ = ["Scores", "evaluate", "mean_iou", "predict", "score_table", "subset_means"]
+__all__ = ["Scores", "classes_of", "evaluate", "mean_iou", "predict", "score_table", "segment", "subset_means"]
 
 
 class Scores(NamedTuple):
@@ -49,7 +48,7 @@ def evaluate(
         segmenter: maps images `[1, 3, *data.size]` to a `Segmentation`, in evaluation mode.
         samples: images with labels.
         data: the classes, the size of the images that the segmenter sees, and the label of pixels that do not count.
-        predictions: folder for the predicted masks, `NAME.png`.
+        predictions: folder for the predicted masks, `NAME.png`, see `save_mask`.
         progress: title of the progress bar; None shows no bar.
         rank: of this process. Each evaluates its own images and writes their masks.
         world_size: number of processes. All return the same scores.
@@ -62,12 +61,11 @@ def evaluate(
     own = range(rank, len(samples), world_size)
     for index in bar(own, desc=progress, leave=False, disable=progress is None):
         sample = samples[index]
-        predicted = predict(segmenter, sample, data.size)
+        predicted = predict(segmenter, sample.image, data.size, sample.label.shape)
         pixels += torch.from_numpy(np.bincount(sample.label.ravel(), minlength=256))
         metric.update(torch.from_numpy(predicted)[None].to(device), torch.from_numpy(sample.label)[None].to(device))
         if predictions is not None:
-            predictions.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(predicted).save(predictions / f"{sample.name}.png")
+            save_mask(predictions / f"{sample.name}.png", predicted, len(data.classes))
     # Where there are several ranks, this adds up their counts.
     values = metric.compute().tolist()
     iou = {name: None if math.isnan(value) else value for name, value in zip(data.classes, values)}
@@ -79,12 +77,27 @@ def evaluate(
 
 
 @torch.no_grad()
-def predict(segmenter: nn.Module, sample: Sample, size: tuple[int, int]) -> np.ndarray:
-    """Predicted class of each pixel, `uint8 [H, W]` at the size of the label."""
-    image = image_tensor(resize_image(sample, size))[None].to(next(segmenter.parameters()))
-    logits = segmenter(image).logits.float()
-    logits = F.interpolate(logits, size=sample.label.shape, mode="bilinear", align_corners=False)
-    result: np.ndarray = logits[0].argmax(0).to("cpu", torch.uint8).numpy()
+def segment(
+    segmenter: nn.Module, image: np.ndarray, size: tuple[int, int], shape: Sequence[int] | None = None
+) -> Tensor:
+    """Logits `float32 [K, *shape]` of an image `uint8 [H, W, 3]` that the segmenter sees at `size`.
+
+    Without `shape` they have the image's.
+    """
+    images = image_tensor(resize_image(image, size))[None].to(next(segmenter.parameters()))
+    return upsample(segmenter(images).logits.float(), shape or image.shape[:2])[0]
+
+
+def predict(
+    segmenter: nn.Module, image: np.ndarray, size: tuple[int, int], shape: Sequence[int] | None = None
+) -> np.ndarray:
+    """Predicted class of each pixel `uint8 [*shape]`, as in `segment`."""
+    return classes_of(segment(segmenter, image, size, shape))
+
+
+def classes_of(logits: Tensor) -> np.ndarray:
+    """The class of the largest logit `uint8 [H, W]` of logits `[K, H, W]`."""
+    result: np.ndarray = logits.argmax(0).to("cpu", torch.uint8).numpy()
     return result
 
 

@@ -13,6 +13,7 @@ import yaml
 from examples.workbench.data.samples import Samples
 from examples.workbench.errors import InputError, MachineError
 from examples.workbench.files import write_whole
+from examples.workbench.networks.segmentation import Segmenter
 from examples.workbench.plain import as_plain, check_same_run
 from examples.workbench.progress import say
 from examples.workbench.settings import Settings
@@ -23,7 +24,10 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["append_history", "describe_run", "lock_folder", "prepare_folder", "read_history", "run_identity"]
+__all__ = ["append_history", "describe_run", "lock_folder", "network_file", "prepare_folder", "read_history"]
+__all__ += ["run_identity", "save_network_file"]
+
+NETWORK = "network.json"
 
 
 def run_identity(settings: Settings, images: Mapping[str, Samples | None]) -> dict[str, Any]:
@@ -67,6 +71,18 @@ def describe_run(out: Path, settings: Settings, labelled: Sequence[str]) -> None
     plain, names = yaml.safe_dump(as_plain(settings), sort_keys=False), "".join(f"{name}\n" for name in labelled)
     write_whole(out / "settings.yaml", lambda path: path.write_text(plain))
     write_whole(out / "labelled.txt", lambda path: path.write_text(names))
+
+
+def save_network_file(out: Path, segmenter: Segmenter) -> None:
+    """Copy the network's configuration into the run folder, so that the folder alone is enough to build it."""
+    text = segmenter.configuration
+    if text is not None:
+        write_whole(out / NETWORK, lambda path: path.write_text(text))
+
+
+def network_file(out: Path) -> Path | None:
+    """The configuration that `save_network_file` wrote, if it did."""
+    return out / NETWORK if (out / NETWORK).exists() else None
 
 
 @contextlib.contextmanager

@@ -128,7 +128,7 @@ def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool
     per_batch = batch_sizes(settings, domains, fabric.world_size)
     if settings.network.frozen_batch_norm and settings.network.init is None:
         raise InputError("expected network.init, whose statistics network.frozen_batch_norm would keep, got none")
-    segmenter = build_segmenter(settings)
+    segmenter = build_segmenter(settings, run_folder.network_file(out))
     synchronise_batch_norm(segmenter, fabric)
     # A resumed run has its weights in its checkpoint.
     if settings.network.init is not None and not checkpoints.has_checkpoint(out):
@@ -159,7 +159,7 @@ def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool
     crops = {domain: data.source_crop if domain == "source" else data.size for domain in domains}
     training = TrainingSet(domains, crops, data.augmentation, settings.seed, ignore_index=data.ignore_index)
     learners = build_learners(settings, segmenter.to(fabric.device, dtype_of(settings)))
-    final = learners.teacher.module if learners.teacher is not None and plus.final == "teacher" else segmenter
+    final = segmenter if learners.teacher is None or settings.final == "segmenter" else learners.teacher.module
     return _Run(settings, out, images, fabric, learners, training, sampler, final)
 
 
@@ -244,6 +244,7 @@ def _resume(run: _Run, identity: Mapping[str, Any]) -> checkpoints.Progress:
 
     def describe() -> None:
         run_folder.describe_run(run.out, run.settings, run.images.labelled.names)
+        run_folder.save_network_file(run.out, run.learners.segmenter)
         run_folder.read_history(run.out, before=progress.step)
 
     run_on_first_rank(run.fabric, describe)
@@ -332,7 +333,7 @@ def _finish(run: _Run, progress: checkpoints.Progress, started: float, save_pred
 
 def _report(run: _Run, test: Scores) -> None:
     settings, out, final = run.settings, run.out, run.final.eval()
-    before = build_segmenter(settings).to(next(final.parameters())).eval()
+    before = build_segmenter(settings, run_folder.network_file(out)).to(next(final.parameters())).eval()
     try:
         before.load_state_dict(checkpoints.load_weights(out / checkpoints.BEFORE))
         draw_report(

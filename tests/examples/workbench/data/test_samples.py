@@ -24,8 +24,8 @@ def test_labelled_subsets_nest():
 
 def test_resizing_and_tensor():
     sample = random_sample(20, 30)
-    assert resize_image(sample, (20, 30)) is sample.image
-    assert resize_image(sample, (32, 48)).shape == (32, 48, 3)
+    assert resize_image(sample.image, (20, 30)) is sample.image
+    assert resize_image(sample.image, (32, 48)).shape == (32, 48, 3)
     tensor = image_tensor(np.array([[[0, 127.5, 255]]]))
     assert tensor.shape == (3, 1, 1)
     assert tensor.flatten().tolist() == [-2, 0, 2]

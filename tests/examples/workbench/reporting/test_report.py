@@ -135,14 +135,14 @@ def test_images_stand_beside_their_labels_and_predictions(figure_of):
         np.testing.assert_array_equal(label[~ignored], colours[sample.label[~ignored]])
         assert {tuple(colour) for colour in label[ignored]} == {tuple(IGNORED), tuple(STRIPE)}
         for seed, predicted in enumerate(predictions):
-            expected = report.predict(Network(seed), sample, (32, 48))
+            expected = report.predict(Network(seed), sample.image, (32, 48))
             np.testing.assert_array_equal(predicted, colours[expected])
 
 
 def test_the_report_names_what_it_shows(figure_of):
     found = texts(figure_of())
     accuracies = [
-        np.mean((report.predict(Network(1), sample, (32, 48)) == sample.label)[sample.label != 255])
+        np.mean((report.predict(Network(1), sample.image, (32, 48)) == sample.label)[sample.label != 255])
         for sample in images(1)
     ]
     expected = ["0 road", "1 sky_", "2 $ign", "no class", "step 8", "Prototypes, step 9", "A run", "chance"]
