@@ -129,9 +129,12 @@ def test_one_image(predict, images, tmp_path, capsys):
 
 def test_best(trained, predict, images, tmp_path):
     put(images / "a.png")
-    assert predict("--best") == 0
-    expected = load_run(trained.run, best=True).predict(np.asarray(Image.open(images / "a.png")))
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "masks" / "a.png")), expected)
+    assert predict("--best", "--probabilities") == 0
+    image = np.asarray(Image.open(images / "a.png"))
+    last, best = (load_run(trained.run, best=best).logits(image).softmax(0).half().numpy() for best in (False, True))
+    with np.load(tmp_path / "masks" / "a.npz") as file:
+        np.testing.assert_array_equal(file["probabilities"], best)
+    assert not np.array_equal(last, best)
 
 
 def test_files_of_the_same_name_are_overwritten(predict, images, tmp_path):
