@@ -30,7 +30,7 @@ def draw_predictions(segmenter: nn.Module, samples: Samples, data: Data) -> list
     """
     pictures = []
     for sample in choose_shown(samples):
-        masks = [sample.label, predict(segmenter, sample, data.size)]
+        masks = [sample.label, predict(segmenter, sample.image, data.size, sample.label.shape)]
         thin = math.ceil(max(sample.label.shape) / _LONGEST)
         parts = [part[::thin, ::thin] for part in (sample.image, *(paint_classes(ids, data) for ids in masks))]
         pictures.append(np.concatenate(parts, axis=1))
