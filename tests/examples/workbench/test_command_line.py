@@ -133,7 +133,7 @@ def test_an_empty_mask_is_refused_and_leaves_no_folder(folders, capsys):
     command = ["train", "--config", str(folders / "settings.yaml"), "--labelled", "1"]
     assert main([*command, "--data-root", str(folders / "data"), "--out", str(folders / "run")]) == 2
     mentions(capsys.readouterr().err.splitlines()[-1], "error", 2, "labelled pixels", "none")
-    assert not (folders / "run" / "settings.yaml").exists()
+    assert not (folders / "run").exists()
 
 
 def test_double_precision_is_evaluated_as_it_was_trained(tmp_path, monkeypatch):

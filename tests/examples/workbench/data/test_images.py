@@ -103,7 +103,7 @@ def test_a_number_draws_nested_subsets_of_those_with_a_mask(own):
 def test_a_file_of_names(own, absolute):
     """With or without the endings, in any order and Unicode form, with a byte order mark and empty lines."""
     names = own / "names.txt"
-    names.write_text(f"\ufeff{unicodedata.normalize('NFD', 'Müll')}.png\r\n\n  b\n", encoding="utf-8")
+    names.write_text(f"\ufeffb\r\n\n  {unicodedata.normalize('NFD', 'Müll')}.png\n", encoding="utf-8")
     images = open_own(own, str(names) if absolute else "names.txt")
     assert list(images.labelled.names) == sorted(["b", "Müll"], key=images.target.names.index)
 
