@@ -126,7 +126,7 @@ def replace_masks(data, size, value):
 @pytest.mark.parametrize(
     ("spoil", "step", "workers", "words"),
     [
-        (lambda data: (data / "target/labels/1.png").unlink(), None, 0, ("mask", "target/images/1.png")),
+        (lambda data: (data / "source/labels/1.png").unlink(), None, 0, ("label file", "source/images/1.png")),
         (truncate, None, 0, ("target/images/",)),
         pytest.param(truncate, None, 1, ("target/images/",), marks=pytest.mark.slow),
         (lambda data: replace_masks(data, (48, 40), 9), None, 0, ("target/labels/", "[0, 3)", 255, 9)),

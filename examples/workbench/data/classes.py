@@ -1,12 +1,15 @@
 """Which classes the labels of a set of images show."""
 
-import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
+from examples.workbench.data.loading import plain_errors, silence_closed_connections
 from examples.workbench.data.samples import Samples
 from examples.workbench.errors import InputError
 from examples.workbench.progress import bar
@@ -18,7 +21,7 @@ __all__ = ["describe_absent", "find_absent", "require_labels"]
 def require_labels(samples: Samples, data: Data, *, progress: str | None) -> np.ndarray:
     """Pixels of each id in the labels of all images, `int64 [256]`; an image without a labelled pixel is refused."""
     total = np.zeros(256, np.int64)
-    for index, pixels in _count_pixels(samples, range(len(samples)), progress):
+    for index, pixels in _count_pixels(samples, data, range(len(samples)), progress):
         if not pixels[: len(data.classes)].any():
             raise InputError(
                 f"expected {samples.names[index]}, which counts as labelled, to have labelled pixels, got none: finish "
@@ -35,7 +38,7 @@ def find_absent(samples: Samples, data: Data, *, seconds: float, progress: str |
     """
     total, read, end = np.zeros(256, np.int64), 0, time.monotonic() + seconds
     order = np.random.RandomState(0).permutation(len(samples)).tolist()
-    for _, pixels in _count_pixels(samples, order, progress):
+    for _, pixels in _count_pixels(samples, data, order, progress):
         total += pixels
         read += 1
         if total[: len(data.classes)].all() or time.monotonic() > end:
@@ -63,16 +66,30 @@ def _looks_binary(pixels: np.ndarray, data: Data) -> bool:
     return data.ignore_index == 255 and np.flatnonzero(pixels).tolist() == [0, 255]
 
 
-def _count_pixels(samples: Samples, order: Sequence[int], progress: str | None) -> Iterator[tuple[int, np.ndarray]]:
-    """Indices, and the pixels of each id in that image's label; threads read ahead."""
-    at_once = 2 * (os.cpu_count() or 1)
+@dataclass(frozen=True, eq=False)
+class _Counts(Dataset[np.ndarray]):
+    """The pixels of each id in an image's label, `int64 [256]`."""
 
-    def count(index: int) -> np.ndarray:
-        return np.bincount(samples[index].label.ravel(), minlength=256)
+    samples: Samples
 
-    with ThreadPoolExecutor() as pool, bar(total=len(order), desc=progress, leave=False, disable=not progress) as shown:
-        for first in range(0, len(order), at_once):
-            batch = order[first : first + at_once]
-            for index, pixels in zip(batch, pool.map(count, batch)):
-                shown.update()
-                yield index, pixels
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.bincount(self.samples[index].label.ravel(), minlength=256)
+
+
+def _count_pixels(
+    samples: Samples, data: Data, order: Sequence[int], progress: str | None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Indices, and the pixels of each id in that image's label; loaded as in training, with its time limit."""
+    loader: DataLoader[Any] = DataLoader(
+        _Counts(samples),
+        batch_size=None,
+        sampler=order,
+        num_workers=data.workers,
+        timeout=data.timeout if data.workers else 0,
+        worker_init_fn=silence_closed_connections,
+        # The loader draws a seed, and must not take it from the generator that the run uses.
+        generator=torch.Generator(),
+    )
+    with plain_errors():
+        for index, pixels in zip(order, bar(loader, desc=progress, leave=False, disable=not progress)):
+            yield index, pixels.numpy()

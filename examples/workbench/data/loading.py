@@ -1,5 +1,6 @@
 """Batches of training images of several domains."""
 
+import contextlib
 import functools
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from examples.workbench.data.samples import Samples, image_tensor
 from examples.workbench.errors import InputError
 from examples.workbench.settings import Augmentation
 
-__all__ = ["TrainingSet", "load_batches"]
+__all__ = ["TrainingSet", "load_batches", "plain_errors", "silence_closed_connections"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +73,18 @@ def load_batches(
         collate_fn=functools.partial(semshift.collate_by_domain, per_batch=sampler.per_batch),
         num_workers=workers,
         timeout=timeout if workers else 0,
-        worker_init_fn=_silence_closed_connections,
+        worker_init_fn=silence_closed_connections,
     )
-    try:
+    with plain_errors():
         yield from enumerate(loader, start=sampler.first_step)
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Shorten the InputError of a loading process, whose message is a traceback, to the line that is for the user."""
+    try:
+        yield
     except InputError as error:
-        # A worker process sends its whole traceback as the message; its last line is for the user.
         raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from None
 
 
@@ -92,7 +99,7 @@ def _keys(sampler: semshift.MixedBatchSampler) -> Iterator[list[tuple[int, int, 
         yield [(step, place, index) for place, index in zip(places, indices)]
 
 
-def _silence_closed_connections(worker: int) -> None:
+def silence_closed_connections(worker: int) -> None:
     """Print no traceback in a worker whose run ends while it sends an image."""
 
     def hook(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
