@@ -70,10 +70,27 @@ def test_only_a_file_that_cannot_be_read_is_a_problem(tmp_path):
     assert "source: 3 images, 3 with a label file, 2 with whole ends, 3 of them read" in report.text
     (tmp_path / "img/jpeg.png").write_bytes((tmp_path / "img/jpeg.png").read_bytes()[:-300])
     # However short the time, suspects are read first.
-    problems = check_data(Settings(data=data, labelled=2), tmp_path, seconds=0.0).problems
-    assert problems
-    for problem in problems:
+    for i in range(80):
+        save(formats.photo(), tmp_path / f"img/{i}.png")
+        save(formats.ids(1), tmp_path / f"lbl/{i}.png")
+    report = check_data(Settings(data=data, labelled=2), tmp_path, seconds=0.0)
+    assert "83 of them read" not in report.text
+    assert report.problems
+    for problem in report.problems:
         mentions(problem, tmp_path / "img/jpeg.png", "truncated")
+
+
+def test_a_mask_on_its_side_is_not_scaled(tmp_path):
+    """Only GTA5's labels are; a mask's orientation is applied before its size is compared."""
+    data = Data(classes=["a", "b"], **{s: Folder("img", "lbl") for s in ("source", "target", "validation", "test")})
+    save(formats.photo(), tmp_path / "img/a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "lbl").mkdir()
+    Image.fromarray(np.ascontiguousarray(np.rot90(formats.ids(1)))).save(tmp_path / "lbl/a.png", exif=exif)
+    report = check_data(Settings(data=data, labelled=1), tmp_path)
+    assert report.problems == []
+    assert set(re.findall(r"to be scaled: (\d+)", report.text)) == {"0"}
 
 
 def test_classes_without_a_pixel_are_noted(root):

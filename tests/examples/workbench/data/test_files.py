@@ -73,9 +73,10 @@ def test_masks_are_upright(tmp_path, tag, kind, dtype):
     assert np.array_equal(np.asarray(read_colour_mask(colours))[..., 0], expected)
 
 
-@pytest.mark.parametrize("exif", [turned(9), b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0nothing"])
-def test_an_orientation_that_says_nothing_is_ignored(tmp_path, exif):
-    file = write(tmp_path / "a", photo(), "JPEG", exif=exif, quality=100)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [turned(9), b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0nothing at all"])
+def test_an_orientation_that_says_nothing_is_ignored(tmp_path, exif, kind):
+    file = write(tmp_path / "a", photo(), kind, exif=exif)
     assert read_image(file).shape == (40, 64, 3)
 
 
