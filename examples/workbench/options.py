@@ -45,7 +45,7 @@ Train one method: on the built-in scenes, a preset, or a file of settings.
   --precision NAME       64-true, 32-true or bf16-mixed (default: {defaults.precision})
   --accelerator NAME     auto, cpu, cuda or mps (default: {defaults.accelerator})
 
-Groups of settings, written as --GROUP.NAME VALUE or in the YAML file:
+Groups of settings, as --GROUP.NAME VALUE ('[96, 128]' for two) or in the file:
   data                   classes, image folders, sizes, augmentation
   network                the segmenter and the weights it starts from
   optimiser              learning rate, batch sizes
@@ -179,6 +179,8 @@ def _settings_file(arguments: Sequence[str]) -> str | None:
             raise InputError(f"expected --preset to be one of {names}, got {preset}{meant}")
         return str(PRESETS / f"{preset}.yaml")
     if file is not None:
+        if not Path(file).is_file():
+            raise InputError(f"expected --config to be a YAML file, got no file {file}")
         try:
             Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -67,9 +67,10 @@ def check_data(settings: Settings, data_root: Path | None, *, seconds: float = 3
         more = f" and {len(found.sizes) - 5} more" if len(found.sizes) > 5 else ""
         lines += [
             f"{split}: {len(samples)} images{published}{whole}, {read} of them read",
-            f"  sizes: {sizes}{more}; labels of another size, to be scaled: {found.scaled}",
+            f"  sizes: {sizes}{more}{f'; {found.scaled} labels of another size, to be scaled' if found.scaled else ''}",
         ]
-        problems += found.problems
+        # The labelled images are images of the target too.
+        problems += [problem for problem in found.problems if problem not in problems]
         pixels = found.pixels_by_id[[*range(len(data.classes)), data.ignore_index]]
         # The unlabelled images need no class.
         if split != "target":

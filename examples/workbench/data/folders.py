@@ -44,6 +44,8 @@ class FolderPair:
         unlabelled = [file for name, file in images.items() if name not in masks]
         if unlabelled and not partial:
             raise InputError(f"expected a label file for every image, got none {where} for {_some(unlabelled)}")
+        if folder.labels is not None and not in_one and layout.ids is None:
+            _refuse_other_formats(root / folder.labels, label_end, unlabelled)
         if alone := [file for name, file in masks.items() if name not in images]:
             raise InputError(
                 f"expected an image for every label file, got none in {root / folder.images} for {_some(alone)}"
@@ -111,6 +113,15 @@ class FolderPair:
             labels = semshift.remap_labels(labels, self._table)
         semshift.check_labels(labels, self._num_classes, ignore_index=self._ignore_index)
         return labels.numpy()
+
+
+def _refuse_other_formats(labels: Path, label_end: str, unlabelled: Sequence[Path]) -> None:
+    """Refuse a file such as `NAME.jpg` where `NAME.png` would be the mask of an image that has none."""
+    for image in unlabelled:
+        for ending in LAYOUTS["index"].image_ends:
+            file = labels / f"{image.stem}{ending}"
+            if not file.name.endswith(label_end) and file.exists():
+                raise InputError(f"expected masks to end in {label_end}, got {file}; save it as that, without loss")
 
 
 def _some(files: Sequence[Path]) -> str:

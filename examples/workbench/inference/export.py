@@ -31,7 +31,9 @@ def check_export(out: Path) -> None:
     if out.is_dir():
         raise InputError(f"expected --out to be a file, got the folder {out}")
     if out.suffix == ".onnx" and not all(map(is_installed, ("onnx", "onnxscript"))):
-        raise InputError("export to .onnx needs two packages more: pip install onnx onnxscript onnxruntime")
+        raise InputError(
+            "export to .onnx needs packages that are not installed: pip install onnx onnxscript onnxruntime"
+        )
 
 
 def export(network: Trained, out: Path) -> str:

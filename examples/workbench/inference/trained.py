@@ -108,7 +108,7 @@ def load_run(
 def _read_settings(run: Path) -> Settings:
     file = run / "settings.yaml"
     if not file.is_file():
-        raise InputError("it has no settings.yaml")
+        raise InputError("it has no settings.yaml" if run.is_dir() else "there is no such folder")
     try:
         written = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

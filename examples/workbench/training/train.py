@@ -20,7 +20,6 @@ import semshift
 from examples.workbench.data.classes import describe_absent, find_absent, require_labels
 from examples.workbench.data.images import Images, open_images
 from examples.workbench.data.loading import TrainingSet, load_batches
-from examples.workbench.data.samples import Samples
 from examples.workbench.errors import InputError, MachineError
 from examples.workbench.files import write_whole
 from examples.workbench.networks.build import build_segmenter, dtype_of, load_init
@@ -342,7 +341,7 @@ def _report(run: _Run, test: Scores) -> None:
             run.images.source,
             # Without validation images those that were trained on: better than no picture.
             run.images.labelled if run.images.validation is None else run.images.validation,
-            title=f"{settings.method}: {_score_line(test, run.images.test)}",
+            title=f"{settings.method}: {_describe_scores(test, run.images)}",
             before=(f"step {run.adaptation_start}", before),
             after=(f"step {settings.steps}", final),
             history=run_folder.read_history(out),
@@ -352,8 +351,9 @@ def _report(run: _Run, test: Scores) -> None:
         say(f"no report: {error}")
 
 
-def _score_line(test: Scores, images: Samples | None) -> str:
-    if test.miou is None or images is None:
-        return "no test images"
+def _describe_scores(test: Scores, images: Images) -> str:
+    if test.miou is None or images.test is None:
+        shown = "labelled images that were trained on" if images.validation is None else "validation images"
+        return f"not scored, {shown} below"
     counted = sum(value is not None for value in test.iou.values())
-    return f"mIoU {100 * test.miou:.1f} over {counted} of {len(test.iou)} classes on {len(images)} test images"
+    return f"mIoU {100 * test.miou:.1f} over {counted} of {len(test.iou)} classes on {len(images.test)} test images"

@@ -221,7 +221,7 @@ def test_a_checkpoint_of_other_classes_is_refused(folders, capsys):
         (["train", "--steps", "many"], ("steps", "many")),
         (["train", "--network.width", "10"], ("network.width", 10)),
         (["train", "--data.scenes.severity.fog", "-1", "--check"], ("severity.fog", "[0, 1]", -1.0)),
-        (["evaluate", "--out", "/none"], ("--run", "/none", "settings.yaml")),
+        (["evaluate", "--out", "/none"], ("--run", "/none", "no such folder")),
         (["evaluate", "--split", "train", "--out", "/none"], ("--split", "'validation'", "train")),
         (["evaluate"], ("--out",)),
         (["evaluate", "--outt", "/none"], ("--outt", "did you mean --out?")),

@@ -148,3 +148,11 @@ def test_what_a_method_needs(own):
     assert images.source is None
     with refuses(InputError, own / "s/img/x.jpg"):
         open_own(own, source=Folder("s/img"))
+
+
+def test_a_mask_in_another_format_is_not_passed_over(own):
+    formats.save(np.zeros((8, 8, 3), np.uint8), own / "t/lbl/b.jpg")
+    assert sorted(open_own(own).labelled.names) == sorted(LABELLED)
+    formats.save(np.zeros((8, 8, 3), np.uint8), own / "t/lbl/c.jpg")
+    with refuses(InputError, ".png", own / "t/lbl/c.jpg"):
+        open_own(own)

@@ -111,7 +111,7 @@ def cut(file, words):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda run: shutil.rmtree(run), ("settings.yaml",)),
+        (lambda run: shutil.rmtree(run), ("no such folder",)),
         (lambda run: (run / "settings.yaml").unlink(), ("settings.yaml",)),
         (lambda run: (run / "settings.yaml").write_bytes(b""), ("settings.yaml", "damaged")),
         (lambda run: (run / "settings.yaml").write_bytes(b"\xff\xfe\x00"), ("settings.yaml", "damaged")),
