@@ -158,4 +158,4 @@ def test_the_best_is_evaluated_on_request(run, tmp_path, capsys):
     assert tables[0] == tables[1]
     (tmp_path / "run" / checkpoints.BEST).unlink()
     assert main([*command, "--best"]) == 2
-    mentions(capsys.readouterr().err, "error", tmp_path / "run" / checkpoints.BEST)
+    mentions(capsys.readouterr().err, "error", tmp_path / "run", checkpoints.BEST)

@@ -40,8 +40,10 @@ def with_discriminators(*, alignment=None, **changes):
 
 
 def warnings(out):
+    """Those of the discriminators; small sets of images lack classes too."""
     path = out / "warnings.jsonl"
-    return {row["kind"]: row for row in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return {row["kind"]: row for row in rows if not row["kind"].startswith("classes ")}
 
 
 @pytest.mark.slow
@@ -73,7 +75,9 @@ def test_a_discriminator_that_is_far_ahead_is_certain(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_discriminator_that_sees_no_class_is_idle(tmp_path):
+def test_a_discriminator_that_sees_no_class_is_idle(tmp_path, monkeypatch):
+    # Such images are refused; crops of them may still leave out the few pixels that are labelled.
+    monkeypatch.setattr(train_module, "require_labels", lambda *which, **how: np.ones(256, np.int64))
     rng = np.random.default_rng(0)
     for domain, ids in (("source", (0, 1)), ("target", (255,))):
         for kind in ("images", "labels"):
