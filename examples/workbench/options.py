@@ -54,6 +54,7 @@ Groups of settings, as --GROUP.NAME VALUE ('[96, 128]' for two) or in the file:
   self_training          the additions of ass-plus
 
 --help-all lists every setting; with --preset or --config, its values there.
+--data.target.help lists those of a folder, such as colours.
 """
 
 

@@ -1,5 +1,6 @@
 """The recipes of docs/labels.md, each run on files in the format of the tool that it is for."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,9 +11,10 @@ from PIL import Image
 
 from docs.pages import read_blocks
 from examples.workbench.__main__ import main as workbench
+from examples.workbench.data.check import check_data
 from examples.workbench.data.folders import FolderPair
 from examples.workbench.options import read_settings
-from examples.workbench.settings import Folder
+from examples.workbench.settings import Folder, Settings
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "labels.md"
 # What is on every image: a belt, and a box on it that covers a part.
@@ -32,17 +34,16 @@ def recipes():
     return found
 
 
-def code(heading, language):
-    (block,) = (block for block in recipes()[heading] if block.language == language)
-    return block.code
+def code(heading, language, which=0):
+    return [block.code for block in recipes()[heading] if block.language == language][which]
 
 
 def run(heading):
     exec(compile(code(heading, "python"), f"labels.md: {heading}", "exec"), {})
 
 
-def settings(heading):
-    Path("mine.yaml").write_text(code(heading, "yaml"), encoding="utf-8")
+def settings(heading, which=0):
+    Path("mine.yaml").write_text(code(heading, "yaml", which), encoding="utf-8")
     return read_settings(["--config", "mine.yaml"])[0]
 
 
@@ -110,20 +111,22 @@ def cvat():
     data = settings("CVAT").data
     check(labels(data.target, data.classes), np.array([255, 0, 1])[IDS])
     # The second piece of advice of the section.
-    classes = re.search(r"`classes: \[(background, .*?)\]`", PAGE.read_text())[1].split(", ")
+    classes = re.search(r"`classes: \[(background, belt.*?)\]`", PAGE.read_text())[1].split(", ")
     check(labels(data.target, classes), IDS)
 
 
 def roboflow():
     names = ["a_jpg.rf.0123456789abcdef", "b_png.rf.fedcba9876543210"]
-    for split in ("train", "test"):
-        for name in names:
-            write_photo(Path("roboflow", split, f"{name}.jpg"))
-            write_mask(IDS, Path("roboflow", split, f"{name}_mask.png"))
-        Path("roboflow", split, "_classes.csv").write_text(code("Roboflow", "text"))
+    for name in names:
+        write_photo(Path("roboflow/train", f"{name}.jpg"))
+        write_mask(IDS, Path("roboflow/train", f"{name}_mask.png"))
+    Path("roboflow/train/_classes.csv").write_text(code("Roboflow", "text"))
     data = settings("Roboflow").data
     assert data.classes == [line.split(", ")[1] for line in code("Roboflow", "text").splitlines()[1:]]
-    for folder in (data.target, data.test):
+    # Alone, and beside photographs without masks.
+    apart = settings("Roboflow", 1).data
+    assert (apart.classes, apart.target) == (data.classes, Folder("photos"))
+    for folder in (data.target, apart.labelled):
         check(labels(folder, data.classes), IDS, names)
 
 
@@ -147,7 +150,8 @@ def label_studio():
             write_mask(pixels.astype(np.uint8) * 255, root / f"task-{task}-annotation-3-by-1-tag-{tag}.png")
     write_photo(Path("photos/x.jpg"))
     run("Label Studio")
-    check(labels(Folder("photos", "masks"), ["background", "belt", "box"]), IDS)
+    data = settings("Label Studio").data
+    check(labels(data.target, data.classes), IDS)
 
 
 def coco_polygons():
@@ -182,6 +186,47 @@ RECIPES = {
 @pytest.mark.parametrize("heading", RECIPES)
 def test_recipe(heading):
     RECIPES[heading]()
+
+
+def label_studio_of(images, tags):
+    """An export of tasks 1, 2, ... with these images, and one PNG each of these tags."""
+    root = Path("label-studio")
+    root.mkdir()
+    tasks = [{"id": task, "data": {"image": image}} for task, image in enumerate(images, 1)]
+    (root / "export.json").write_text(json.dumps(tasks))
+    for task in range(1, len(images) + 1):
+        for tag in tags:
+            write_mask((IDS > 0).astype(np.uint8) * 255, root / f"task-{task}-annotation-{tag}.png")
+
+
+def test_label_studio_keeps_names():
+    """A date in the name of a file that was not uploaded is no prefix, and a URL may escape letters."""
+    label_studio_of(["s3://bucket/20240110-001.jpg", "/data/upload/1/1a2b3c4d-F%C3%B6rder.jpg"], ["3-by-1-tag-belt-0"])
+    run("Label Studio")
+    assert {file.stem for file in Path("masks").iterdir()} == {"20240110-001", "Förder"}
+
+
+@pytest.mark.parametrize(
+    ("images", "tags", "words"),
+    [
+        (["/a/x.jpg", "/b/x.jpg"], ["3-by-1-tag-belt-0"], "called x"),
+        (["x.jpg"], ["3-by-1-brush-belt-0"], "brush-belt-0.png"),
+        (["x.jpg"], ["3-by-1-tag-Belt-0"], "tag-Belt-0.png"),
+        (["x.jpg"], ["3-by-1-tag-belt-0", "4-by-2-tag-box-0"], "task 1"),
+    ],
+)
+def test_label_studio_loses_nothing_in_silence(images, tags, words):
+    label_studio_of(images, tags)
+    with pytest.raises(SystemExit, match=words):
+        run("Label Studio")
+    assert not Path("masks").exists()
+
+
+def test_the_check_tells_of_colours_that_are_no_class():
+    cvat()
+    data = dataclasses.replace(settings("CVAT").data, size=(48, 64))
+    notes = check_data(Settings(method="labelled-only", data=data), Path()).notes
+    assert any("background" in note and "no class" in note for note in notes)
 
 
 def test_every_recipe_has_its_test():

@@ -59,6 +59,9 @@ def check_data(settings: Settings, data_root: Path | None, *, seconds: float = 3
         read, published, whole = found.sizes.total(), "", ""
         if isinstance(samples, FolderPair):
             whole = f", {len(samples.with_labels)} with a label file, {found.whole} with whole ends"
+            if samples.ignored_names:
+                names = ", ".join(samples.ignored_names)
+                notes.append(f"{split} has colours of {names}, which data.classes lacks: such pixels have no class")
             if counts := samples.layout.counts:
                 published = f" (as distributed: {' or '.join(map(str, counts))})"
                 if len(samples) not in counts:

@@ -9,7 +9,7 @@ from PIL import Image
 
 import semshift
 from examples.scenes import Sample
-from examples.workbench.data.colours import ids_of_colours, open_table
+from examples.workbench.data.colours import ids_of_colours, names_beside, open_table
 from examples.workbench.data.files import read_colour_mask, read_deep_mask, read_image, read_index_mask
 from examples.workbench.data.layouts import LAYOUTS, id_table
 from examples.workbench.data.listing import list_files
@@ -23,7 +23,8 @@ class FolderPair:
     """A folder of images and a folder of label files of the same names, in the order of names.
 
     The files are listed at once; each is read, and checked, when it is indexed. With `partial`, images may lack a label
-    file, whose pixels then have no class; `with_labels` lists the indices of those that have one.
+    file, whose pixels then have no class; `with_labels` lists the indices of those that have one. `ignored_names` are
+    names in the table of colours that are no classes.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class FolderPair:
         if folder.labels is not None and not in_one and layout.ids is None:
             _refuse_other_formats(root / folder.labels, label_end, unlabelled)
         if alone := [file for name, file in masks.items() if name not in images]:
+            apart = "; labelled images in a folder of their own are data.labelled" if partial else ""
             raise InputError(
-                f"expected an image for every label file, got none in {root / folder.images} for {_some(alone)}"
+                f"expected an image for every label file, got none in {root / folder.images} for {_some(alone)}{apart}"
             )
         self.names = sorted(images)
         self.files = [(images[name], masks.get(name)) for name in self.names]
@@ -57,6 +59,7 @@ class FolderPair:
         self._num_classes = len(classes)
         self._ignore_index = ignore_index
         self._table = id_table(layout, classes, ignore_index)
+        self.ignored_names = names_beside(folder.colours, root, classes) if folder.colours else []
         self._colours = open_table(folder.colours, root, classes, ignore_index) if folder.colours else None
 
     def __len__(self) -> int:
