@@ -15,13 +15,13 @@ from examples.workbench.errors import InputError
 from examples.workbench.progress import bar
 from examples.workbench.settings import Data
 
-__all__ = ["describe_absent", "find_absent", "require_labels"]
+__all__ = ["count_pixels", "describe_absent", "find_absent", "require_labels"]
 
 
 def require_labels(samples: Samples, data: Data, *, progress: str | None) -> np.ndarray:
     """Pixels of each id in the labels of all images, `int64 [256]`; an image without a labelled pixel is refused."""
     total = np.zeros(256, np.int64)
-    for index, pixels in _count_pixels(samples, data, range(len(samples)), progress):
+    for index, pixels in count_pixels(samples, data, range(len(samples)), progress):
         if not pixels[: len(data.classes)].any():
             raise InputError(
                 f"expected {samples.names[index]}, which counts as labelled, to have labelled pixels, got none: finish "
@@ -38,7 +38,7 @@ def find_absent(samples: Samples, data: Data, *, seconds: float, progress: str |
     """
     total, read, end = np.zeros(256, np.int64), 0, time.monotonic() + seconds
     order = np.random.RandomState(0).permutation(len(samples)).tolist()
-    for _, pixels in _count_pixels(samples, data, order, progress):
+    for _, pixels in count_pixels(samples, data, order, progress):
         total += pixels
         read += 1
         if total[: len(data.classes)].all() or time.monotonic() > end:
@@ -76,7 +76,7 @@ class _Counts(Dataset[np.ndarray]):
         return np.bincount(self.samples[index].label.ravel(), minlength=256)
 
 
-def _count_pixels(
+def count_pixels(
     samples: Samples, data: Data, order: Sequence[int], progress: str | None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Indices, and the pixels of each id in that image's label; loaded as in training, with its time limit."""

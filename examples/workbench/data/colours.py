@@ -10,16 +10,16 @@ from PIL import Image
 from examples.workbench.data.listing import path_below
 from examples.workbench.errors import InputError
 
-__all__ = ["ids_of_colours", "names_beside", "open_table"]
+__all__ = ["ids_of_colours", "open_table"]
 
 Colour = tuple[int, int, int]
 
 
 def open_table(
     colours: Mapping[str, Colour] | str, root: Path, classes: Sequence[str], ignore_index: int
-) -> dict[Colour, int]:
-    """Index in `classes` by colour, `ignore_index` for the colours of other names."""
-    known = _colours_by_name(colours, root)
+) -> tuple[dict[Colour, int], list[str]]:
+    """Index in `classes` by colour, `ignore_index` for the colours of other names; and those names."""
+    known = _read_labelmap(path_below(root, colours)) if isinstance(colours, str) else colours
     by_name = {unicodedata.normalize("NFC", name): tuple(colour) for name, colour in known.items()}
     indices = {unicodedata.normalize("NFC", name): k for k, name in enumerate(classes)}
     if missing := [name for name in indices if name not in by_name]:
@@ -27,13 +27,8 @@ def open_table(
         raise InputError(
             f"expected {where} to have a colour for every class, got {', '.join(by_name)} without {missing[0]}"
         )
-    return {(r, g, b): indices.get(name, ignore_index) for name, (r, g, b) in by_name.items()}
-
-
-def names_beside(colours: Mapping[str, Colour] | str, root: Path, classes: Sequence[str]) -> list[str]:
-    """Names in the table that are no classes, whose pixels are ignored."""
-    known = {unicodedata.normalize("NFC", name) for name in classes}
-    return [name for name in _colours_by_name(colours, root) if unicodedata.normalize("NFC", name) not in known]
+    table = {(r, g, b): indices.get(name, ignore_index) for name, (r, g, b) in by_name.items()}
+    return table, [name for name in by_name if name not in indices]
 
 
 def ids_of_colours(mask: Image.Image, table: Mapping[Colour, int]) -> np.ndarray:
@@ -53,10 +48,6 @@ def ids_of_colours(mask: Image.Image, table: Mapping[Colour, int]) -> np.ndarray
         more = f" and {len(unknown) - 3} more colours" if len(unknown) > 3 else ""
         raise ValueError(f"expected the colours of the table, got {some}{more}")
     return np.asarray(found - 1, np.uint8)
-
-
-def _colours_by_name(colours: Mapping[str, Colour] | str, root: Path) -> Mapping[str, Colour]:
-    return _read_labelmap(path_below(root, colours)) if isinstance(colours, str) else colours
 
 
 def _read_labelmap(file: Path) -> dict[str, Colour]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 import semshift
 from examples.scenes import Sample
-from examples.workbench.data.colours import ids_of_colours, names_beside, open_table
+from examples.workbench.data.colours import ids_of_colours, open_table
 from examples.workbench.data.files import read_colour_mask, read_deep_mask, read_image, read_index_mask
 from examples.workbench.data.layouts import LAYOUTS, id_table
 from examples.workbench.data.listing import list_files
@@ -59,8 +59,9 @@ class FolderPair:
         self._num_classes = len(classes)
         self._ignore_index = ignore_index
         self._table = id_table(layout, classes, ignore_index)
-        self.ignored_names = names_beside(folder.colours, root, classes) if folder.colours else []
-        self._colours = open_table(folder.colours, root, classes, ignore_index) if folder.colours else None
+        self._colours, self.ignored_names = None, list[str]()
+        if folder.colours:
+            self._colours, self.ignored_names = open_table(folder.colours, root, classes, ignore_index)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 import numpy as np
 
 import semshift
+from examples.workbench.data.classes import count_pixels
 from examples.workbench.data.images import Images
 from examples.workbench.data.samples import Samples
 from examples.workbench.errors import InputError
-from examples.workbench.progress import bar
 from examples.workbench.settings import Settings
 
 __all__ = ["batch_sizes", "choose_domains", "rare_class_draws"]
@@ -43,6 +43,7 @@ def rare_class_draws(samples: Samples, settings: Settings, *, progress: str | No
     """Weights by which images are drawn for the rare classes in them; reads the labels of all images."""
     k = len(settings.data.classes)
     counts = np.zeros((len(samples), k), np.int64)
-    for i in bar(range(len(samples)), desc=f"classes of {progress}", leave=False, disable=progress is None):
-        counts[i] = np.bincount(samples[i].label.ravel(), minlength=256)[:k]
+    title = None if progress is None else f"classes of {progress}"
+    for index, pixels in count_pixels(samples, settings.data, range(len(samples)), title):
+        counts[index] = pixels[:k]
     return semshift.rare_class_weights(counts, temperature=settings.self_training.rare_class_temperature)

@@ -43,13 +43,13 @@ def test_a_labelmap_of_cvat(tmp_path, encode):
     file = labelmap(
         tmp_path, encode(f"{HEADER}background:0,0,0::\n\nconveyor belt:60,60,60::\n  box : 250, 50, 83 ::lid,tape\n")
     )
-    table = open_table(file, tmp_path, ["box", "conveyor belt"], 255)
+    table, _ = open_table(file, tmp_path, ["box", "conveyor belt"], 255)
     assert table == {(0, 0, 0): 255, (60, 60, 60): 1, (250, 50, 83): 0}
 
 
 def test_names_match_in_any_form_of_unicode(tmp_path):
     file = labelmap(tmp_path, "Fo\u0308rderband:1,2,3::\nb:0,0,0::\n")
-    assert open_table(file, tmp_path, ["b", "F\u00f6rderband"], 255) == {(1, 2, 3): 1, (0, 0, 0): 0}
+    assert open_table(file, tmp_path, ["b", "F\u00f6rderband"], 255) == ({(1, 2, 3): 1, (0, 0, 0): 0}, [])
 
 
 def test_every_class_needs_a_colour(tmp_path):
