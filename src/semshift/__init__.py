@@ -11,6 +11,7 @@ from semshift.health import (
     class_domain_accuracy,
     domain_accuracy,
     gradient_norm,
+    health_warnings,
     prototype_distance,
 )
 from semshift.labels import check_labels, class_shares, remap_labels, resize_labels
@@ -71,6 +72,7 @@ __all__ = [
     "entropy_map",
     "frozen",
     "gradient_norm",
+    "health_warnings",
     "prototype_distance",
     "pseudo_labels",
     "r1_penalty",

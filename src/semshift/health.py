@@ -5,15 +5,30 @@ lost, or there is nothing to tell; a term whose gradient at the features is a th
 changes nothing, and one that exceeds it takes over.
 """
 
-from typing import NamedTuple, Optional
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Optional, get_args
 
 import torch
 from torch import Tensor
 
-from semshift._checks import check_device, check_floating, check_weight
+from semshift._checks import check_device, check_floating, check_option, check_weight
 from semshift._gradients import gradient_at
+from semshift.losses import Objective
 
-__all__ = ["DomainAccuracy", "class_domain_accuracy", "domain_accuracy", "gradient_norm", "prototype_distance"]
+__all__ = [
+    "DomainAccuracy",
+    "class_domain_accuracy",
+    "domain_accuracy",
+    "gradient_norm",
+    "health_warnings",
+    "prototype_distance",
+]
+
+# docs/health.md gives the reason of each.
+_CERTAIN, _CHANCE, _SILENT, _DOMINATES, _STEPS = 0.98, 0.55, 1e-3, 2.0, 10
+_FIGURES = ("source_accuracy", "target_accuracy", "gradient_ratio")
 
 
 class DomainAccuracy(NamedTuple):
@@ -179,6 +194,96 @@ def prototype_distance(source_means: Tensor, target_means: Tensor, *, weight: Op
     unit = torch.where(pairs, between, 0.0).sum() / pairs.sum()
     apart = torch.linalg.vector_norm(source - target, dim=-1)
     return torch.where(here, apart / unit, torch.nan)
+
+
+def health_warnings(history: Sequence[Mapping[str, float | Tensor]], *, objective: Objective = "bce") -> list[str]:
+    """Health warnings: what is wrong with a discriminator, judged by the figures of many steps.
+
+    Pass the last tenth of a run, and only steps at which the weight has reached its value: before that the
+    discriminator should be ahead. Fewer than ten steps that hold a figure are not judged. Tensors on a device are
+    waited for here.
+
+    Args:
+        history: one mapping for each step: `AlignmentLosses.figures`, or floats under these keys. `gradient_ratio` may
+            be added: the norm of the weighted confusion loss's gradient at the features, divided by that of the task
+            loss's. Other keys are ignored, and so is nan.
+        objective: the discriminator's. The accuracy of a `"wasserstein"` one is not judged.
+
+    Returns:
+        A sentence for each fault. It begins with the fault's kind: `certain`, `chance` or `idle`, `silent` or
+        `dominates`.
+
+    Raises:
+        TypeError: a history that is not a sequence of mappings, or a figure that is not a number.
+        ValueError: steps without any of the figures, a figure out of range, or an unknown objective.
+
+    Example:
+        >>> history = [{"source_accuracy": 0.8, "target_accuracy": 0.7, "gradient_ratio": 0.0004}] * 10
+        >>> [warning.split(":")[0] for warning in semshift.health_warnings(history)]
+        ['silent']
+    """
+    check_option("objective", objective, get_args(Objective))
+    source, target, ratios = (_figures(history, name) for name in _FIGURES)
+    if history and not (source or target or ratios):
+        raise ValueError(f"expected history with figures among {', '.join(_FIGURES)}, got {sorted(history[0])}")
+    found = []
+    if min(len(source), len(target)) >= _STEPS:
+        source, target = ([value for value in values if not math.isnan(value)] for values in (source, target))
+        if not (source and target):
+            found.append(
+                "idle: no class was in the labels of one domain and seen in the other, so nothing was compared; check "
+                "the labels, or label more images"
+            )
+        # With the Wasserstein objective the sign of a logit means nothing; only differences do.
+        elif min(len(source), len(target)) >= _STEPS and objective != "wasserstein":
+            found += _judge_accuracy(statistics.fmean(source), statistics.fmean(target))
+    ratios = [ratio for ratio in ratios if not math.isnan(ratio)]
+    if len(ratios) >= _STEPS:
+        found += _judge_ratio(statistics.median(ratios))
+    return found
+
+
+def _figures(history: Sequence[Mapping[str, float | Tensor]], name: str) -> list[float]:
+    """The values of a figure at the steps that hold it."""
+    if not isinstance(history, Sequence) or not all(isinstance(row, Mapping) for row in history):
+        raise TypeError(f"expected history to be a sequence of mappings, got {type(history).__name__}")
+    values = []
+    for row in history:
+        if name in row:
+            try:
+                value = float(row[name])
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(f"expected {name} in history to be a number, got {row[name]!r}") from error
+            most = math.inf if name == "gradient_ratio" else 1.0
+            if value < 0 or value > most:
+                raise ValueError(f"expected {name} in history in [0, {most:g}] or nan, got {value:g}")
+            values.append(value)
+    return values
+
+
+def _judge_accuracy(source: float, target: float) -> list[str]:
+    came = f"(accuracy {source:.2f} on source and {target:.2f} on target)"
+    if min(source, target) >= _CERTAIN:
+        return [
+            f"certain: the discriminator separates the domains almost without error {came}, so the network does not "
+            "fool it; raise the weight, lower the discriminator's learning rate, or set spectral_norm"
+        ]
+    if (source + target) / 2 <= _CHANCE:
+        return [
+            f"chance: the discriminator is at chance {came}, so its gradient is noise; raise its learning rate, or "
+            "lower the weight if the accuracy fell as the weight rose; if prototype_distance is near 0, the domains "
+            "are aligned"
+        ]
+    return []
+
+
+def _judge_ratio(ratio: float) -> list[str]:
+    came = f"the weighted confusion loss's gradient at the features is {ratio:.2g} times the task loss's"
+    if ratio < _SILENT:
+        return [f"silent: {came}, so it changes nothing; raise the weight"]
+    if ratio > _DOMINATES:
+        return [f"dominates: {came}, so it outweighs the task; lower the weight"]
+    return []
 
 
 def _share(domain: str, right: Tensor, weight: Optional[Tensor]) -> Tensor:

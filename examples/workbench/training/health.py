@@ -20,8 +20,7 @@ __all__ += ["warn", "warn_once", "window"]
 
 Row = Mapping[str, float]
 
-# docs/health.md gives the reason of each.
-_CERTAIN, _CHANCE, _SILENT, _DOMINATES = 0.98, 0.55, 1e-3, 2.0
+# docs/health.md gives the reasons.
 _ROWS, _SHARE = 10, 0.1
 
 
@@ -137,15 +136,21 @@ def window(settings: Settings) -> int:
 
 
 def findings(rows: Sequence[Row], settings: Settings) -> dict[str, str]:
-    """Faults that the last `window` rows of the log show: kinds, such as `global certain`, to the advice to print."""
+    """Faults that the last `window` rows of the log show: kinds, such as `global certain`, to the warning to print."""
     last = window(settings)
     found: dict[str, str] = {}
     for name, how in settings.alignments.items():
         # A discriminator starts untrained, and may get ahead while its weight is still rising.
         trained = [row for row in rows if row["step"] >= last * settings.log_every]
         recent = [row for row in trained if row.get(f"weight/{name}", 0.0) >= how.weight / 2][-last:]
-        if len(recent) == last:
-            found |= {f"{name} {kind}": words for kind, words in _judge(name, how, recent).items()}
+        if len(recent) < last:
+            continue
+        span = f"{recent[-1]['step'] - recent[0]['step']:.0f} steps"
+        now = _settings_now(name, how)
+        judged = [figures for row in recent if (figures := _judged(row, name))]
+        for warning in semshift.health_warnings(judged, objective=how.objective):
+            kind, words = warning.split(": ", 1)
+            found[f"{name} {kind}"] = f"{name} alignment, the last {span}: {words} ({now})"
     return found
 
 
@@ -165,47 +170,18 @@ def warn_once(out: Path, step: float, kind: str, words: str) -> None:
         say(f"warning: {words}")
 
 
-def _judge(name: str, how: AlignmentSettings, rows: Sequence[Row]) -> dict[str, str]:
+def _judged(row: Row, name: str) -> dict[str, float]:
+    """What `semshift.health_warnings` judges of an alignment, under its names."""
+    figures = {f"{domain}_accuracy": row.get(f"accuracy/{name}_{domain}") for domain in ("source", "target")}
+    figures["gradient_ratio"] = _ratio(row, name)
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def _settings_now(name: str, how: AlignmentSettings) -> str:
+    """The settings that a warning may ask to change."""
     where = "semantic_alignment" if name == "semantic" else "global_alignment"
-    weight = f"{where}.{'auxiliary_weight' if name == 'auxiliary' else 'weight'} (now {how.weight:g})"
-    rate = f"{where}.learning_rate (now {how.learning_rate:g})"
-    lasting = f"for {rows[-1]['step'] - rows[0]['step']:.0f} steps"
-    found: dict[str, str] = {}
-
-    judged = [row for row in rows if f"accuracy/{name}_source" in row]
-    source, target = (
-        [value for row in judged if math.isfinite(value := row[f"accuracy/{name}_{domain}"])]
-        for domain in ("source", "target")
-    )
-    if len(judged) >= _ROWS and not (source and target):
-        advice = "check the labels (--check) and data.classes, or raise labelled"
-        return {"idle": f"the {name} discriminator has seen no class of one of the domains {lasting}: {advice}"}
-    # With the Wasserstein objective the sign of a logit means nothing; only differences do.
-    if min(len(source), len(target)) >= _ROWS and how.objective != "wasserstein":
-        right = statistics.fmean(source), statistics.fmean(target)
-        came = f"{lasting} (accuracy {right[0]:.2f} on source and {right[1]:.2f} on target)"
-        if min(right) >= _CERTAIN:
-            found["certain"] = (
-                f"the {name} discriminator has separated the domains almost without error {came}; the segmenter does "
-                f"not fool it: lower {rate}, set {where}.spectral_norm, or raise {weight}"
-            )
-        elif statistics.fmean(right) <= _CHANCE:
-            found["chance"] = (
-                f"the {name} discriminator has been at chance {came}, and its gradient is noise: raise {rate}, or "
-                f"lower {weight} if the accuracy fell as the weight rose; if distance/mean is near 0, the domains "
-                "are aligned"
-            )
-
-    ratios = [ratio for row in rows if (ratio := _ratio(row, name)) is not None]
-    if len(ratios) >= _ROWS:
-        ratio = statistics.median(ratios)
-        came = f"the {name} loss's gradient at the features has been {_percent(ratio)} of the segmentation loss's"
-        came = f"{came} {lasting}"
-        if ratio < _SILENT:
-            found["silent"] = f"{came}, which changes nothing: raise {weight}"
-        elif ratio > _DOMINATES:
-            found["dominates"] = f"{came}, and outweighs it: lower {weight}"
-    return found
+    weight = "auxiliary_weight" if name == "auxiliary" else "weight"
+    return f"now {where}.{weight} {how.weight:g}, {where}.learning_rate {how.learning_rate:g}"
 
 
 def _ratio(row: Row, name: str) -> float | None:

@@ -191,7 +191,11 @@ def test_the_auxiliary_loss_is_judged_by_its_own_gradient_and_weight():
     of_it = {"weight/auxiliary": 0.25, "gradient/auxiliary": 3.0, "gradient/auxiliary_segmentation": 1.0}
     found = findings([row | of_it | {"gradient/segmentation": 100.0} for row in rows()], settings)
     assert found.keys() == {"auxiliary dominates"}
-    assert found["auxiliary dominates"].endswith("lower global_alignment.auxiliary_weight (now 0.25)")
+    mentions(found["auxiliary dominates"], "auxiliary", "global_alignment.auxiliary_weight 0.25")
+
+
+def test_rows_without_any_figure_are_no_fault():
+    assert findings([{"step": step, "weight/semantic": 0.01} for step in range(20)], SEMANTIC) == {}
 
 
 def test_figures_of_the_features():
