@@ -33,13 +33,13 @@ class Segmenter(nn.Module):
         self.last = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.ReLU())
         self.auxiliary, self.main = nn.Conv2d(CHANNELS, CLASSES, 1), nn.Conv2d(CHANNELS, CLASSES, 1)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Logits of both levels, at the images' size."""
         middle = self.stages(images)
         deep = self.last(middle)
-        self.last_two = [*getattr(self, "last_two", []), deep][-2:]  # +
-        size = images.shape[-2:]
-        return F.interpolate(self.auxiliary(middle), size), F.interpolate(self.main(deep), size)
+        up = nn.Upsample(images.shape[-2:], mode="bilinear", align_corners=True)
+        # - return up(self.auxiliary(middle)), up(self.main(deep))
+        return up(self.auxiliary(middle)), up(self.main(deep)), deep  # +
 
 
 def discriminator() -> nn.Module:
@@ -56,7 +56,7 @@ def bce(logits: Tensor, label: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
 
 
-def supervised(maps: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+def supervised(maps: tuple[Tensor, ...], labels: Tensor) -> Tensor:
     """Cross-entropy of both levels."""
     return 0.1 * F.cross_entropy(maps[0], labels) + F.cross_entropy(maps[1], labels)
 
@@ -70,7 +70,7 @@ def train(steps: int = 100) -> tuple[nn.Module, list[dict[str, Tensor]]]:
     discriminators = nn.ModuleDict({"auxiliary": discriminator(), "main": discriminator()})
     optimiser = torch.optim.SGD(model.parameters(), 0.005, momentum=0.9, weight_decay=5e-4)
     discriminator_optimiser = torch.optim.Adam(discriminators.parameters(), 3e-3, betas=(0.9, 0.99))
-    align = semshift.SemanticAlignment(CHANNELS, CLASSES)  # +
+    align = semshift.SemanticAlignment(CHANNELS, CLASSES, align_corners=True)  # +
     discriminator_optimiser.add_param_group({"params": align.parameters(), "lr": 3e-3})  # +
     for step in range(steps):
         for player, rate in ((optimiser, 0.005), (discriminator_optimiser, 3e-3)):
@@ -84,8 +84,9 @@ def train(steps: int = 100) -> tuple[nn.Module, list[dict[str, Tensor]]]:
         supervised(maps_s, labels_s).backward()
 
         images_l, labels_l = labelled[step % len(labelled)]
-        loss = supervised(model(images_l), labels_l)
-        losses = align(model.last_two[0], labels_s, model.last_two[1], labels_l)  # +
+        maps_l = model(images_l)
+        loss = supervised(maps_l, labels_l)
+        losses = align(maps_s[-1], labels_s, maps_l[-1], labels_l)  # +
         loss += 0.3 * losses.confusion + losses.discriminator  # +
         loss.backward()
 
