@@ -1,10 +1,11 @@
 """Features from a forward hook, for models that you may not edit, with semantic-level alignment added.
 
 Stand-ins with the module structure of torchvision, segmentation-models-pytorch and mmsegmentation; `LAYER` names the
-layer in each. One backward and one optimiser serve the segmenter and the discriminator. Lines that end in `# +` are
-added, `# check` logs what they do.
+layer in each, and `take` picks the map from what it returns. One backward and one optimiser serve the segmenter and the
+discriminator. Lines that end in `# +` are added, `# check` logs what they do.
 """
 
+from collections import deque  # +
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ CLASSES, CHANNELS = 4, 32
 COLOURS = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
 LAYER = {
     "torchvision": "backbone.layer4",
-    "segmentation-models-pytorch": "encoder.layer4",
+    "segmentation-models-pytorch": "encoder",
     "mmsegmentation": "backbone.layer4",
 }
 
@@ -91,6 +92,12 @@ MODELS = {
 }
 
 
+def take(output: Any) -> Tensor:
+    """The map of a layer that returns one, or the last of several."""
+    result: Tensor = output[-1] if isinstance(output, list) else output
+    return result
+
+
 def cross_entropy(output: Any, labels: Tensor) -> Tensor:
     """Of what any of these models returns."""
     logits = output["out"] if isinstance(output, dict) else output
@@ -105,7 +112,8 @@ def train(steps: int = 100, library: str = "torchvision") -> tuple[nn.Module, li
     model: Any = MODELS[library]()
     optimiser = torch.optim.AdamW(model.parameters(), 5e-4)
     layer = model.get_submodule(LAYER[library])
-    layer.register_forward_hook(lambda m, _, out: setattr(m, "last_two", [*getattr(m, "last_two", []), out][-2:]))  # +
+    kept: deque[Tensor] = deque(maxlen=2)  # +
+    layer.register_forward_hook(lambda m, _, out: kept.append(take(out)) if m is layer else None)  # +
     align = semshift.SemanticAlignment(CHANNELS, CLASSES)  # +
     optimiser.add_param_group({"params": align.parameters(), "lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0})  # +
     for step in range(steps):
@@ -113,7 +121,7 @@ def train(steps: int = 100, library: str = "torchvision") -> tuple[nn.Module, li
         loss = cross_entropy(model(images_s), labels_s)
         images_t, labels_t = labelled[step % len(labelled)]
         loss = loss + cross_entropy(model(images_t), labels_t)
-        losses = align(layer.last_two[0], labels_s, layer.last_two[1], labels_t)  # +
+        losses = align(kept[0], labels_s, kept[1], labels_t)  # +
         loss = loss + 1.0 * losses.confusion + losses.discriminator  # +
         optimiser.zero_grad()
         loss.backward()
