@@ -237,16 +237,13 @@ def confusion_matrix():
 
 def moving_average():
     n = names("A mean teacher")
-    network, decay = n["network"], 0.999
-    teacher = n["AveragedModel"](network, multi_avg_fn=n["get_ema_multi_avg_fn"](decay), use_buffers=True)
+    network, teacher = n["network"], n["teacher"]
+    expected = [average.detach().clone() for average in teacher.module.parameters()]
+    with torch.no_grad():
+        for average, parameter in zip(expected, network.parameters()):
+            parameter.add_(torch.randn_like(parameter))
+            average.mul_(0.999).add_(parameter, alpha=0.001)
     teacher.update_parameters(network)
-    expected = [parameter.detach().clone() for parameter in network.parameters()]
-    for _ in range(3):
-        with torch.no_grad():
-            for average, parameter in zip(expected, network.parameters()):
-                parameter.add_(torch.randn_like(parameter))
-                average.copy_(decay * average + (1 - decay) * parameter)
-        teacher.update_parameters(network)
     for average, parameter in zip(expected, teacher.module.parameters()):
         torch.testing.assert_close(parameter.detach(), average)
 
