@@ -1,5 +1,7 @@
 """docs/troubleshooting.md: each row's message is the code's, and each row without one is what happens."""
 
+import collections
+import copy
 import re
 from pathlib import Path
 
@@ -64,6 +66,20 @@ def balance(network, at=lambda features: features):
     semshift.balanced_weight(logits.square().mean(), losses.confusion, at(features), 0.1)
 
 
+def hooked(network, name):
+    """What a hook keeps of a network of which only the backbone runs."""
+    kept = collections.deque(maxlen=2)
+    network.get_submodule(name).register_forward_hook(lambda _, __, out: kept.append(out))
+    network.backbone(torch.randn(1, 3, 8, 16))
+    return kept
+
+
+def stored():
+    network = Network()
+    network.features = network(torch.randn(1, 3, 8, 16))[0]
+    copy.deepcopy(network)
+
+
 CALLS = {
     "transposed the labels": lambda: semshift.class_sums(F, Y.mT, 19),
     "kept a channel axis": lambda: semshift.class_sums(F, Y[:, None], 19),
@@ -89,6 +105,9 @@ CALLS = {
     ),
     "asked `balanced_weight` for the gradient in a network with activation": lambda: balance(Checkpointed()),
     "wrote the losses by hand and forgot": undetached,
+    "hooked a layer that did not run": lambda: hooked(Network(), "head")[0],
+    "stored features on the network": stored,
+    "trained batch norm on one image": lambda: nn.BatchNorm2d(256)(F[:1].mean((2, 3), keepdim=True)),
 }
 
 
@@ -208,6 +227,29 @@ def probabilities():
         optimiser.step()
 
 
+def other_corners():
+    images, labels = batch()
+    features = model()(images).detach()
+    up = nn.functional.interpolate(features, labels.shape[1:], mode="bilinear", align_corners=True)
+    expected = semshift.class_sums(up, labels, 4).means
+    told, untold = (semshift.class_sums(features, labels, 4, align_corners=aligned).means for aligned in (True, False))
+    torch.testing.assert_close(told, expected)
+    assert (untold - expected).norm() > 0.01 * expected.norm()
+
+
+def features_of_a_teacher():
+    images, labels = batch()
+    network = model()
+    teacher, align = copy.deepcopy(network), small()
+    losses(align, teacher(images), labels)[0].backward()
+    assert teacher[0].weight.grad.any()
+    assert network[0].weight.grad is None
+    with torch.no_grad():
+        features = teacher(images)
+    with pytest.raises(ValueError, match=r"target_features.*no_grad"):
+        losses(align, features, labels)
+
+
 def bad_ids_on_cuda():
     features, labels = torch.randn(2, 16, 4, 6, device="cuda"), torch.randint(0, 4, (2, 16, 24), device="cuda")
     wrong = labels.clone()
@@ -229,6 +271,8 @@ BEHAVIOUR = {
     "left the discriminator out": discriminator_left_out,
     "left the confusion out": confusion_left_out,
     "gave the losses probabilities": probabilities,
+    "up-sampled the logits with": other_corners,
+    "gave the alignment the features of a teacher": features_of_a_teacher,
     "left bad label ids": bad_ids_on_cuda,
 }
 
@@ -243,7 +287,7 @@ def test_every_row_has_a_test(rows, tests):
 def test_message(start):
     (cell,) = (cell for row, cell in RAISES.items() if row.startswith(start))
     promised = re.fullmatch(r"`(.+?)`( \(and more\))?", cell)
-    with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+    with pytest.raises((TypeError, ValueError, RuntimeError, IndexError)) as caught:
         CALLS[start]()
     message = str(caught.value)
     assert message.startswith(promised[1]) if promised[2] else message == promised[1]
