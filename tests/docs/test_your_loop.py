@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import semshift
 from docs.pages import read_blocks
 from examples.workbench.data.layouts import LAYOUTS
+from tests.errors import refuses
 
 PATH = Path(__file__).parent.parent.parent / "docs" / "your-loop.md"
 PAGE = PATH.read_text()
@@ -78,11 +79,10 @@ def test_batches_of_one():
     # No class is in both images; in the second step each was seen before.
     assert [found.confusion.item() > 0 for found in losses] == [False, True]
     assert all(found.figures["prototype_distance"].isnan() for found in losses)
-    pooled = n["pooled"].train()
-    with pytest.raises(
-        ValueError, match=re.search(r"`(Expected more than 1\s+value per.*?)`", PAGE)[1].replace("\n", " ")
-    ):
-        pooled(n["features_s"][:1])
+    message = "Expected more than 1 value per channel when training"
+    assert f"`{message}`" in " ".join(PAGE.split())
+    with refuses(ValueError, message):
+        n["pooled"].train()(n["features_s"][:1])
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
@@ -104,7 +104,7 @@ def test_a_mean_teacher():
     copy.deepcopy(network)
     with torch.no_grad():
         features = teacher(n["images_t"])[0]
-    with pytest.raises(ValueError, match=r"target_features.*no_grad"):
+    with refuses(ValueError, "target_features", "torch.no_grad"):
         n["align"](n["features_s"], n["labels_s"], features, n["labels_s"])
 
 

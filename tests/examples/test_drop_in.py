@@ -1,5 +1,6 @@
 """examples/drop_in: each adds at most six lines that keep the promise of docs/drop-in.md; without them it is broken."""
 
+import copy
 import re
 import sys
 import types
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import semshift
 from docs.pages import read_blocks
 from examples.drop_in.__main__ import diff, main, updated, versions
+from tests.errors import refuses
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {path.stem: path.read_text() for path in sorted((ROOT / "examples" / "drop_in").glob("[!_]*.py"))}
@@ -124,6 +127,15 @@ def test_hooks_of_the_other_libraries(library):
     assert f"`{module.LAYER[library]}`" in PAGE
 
 
+def reaching(*edits, steps):
+    """Train the hook's program with edits; its figures, and whether the term reached the student at each step."""
+    reach = r"reached.append(torch.autograd.grad(losses.confusion, layer.parameters(), retain_graph=True))"
+    module = program("hook", *edits, (r"( +)(losses = align\(.*)", rf"\1\2\n\1{reach}"))
+    module.copy, module.checkpoint, module.reached = copy, checkpoint, []
+    _, log = module.train(steps)
+    return values(log), [all(gradient.any() for gradient in gradients) for gradients in module.reached]
+
+
 TEACHERS = {
     "deepcopy": "copy.deepcopy(model)",
     "average": "torch.optim.swa_utils.AveragedModel(model)",
@@ -143,20 +155,13 @@ MADE = {
 def test_a_teacher_that_runs_before_pooling(teacher, made):
     """Even with a graph of its own, and between the two domains: the term reaches the student."""
     where, line = MADE[made]
-    module = program(
-        "hook",
+    _, reached = reaching(
         (where, line.replace("TEACHER", TEACHERS[teacher]) + r"\1\2"),
-        (r"(def train\()", r"import copy\nreached = []\n\n\n\1"),
-        (
-            r"( +)(losses = align\(.*)",
-            r"\1teacher(images_s); teacher(images_t)\n\1\2\n"
-            r"\1reached.append(torch.autograd.grad(losses.confusion, layer.parameters(), retain_graph=True))",
-        ),
+        (r"( +)(losses = align\(.*)", r"\1teacher(images_s); teacher(images_t)\n\1\2"),
         (r"( +)(images_t, labels_t = .*)", r"\1if step > 0: teacher(images_s)\n\1\2"),
+        steps=12,
     )
-    module.train(12)
-    assert len(module.reached) == 12
-    assert all(gradient.any() for gradients in module.reached for gradient in gradients)
+    assert reached == [True] * 12
 
 
 def test_a_hook_in_data_parallel():
@@ -170,6 +175,39 @@ def test_a_hook_in_data_parallel():
     with pytest.raises(IndexError, match="deque index out of range"):
         program("hook", replica).train(1)
     assert "`deque index out of range`" in (ROOT / "docs" / "your-loop.md").read_text()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_hook_under_activation_checkpointing(reentrant):
+    """As the page says: `use_reentrant=False`. The other kind runs the layer without a graph, which raises."""
+    edit = (
+        r"self\.backbone\(images\)\[-1\]\), images",
+        f"checkpoint(lambda x: self.backbone(x)[-1], images, use_reentrant={reentrant})), images",
+    )
+    if reentrant:
+        with refuses(ValueError, "target_features", "torch.no_grad"):
+            reaching(edit, steps=1)
+        return
+    found, reached = reaching(edit, steps=3)
+    torch.testing.assert_close(found, values(program("hook").train(3)[1]))
+    assert reached == [True] * 3
+
+
+OWN = "torch.no_grad()(torch.func.functional_call)(model, dict(model.named_parameters()), (torch.zeros(4, 3, 32, 48),))"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_teacher_of_the_students_own_modules(first):
+    """docs/your-loop.md: it must run before the network does. Last, it raises."""
+    line = r"images_s, labels_s = .*" if first else r"losses = align\("
+    edit = (rf"( +)({line})", rf"\1{OWN}\n\1\2")
+    if first:
+        found, reached = reaching(edit, steps=3)
+        torch.testing.assert_close(found, values(program("hook").train(3)[1]))
+        assert reached == [True] * 3
+    else:
+        with refuses(ValueError, "target_features", "torch.no_grad"):
+            reaching(edit, steps=1)
 
 
 def test_align_corners_matches_the_up_sampling():
@@ -346,8 +384,9 @@ def edited(code, *edits):
     return code
 
 
+@pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("per_image", [False, True])
-def test_by_hand_equals_the_module(per_image):
+def test_by_hand_equals_the_module(per_image, align_corners):
     """docs/by-hand.md: after all steps of its block every parameter has the same bits as with the module."""
     (block,) = (b for b in read_blocks(ROOT / "docs" / "by-hand.md") if b.language == "python")
     code = block.code
@@ -360,7 +399,10 @@ def test_by_hand_equals_the_module(per_image):
             (r"(seen_s \| source\.present)", r"\1.any(0)"),
             (r"(seen_t \| target\.present)", r"\1.any(0)"),
         )
-    module = f"align = semshift.SemanticAlignment(32, 4, per_image={per_image})\ndiscriminator = align.discriminator"
+    if align_corners:
+        code = edited(code, *((rf"(class_sums\(features_{d}, labels_{d}, 4)", r"\1, align_corners=True") for d in "st"))
+    options = f"per_image={per_image}, align_corners={align_corners}"
+    module = f"align = semshift.SemanticAlignment(32, 4, {options})\ndiscriminator = align.discriminator"
     call = "    losses = align(features_s, labels_s, features_t, labels_t)\n"
     with_module = edited(
         block.code,
