@@ -216,13 +216,13 @@ def polynomial():
 
 
 def confusion_matrix():
-    """Over two images, with ignored pixels and a class that occurs in one of them only."""
+    """Over two images, with ignored pixels, a class that occurs in one of them only and one that never occurs."""
     n = names("You have, use")
     matrix, iou = n["matrix"], n["iou"]
     for metric in (matrix, iou):
         metric.reset()
     expected = torch.zeros(4, 4, dtype=torch.int64)
-    for classes in (2, 4):
+    for classes in (2, 3):
         predicted, labels = torch.randint(0, classes, (2, 1, 16, 16))
         labels[0, 0] = 255
         for one, other in zip(labels.flatten().tolist(), predicted.flatten().tolist()):
@@ -232,7 +232,8 @@ def confusion_matrix():
             metric.update(predicted, labels)
     assert torch.equal(matrix.compute(), expected)
     union = expected.sum(0) + expected.sum(1) - expected.diagonal()
-    torch.testing.assert_close(iou.compute(), expected.diagonal() / union)
+    torch.testing.assert_close(iou.compute(), expected.diagonal() / union, equal_nan=True)
+    assert iou.compute().isnan().tolist() == [False, False, False, True]
 
 
 def moving_average():

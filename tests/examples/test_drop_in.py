@@ -228,6 +228,7 @@ def test_align_corners_matches_the_up_sampling():
     assert 100 * off == pytest.approx(float(re.search(r"means are (\d+) % off", PAGE)[1]), abs=2)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.4."), reason="because a compiled hook keeps nothing there")
 def test_a_hook_under_torch_compile():
     compiled = (
         r"( +)(layer\.register_forward_hook.*)\n",
