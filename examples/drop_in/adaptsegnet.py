@@ -87,7 +87,7 @@ def train(steps: int = 100) -> tuple[nn.Module, list[dict[str, Tensor]]]:
         maps_l = model(images_l)
         loss = supervised(maps_l, labels_l)
         losses = align(maps_s[-1], labels_s, maps_l[-1], labels_l)  # +
-        loss += 0.3 * losses.confusion + losses.discriminator  # +
+        loss += 0.03 * losses.confusion + losses.discriminator  # +
         loss.backward()
 
         images_u, _ = load("target")

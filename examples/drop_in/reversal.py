@@ -98,7 +98,7 @@ def train(steps: int = 100) -> tuple[nn.Module, list[dict[str, Tensor]]]:
                 loss = loss + bce(discriminators[name](reversed_output), label) / 2
 
         losses = align(features_s, labels_s, features_l, labels_l)  # +
-        loss = loss + 0.3 * losses.confusion + losses.discriminator  # +
+        loss = loss + 0.03 * losses.confusion + losses.discriminator  # +
         optimiser.zero_grad()
         discriminator_optimiser.zero_grad()
         loss.backward()

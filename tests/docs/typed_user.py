@@ -47,6 +47,8 @@ def align(features: Tensor, labels: Tensor, head: nn.Module, weight: semshift.Sc
     figures: dict[str, Tensor] = {**losses.figures, **others.figures}
     assert all(figure.dim() == 0 for figure in figures.values())
     total: Tensor = balanced * losses.confusion + losses.discriminator + warm.discriminator
+    warnings: list[str] = semshift.health_warnings([losses.figures, {"gradient_ratio": 0.1}], objective="bce")
+    assert not warnings
     return total + weight(10) * others.confusion + others.discriminator
 
 

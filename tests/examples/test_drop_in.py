@@ -419,3 +419,35 @@ def test_by_hand_equals_the_module(per_image, align_corners):
     for name in ("backbone", "head", "discriminator"):
         pairs = zip(by_hand[name].parameters(), by_module[name].parameters())
         assert all(torch.equal(one, other) for one, other in pairs), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_rule_for_the_weight(precision):
+    """In AdaptSegNet's loop, with docs/schedules.md's rate: a ratio by the rule, and no warning is left."""
+    program_of_it = program(
+        "adaptsegnet",
+        (r"0\.03 \* losses\.confusion", "weight_of(loss, losses, maps_l[-1]) * losses.confusion"),
+        (r'"lr": 3e-3', '"lr": 1e-4'),
+    )
+
+    def kinds(weight):
+        history = []
+
+        def weight_of(loss, losses, features):
+            chosen = weight(loss, losses.confusion, features)
+            norms = [semshift.gradient_norm(term, features) for term in (losses.confusion, loss)]
+            history.append({**losses.figures, "gradient_ratio": chosen * norms[0] / norms[1]})
+            return chosen
+
+        program_of_it.weight_of = weight_of
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            program_of_it.train(300)
+        return [warning.split(":")[0] for warning in semshift.health_warnings(history[-30:])]
+
+    # Begin with a tenth; while the discriminator is certain, three times more, up to as much as the task.
+    found = [kinds(lambda *terms, ratio=ratio: semshift.balanced_weight(*terms, ratio)) for ratio in (0.1, 0.3, 1.0)]
+    assert found.index([]) == len([one for one in found if one == ["certain"]])
+    # A number from elsewhere is warned of.
+    assert "silent" in kinds(lambda *_: 1e-6)
+    assert "dominates" in kinds(lambda *_: 30.0)
