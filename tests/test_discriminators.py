@@ -1,10 +1,16 @@
 """Discriminators: shapes, precision, what `frozen` holds still, and that each of them can be trained and confused."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.distributed import fsdp
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 import semshift
 from tests.errors import refuses
@@ -412,6 +418,214 @@ def test_frozen_under_data_parallel(one_rank):
         assert not passes
         semshift.discriminator_loss(wrapped(source), wrapped(target.detach())).backward()
         assert all(p.grad.abs().sum() > 0 for p in wrapped.parameters())
+
+
+class Wrapper(nn.Module):
+    """A module under two names and in a plain list, as Fabric's wrapper and others hold it."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.first = self.second = module
+        self.listed = [module]
+
+    def forward(self, *arguments):
+        return self.listed[0](*arguments)
+
+
+class Tied(nn.Module):
+    """One weight in two modules, and one module twice in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])
+        self.layers[1].weight = self.layers[0].weight
+        self.layers.append(self.layers[0])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
+
+
+class Patched(nn.Module):
+    """Its forward is a method that was put over the class's own, as Accelerate does it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 4)
+        self.forward = self.patched
+
+    def patched(self, x):
+        return self.layer(x).tanh()
+
+
+def recurrent():
+    return nn.LSTM(5, 4, num_layers=2)
+
+
+def compiled():
+    return torch.compile(mlp(), backend="aot_eager")
+
+
+def compiled_in_place():
+    module = mlp()
+    module.compile(backend="aot_eager")
+    return module
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
+
+
+def closure():
+    module, layer = nn.Module(), nn.Linear(5, 4)
+    module.layer, module.forward = layer, lambda x: layer(x).tanh()
+    return module
+
+
+def old_spectral_norm():
+    # In `eval` mode, where a second call is the first one's equal.
+    return nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(5, 4)), nn.Tanh()).eval()
+
+
+class Checkpointed(nn.Module):
+    """Part of it is computed again in the backward; `how` says what checkpointing is given."""
+
+    def __init__(self, how, reentrant):
+        super().__init__()
+        self.body, self.how, self.reentrant = mlp(), how, reentrant
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def scaled(self, x):
+        return self.body(x * self.scale)
+
+    def forward(self, x):
+        if self.how == "module":
+            return checkpoint(self.body, x * self.scale, use_reentrant=self.reentrant)
+        given = self.scaled if self.how == "method" else lambda x: self.body(x * self.scale)
+        return checkpoint(given, x, use_reentrant=self.reentrant)
+
+
+def wrapped_in_data_parallel():
+    return Wrapper(nn.DataParallel(Wrapper(mlp())))
+
+
+FROZEN = [
+    lambda: Wrapper(mlp()),
+    lambda: Wrapper(Wrapper(Tied())),
+    Tied,
+    Patched,
+    recurrent,
+    compiled,
+    compiled_in_place,
+    closure,
+    old_spectral_norm,
+    wrapped_in_data_parallel,
+    lambda: nn.DataParallel(nn.DataParallel(mlp())),
+    lambda: AveragedModel(mlp()),
+    lambda: Wrapper(torch.compile(Wrapper(mlp()), backend="aot_eager")),
+    *(functools.partial(Checkpointed, how, kind) for how in ("module", "method", "function") for kind in (True, False)),
+    *(lambda kind=kind: Wrapper(nn.DataParallel(Checkpointed("method", kind))) for kind in (True, False)),
+]
+
+
+# Of what torch 2.4 does in its checkpointing and in its compiler.
+@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast.*:FutureWarning")
+@pytest.mark.parametrize("make", FROZEN)
+def test_frozen_leaves_any_module_as_it_was(make):
+    """The gradient at the inputs is right, though the optimiser steps before the backward, and the module learns on."""
+    torch._dynamo.reset()
+    module = make()
+    x = torch.randn(3, 5, requires_grad=True)
+
+    def loss(function):
+        result = function(x)
+        return (result[0] if isinstance(result, tuple) else result).square().sum()
+
+    loss(module).backward()
+    expected = x.grad.clone()
+    module.zero_grad()
+    x.grad = None
+    before, names = state(module), dict(module.named_parameters(remove_duplicate=False))
+    frozen_loss = loss(semshift.frozen(module))
+    after = dict(module.named_parameters(remove_duplicate=False))
+    assert list(after) == list(names)
+    assert all(after[name] is names[name] and names[name].requires_grad for name in names)
+    assert_unchanged(module, before)
+    optimiser = torch.optim.SGD(module.parameters(), lr=1.0)
+    loss(module).backward()
+    optimiser.step()
+    optimiser.zero_grad()
+    x.grad = None
+    frozen_loss.backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-6)
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is None for parameter in learning)
+    assert all(not torch.equal(p, before[name]) for name, p in module.named_parameters() if p.requires_grad)
+
+
+def test_frozen_puts_everything_back_after_an_error():
+    module = Wrapper(mlp())
+    before, parameters = state(module), list(module.parameters())
+    with pytest.raises(RuntimeError):
+        semshift.frozen(module)(torch.zeros(3, 4))
+    assert all(one is other for one, other in zip(parameters, module.parameters()))
+    assert_unchanged(module, before)
+
+
+def test_frozen_looks_through_wrapped_data_parallel(one_rank):
+    module = Wrapper(DistributedDataParallel(mlp()))
+    passes = []
+    module.first.register_forward_pre_hook(lambda *_: passes.append("forward"))
+    x = torch.randn(3, 5, requires_grad=True)
+    semshift.frozen(module)(x).sum().backward()
+    assert not passes
+    assert all(p.grad is None for p in module.parameters())
+    module(x.detach()).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+@pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="needs torch 2.6")
+def test_frozen_refuses_what_is_sharded_by_itself(one_rank):
+    module = nn.Sequential(fsdp.fully_shard(mlp()))
+    with refuses(ValueError, "module", "fully_shard"):
+        semshift.frozen(module)
+
+
+def test_frozen_passes_nested_results_on():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x, *, options):
+            return {"logits": [self.layer(x)], "options": options}
+
+    x, options = torch.randn(3, 2, requires_grad=True), object()
+    result = semshift.frozen(Nested())(x, options=options)
+    assert result["options"] is options
+    result["logits"][0].sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+# Of what torch loads for its forward mode.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated")
+@pytest.mark.parametrize("name", DISCRIMINATORS)
+def test_frozen_under_transforms(name):
+    """Forward mode and a batch of inputs agree with the discriminator's own; fake tensors pass."""
+    discriminator, inputs = built(name, spectral_norm=True)
+    discriminator.eval()
+    judge = semshift.frozen(discriminator)
+    tangent = torch.randn_like(inputs)
+    for mine, own in zip(
+        torch.func.jvp(judge, (inputs,), (tangent,)), torch.func.jvp(discriminator, (inputs,), (tangent,))
+    ):
+        assert torch.equal(mine, own)
+    batch = torch.stack([inputs, 2 * inputs])
+    torch.testing.assert_close(torch.func.vmap(judge)(batch), torch.stack([judge(each) for each in batch]))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(inputs)
+        assert judge(fake).shape == judge(fake).shape == discriminator(fake).shape
 
 
 # Training.

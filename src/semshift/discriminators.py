@@ -7,8 +7,10 @@ None has batch norm: a discriminator sees source and target one after another, a
 neither.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -221,10 +223,11 @@ class ClassPixelDiscriminator(nn.Module):
 def frozen(module: nn.Module) -> Callable[..., Any]:
     """A callable that runs a module with its parameters detached: gradients reach its inputs and no parameter.
 
-    The segmenter's adversarial loss goes through it. Nothing is switched off and on again, so the same module can be
-    trained in the same step. Parameters and buffers are copied at the call: the module's own buffers keep their values,
-    and its optimiser may step before the backward. A module wrapped by `DistributedDataParallel` is run without the
-    wrapper.
+    The segmenter's adversarial loss goes through it. Parameters and buffers are copied at the call: the module and its
+    buffers stay as they are, its optimiser may step before the backward, and what activation checkpointing computes
+    again finds the copies. So the same module can be trained in the same step. `DistributedDataParallel`,
+    `DataParallel` and `torch.compile` are looked through, wherever they stand in the module. Other threads must not
+    run the module meanwhile: it holds the copies for the time of the call.
 
     Args:
         module: any module.
@@ -234,6 +237,7 @@ def frozen(module: nn.Module) -> Callable[..., Any]:
 
     Raises:
         TypeError: something else than a module.
+        ValueError: a module that `fully_shard` has split. One inside a module that is sharded as a whole is fine.
 
     Example:
         >>> discriminator = semshift.FCDiscriminator(2)
@@ -244,15 +248,81 @@ def frozen(module: nn.Module) -> Callable[..., Any]:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected module to be a torch.nn.Module, got {type(module).__name__}")
-    inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+    inner = _unwrapped(module)
+    # By name, since torch 2.4 keeps the class elsewhere. Its hooks would put other parameters in place of the copies.
+    if any(base.__name__ == "FSDPModule" for each in inner.modules() for base in type(each).__mro__):
+        raise ValueError(
+            "expected a module with whole parameters, got one that fully_shard has split: shard the alignment module "
+            "around the discriminator instead, or do not shard it"
+        )
 
     def run(*arguments: Any, **keywords: Any) -> Any:
-        # Copies, since an optimiser steps in place and FSDP frees the weights that it gathered.
-        held = {name: parameter.detach().clone() for name, parameter in inner.named_parameters()}
-        held |= {name: buffer.detach().clone() for name, buffer in inner.named_buffers()}
-        return torch.func.functional_call(inner, held, arguments, keywords)
+        held, swapped = _detached(inner)
+        if torch.compiler.is_compiling():
+            return torch.func.functional_call(inner, swapped, arguments, keywords, tie_weights=False)
+        # A compiled module, or a closure, still refers to the module itself: it is run over the copies as well.
+        both = _Twin(inner, held)
+        swapped = {f"module.{name}": tensor for name, tensor in swapped.items()}
+        return torch.func.functional_call(both, swapped, arguments, keywords, tie_weights=False)
 
     return run
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """What runs behind data parallelism and compilation."""
+    while True:
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            module = module.module
+        elif (compiled := module._modules.get("_orig_mod")) is not None:
+            # Compiled by torch 2.4, it would run over the parameters that it was compiled with.
+            module = compiled
+        else:
+            return module
+
+
+def _detached(module: nn.Module) -> tuple[dict[int, Any], dict[str, Tensor]]:
+    """Detached copies of a module's parameters and buffers, by the tensor's identity and by name."""
+    held: dict[int, Any] = {}
+    named: dict[str, Tensor] = {}
+    # Each module object under one of its names: swapped under a second one, it would be left with a copy.
+    for prefix, each in module.named_modules():
+        for tensors in (each.named_parameters, each.named_buffers):
+            for name, tensor in tensors(recurse=False):
+                # A copy, since an optimiser steps in place and FSDP frees the weights that it gathered.
+                if id(tensor) not in held:
+                    held[id(tensor)] = tensor.detach().clone()
+                named[f"{prefix}.{name}" if prefix else name] = held[id(tensor)]
+    return held, named
+
+
+class _Twin(nn.Module):
+    """A module, and a twin of it over other tensors, which runs: what is computed again later finds those tensors."""
+
+    def __init__(self, module: nn.Module, held: dict[int, Any]) -> None:
+        super().__init__()
+        self.module = module
+        twins = dict(held)
+        modules = [each for each in module.modules() if _unwrapped(each) is each]
+        twins |= {id(each): object.__new__(type(each)) for each in modules}
+        twins |= {id(each): twins[id(_unwrapped(each))] for each in module.modules()}
+        for each in modules:
+            vars(twins[id(each)]).update({name: _moved(value, twins) for name, value in vars(each).items()})
+        # In a list, so that it is no module of this one.
+        self.twin = [twins[id(module)]]
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.twin[0](*arguments, **keywords)
+
+
+def _moved(value: Any, twins: dict[int, Any], nested: bool = True) -> Any:
+    """An attribute of a twin: modules, tensors and methods of the module become the twin's, in containers too."""
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, twins.get(id(value.__self__), value.__self__))
+    if nested and type(value) in (list, tuple):
+        return type(value)(_moved(each, twins, False) for each in value)
+    if nested and type(value) in (dict, OrderedDict):
+        return type(value)((key, _moved(each, twins, False)) for key, each in value.items())
+    return twins.get(id(value), value)
 
 
 def _leaky_stack(layers: Sequence[nn.Module], spectral_norm: bool) -> nn.Sequential:
