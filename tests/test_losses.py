@@ -21,6 +21,7 @@ FORMULAS = {
     "wasserstein": (lambda x: -x, lambda x: x, lambda x: -x),
 }
 OBJECTIVES = tuple(FORMULAS)
+KINDS = [*OBJECTIVES, "class-and-domain"]
 CASES = st.lists(st.tuples(st.floats(-20, 20), st.sampled_from([0.0, 1.0]) | st.floats(0.01, 10.0)), max_size=6)
 
 
@@ -44,6 +45,24 @@ def tensors(case):
 
 def eye_like(logits):
     return torch.eye(logits.shape[-1] // 2, dtype=logits.dtype).expand(*logits.shape[:-1], -1)
+
+
+def tell(objective, source, target, source_weight=None, target_weight=None):
+    more = {"source_weight": source_weight, "target_weight": target_weight}
+    if objective == "class-and-domain":
+        classes = {"source_classes": eye_like(source), "target_classes": eye_like(target)}
+        return semshift.class_discriminator_loss(source, target, **classes, **more)
+    return semshift.discriminator_loss(source, target, objective=objective, **more)
+
+
+def confuse(objective, logits, weight=None):
+    if objective == "class-and-domain":
+        return semshift.class_confusion_loss(logits, classes=eye_like(logits), weight=weight)
+    return semshift.confusion_loss(logits, objective=objective, weight=weight)
+
+
+def drawn(objective, rows=3):
+    return torch.randn(rows, *([2] if objective == "class-and-domain" else []), dtype=torch.float64)
 
 
 # Values.
@@ -106,12 +125,51 @@ def test_class_losses_are_a_loop(rows, num_classes, seed, masked):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_counts_beyond_its_range(dtype):
     """100,000 elements: float16 ends at 65504, bfloat16 cannot count past 256."""
-    logits = torch.zeros(100_000, dtype=dtype)
-    expected = torch.tensor(math.log(2), dtype=dtype)
-    assert torch.equal(semshift.confusion_loss(logits), expected)
-    assert torch.equal(semshift.discriminator_loss(logits, logits, source_weight=logits == 0), expected)
-    rows = torch.zeros(100_000, 2, dtype=dtype)
-    assert torch.equal(semshift.class_confusion_loss(rows, classes=torch.ones(100_000, 1, dtype=dtype)), expected)
+    logits, rows = torch.zeros(100_000, dtype=dtype), torch.zeros(100_000, 2, dtype=dtype)
+    for loss in (
+        semshift.confusion_loss(logits),
+        semshift.discriminator_loss(logits, logits, source_weight=logits == 0),
+        semshift.class_confusion_loss(rows, classes=torch.ones(100_000, 1, dtype=dtype)),
+    ):
+        # Of 100,000 equal terms in any order.
+        torch.testing.assert_close(
+            loss, torch.tensor(math.log(2)), rtol=100_000 * torch.finfo(torch.float32).eps, atol=0
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("objective", KINDS)
+def test_losses_are_wide(objective, dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    source, target = (drawn(objective).to(dtype) for _ in range(2))
+    assert tell(objective, source, target).dtype == confuse(objective, target).dtype == wide
+    assert tell(objective, source.float(), target).dtype == wide
+    weight = torch.ones(3, dtype=torch.float64)
+    assert tell(objective, source, target, weight, weight).dtype == confuse(objective, target, weight).dtype == wide
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.*")
+@pytest.mark.parametrize("objective", KINDS)
+def test_a_gradient_scaler_skips_no_step(objective):
+    """A discriminator of one's own in float16: times 65536 a loss in its dtype would be infinite."""
+    # Without a bias, whose gradient is a sum over all logits: near 65536 for a squared error, torch's own included.
+    judge = torch.nn.Linear(4, 6 if objective == "class-and-domain" else 1, bias=False)
+    segmenter = torch.nn.Linear(4, 4)
+    optimiser = torch.optim.SGD([*judge.parameters(), *segmenter.parameters()], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    before = [parameter.detach().clone() for parameter in (*judge.parameters(), *segmenter.parameters())]
+    with torch.autocast("cpu", dtype=torch.float16):
+        source, target = torch.randn(64, 3, 4), segmenter(torch.randn(64, 3, 4))
+        confused, logits = semshift.frozen(judge)(target), [judge(each) for each in (source, target.detach())]
+        assert confused.dtype == torch.float16
+        loss = tell(objective, *logits) + confuse(objective, confused)
+    scaler.scale(loss).backward()
+    scaler.step(optimiser)
+    scaler.update()
+    assert scaler.get_scale() == 65536
+    after = (*judge.parameters(), *segmenter.parameters())
+    assert all(parameter.grad.isfinite().all() for parameter in after)
+    assert all(not torch.equal(parameter, old) for parameter, old in zip(after, before))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -121,7 +179,7 @@ def test_half_logits_are_widened_before_they_are_squared(objective):
     weight = torch.tensor([1e-3, 1e6])
     loss = semshift.confusion_loss(logits, objective=objective, weight=weight)
     wide = semshift.confusion_loss(logits.detach().float(), objective=objective, weight=weight)
-    assert torch.equal(loss, wide.half())
+    assert torch.equal(loss, wide)
     loss.backward()
     assert logits.grad.isfinite().all()
 
@@ -134,26 +192,6 @@ def test_wasserstein_sets_no_boundary():
 
 
 # Weights.
-
-KINDS = [*OBJECTIVES, "class-and-domain"]
-
-
-def tell(objective, source, target, source_weight=None, target_weight=None):
-    more = {"source_weight": source_weight, "target_weight": target_weight}
-    if objective == "class-and-domain":
-        classes = {"source_classes": eye_like(source), "target_classes": eye_like(target)}
-        return semshift.class_discriminator_loss(source, target, **classes, **more)
-    return semshift.discriminator_loss(source, target, objective=objective, **more)
-
-
-def confuse(objective, logits, weight=None):
-    if objective == "class-and-domain":
-        return semshift.class_confusion_loss(logits, classes=eye_like(logits), weight=weight)
-    return semshift.confusion_loss(logits, objective=objective, weight=weight)
-
-
-def drawn(objective, rows=3):
-    return torch.randn(rows, *([2] if objective == "class-and-domain" else []), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("as_bool", [True, False])
@@ -474,6 +512,7 @@ def test_type_errors(call, says):
         (lambda: semshift.r1_penalty(ones(2), leaf(2, 3), weight=ones(1)), ("weight", [2], [2, 3], [1])),
         (lambda: semshift.reverse_gradient(ones(2), scale=-1), ("scale", -1)),
         (lambda: semshift.reverse_gradient(ones(2), scale=math.inf), ("scale", "inf")),
+        (lambda: semshift.reverse_gradient(ones(2), scale=10**400), ("scale", 10**400)),
         (lambda: semshift.reverse_gradient(ones(2), scale=math.nan), ("scale", "nan")),
     ],
 )

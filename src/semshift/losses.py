@@ -6,11 +6,12 @@ part: where the weight is 0, neither the loss nor its gradient sees the logit, w
 part, the loss is 0 with gradient 0. A weight that is negative or not finite is an error on the CPU and not looked for
 elsewhere, since checking would force a device sync.
 
-Half-precision logits are widened to float32 and the result alone goes back: a float16 sum overflows beyond 65504, and
-one in bfloat16 stops counting at 256.
+Losses are float32 (float64 for float64 logits), whatever the logits' dtype: a float16 sum overflows beyond 65504, and
+so does a float16 loss times the first scale of `GradScaler`; a sum in bfloat16 stops counting at 256.
 """
 
 import math
+import sys
 from typing import Any, Literal, Optional, TypeAlias, get_args
 
 import torch
@@ -51,6 +52,8 @@ Example:
 """
 
 _OBJECTIVES = get_args(Objective)
+# Asked here, since torch 2.4 does not trace the question.
+_LARGEST = sys.float_info.max
 
 
 def discriminator_loss(
@@ -71,7 +74,7 @@ def discriminator_loss(
         target_weight: the same for `target_logits`.
 
     Returns:
-        A scalar in the logits' dtype.
+        A scalar, float32 (float64 for float64 logits).
 
     Raises:
         TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
@@ -97,8 +100,7 @@ def discriminator_loss(
         losses = F.relu(1 - source), F.relu(1 + target)
     else:
         losses = -source, target
-    loss = (_weighted_mean(losses[0], source_weight) + _weighted_mean(losses[1], target_weight)) / 2
-    return loss.to(torch.promote_types(source_logits.dtype, target_logits.dtype))
+    return (_weighted_mean(losses[0], source_weight) + _weighted_mean(losses[1], target_weight)) / 2
 
 
 def confusion_loss(logits: Tensor, *, objective: Objective = "bce", weight: Optional[Tensor] = None) -> Tensor:
@@ -110,7 +112,7 @@ def confusion_loss(logits: Tensor, *, objective: Objective = "bce", weight: Opti
         weight: bool or floating point in the shape of `logits`, not negative; None weighs all alike.
 
     Returns:
-        A scalar in the logits' dtype.
+        A scalar, float32 (float64 for float64 logits).
 
     Raises:
         TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
@@ -130,7 +132,7 @@ def confusion_loss(logits: Tensor, *, objective: Objective = "bce", weight: Opti
         losses = (wide - 1).square()
     else:
         losses = -wide
-    return _weighted_mean(losses, weight).to(logits.dtype)
+    return _weighted_mean(losses, weight)
 
 
 def class_discriminator_loss(
@@ -158,7 +160,7 @@ def class_discriminator_loss(
         target_weight: the same for `target_logits`.
 
     Returns:
-        A scalar in the logits' dtype.
+        A scalar, float32 (float64 for float64 logits).
 
     Raises:
         TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
@@ -188,7 +190,7 @@ def class_confusion_loss(
         weight: bool or floating point `[...]`, not negative; None weighs all alike.
 
     Returns:
-        A scalar in the logits' dtype.
+        A scalar, float32 (float64 for float64 logits).
 
     Raises:
         TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
@@ -306,7 +308,8 @@ def reverse_gradient(features: Tensor, *, scale: float = 1.0) -> Tensor:
     """
     check_floating("features", features)
     scale = check_number("scale", scale)
-    if not (math.isfinite(scale) and scale >= 0):
+    # A comparison, since an int may be too large for a float, at which `math.isfinite` fails.
+    if not 0 <= scale <= _LARGEST:
         raise ValueError(f"expected scale to be finite and not negative, got {scale}")
     result: Tensor = _Reverse.apply(features, scale)  # type: ignore[no-untyped-call]  # because torch's apply is untyped
     return result
@@ -358,7 +361,7 @@ def _class_domain_losses(
     else:
         classes, _ = _taking_part(classes, weight, trailing=1)
         losses = -(classes.to(half.dtype) * half).sum(-1)
-    return _weighted_mean(losses, weight).to(logits.dtype)
+    return _weighted_mean(losses, weight)
 
 
 def _taking_part(values: Tensor, weight: Optional[Tensor], *, trailing: int = 0) -> tuple[Tensor, Optional[Tensor]]:
