@@ -5,8 +5,10 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 import semshift
 from tests.errors import refuses
@@ -91,6 +93,29 @@ def test_is_a_value(schedule):
     assert eval(repr(schedule), vars(semshift).copy()) == schedule
     assert len({schedule, pickle.loads(pickle.dumps(schedule))}) == 1
     assert semshift.Linear(0.0, 2.0, 10) != semshift.Linear(0.0, 2.0, 11)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        semshift.Constant(0.3),
+        *(ramp(2.0, 0.5, 20) for ramp in RAMPS),
+        semshift.Polynomial(1, 0, 20, power=2),
+        semshift.Then(
+            semshift.Constant(0), 10, semshift.Then(semshift.Linear(0, 1, 5), 5, semshift.Sigmoid(1.0, 0.0, 9))
+        ),
+    ],
+)
+def test_full_graph(schedule):
+    """In a compiled step the value is that of the step, and steps share their graphs."""
+    torch._dynamo.reset()
+    count = CompileCounter()
+    weighted = torch.compile(lambda loss, step: schedule(step) * loss, backend=count, fullgraph=True)
+    loss = torch.ones((), dtype=torch.float64)
+    for step in range(40):
+        assert weighted(loss, step).item() == pytest.approx(schedule(step), rel=1e-12)
+    # Steps 0, 1 and the others, and the parts of a schedule: torch 2.4 compiles some of them twice.
+    assert count.frame_count <= 8
 
 
 @pytest.mark.parametrize("ramp", RAMPS)

@@ -249,23 +249,30 @@ def frozen(module: nn.Module) -> Callable[..., Any]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected module to be a torch.nn.Module, got {type(module).__name__}")
     inner = _unwrapped(module)
+    if not torch.compiler.is_compiling():
+        _check_whole(inner)
+
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        tensors = _tensors(inner)
+        # Copies, since an optimiser steps in place and FSDP frees the weights that it gathered.
+        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        if torch.compiler.is_compiling():
+            return torch.func.functional_call(inner, copies, arguments, keywords, tie_weights=False)
+        both = _Twin(inner, {id(tensor): copies[name] for name, tensor in tensors.items()})
+        # A closure may still refer to the module itself, so for the time of the call it holds the copies as well.
+        copies = {f"module.{name}": copy for name, copy in copies.items()}
+        return torch.func.functional_call(both, copies, arguments, keywords, tie_weights=False)
+
+    return run
+
+
+def _check_whole(module: nn.Module) -> None:
     # By name, since torch 2.4 keeps the class elsewhere. Its hooks would put other parameters in place of the copies.
-    if any(base.__name__ == "FSDPModule" for each in inner.modules() for base in type(each).__mro__):
+    if any(base.__name__ == "FSDPModule" for each in module.modules() for base in type(each).__mro__):
         raise ValueError(
             "expected a module with whole parameters, got one that fully_shard has split: shard the alignment module "
             "around the discriminator instead, or do not shard it"
         )
-
-    def run(*arguments: Any, **keywords: Any) -> Any:
-        held, swapped = _detached(inner)
-        if torch.compiler.is_compiling():
-            return torch.func.functional_call(inner, swapped, arguments, keywords, tie_weights=False)
-        # A compiled module, or a closure, still refers to the module itself: it is run over the copies as well.
-        both = _Twin(inner, held)
-        swapped = {f"module.{name}": tensor for name, tensor in swapped.items()}
-        return torch.func.functional_call(both, swapped, arguments, keywords, tie_weights=False)
-
-    return run
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -280,19 +287,16 @@ def _unwrapped(module: nn.Module) -> nn.Module:
             return module
 
 
-def _detached(module: nn.Module) -> tuple[dict[int, Any], dict[str, Tensor]]:
-    """Detached copies of a module's parameters and buffers, by the tensor's identity and by name."""
-    held: dict[int, Any] = {}
-    named: dict[str, Tensor] = {}
-    # Each module object under one of its names: swapped under a second one, it would be left with a copy.
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each module object under one name: swapped twice, it would keep a copy."""
+    tensors = {}
     for prefix, each in module.named_modules():
-        for tensors in (each.named_parameters, each.named_buffers):
-            for name, tensor in tensors(recurse=False):
-                # A copy, since an optimiser steps in place and FSDP frees the weights that it gathered.
-                if id(tensor) not in held:
-                    held[id(tensor)] = tensor.detach().clone()
-                named[f"{prefix}.{name}" if prefix else name] = held[id(tensor)]
-    return held, named
+        start = f"{prefix}." if prefix else ""
+        for name, parameter in each.named_parameters(recurse=False, remove_duplicate=False):
+            tensors[start + name] = parameter
+        for name, buffer in each.named_buffers(recurse=False, remove_duplicate=False):
+            tensors[start + name] = buffer
+    return tensors
 
 
 class _Twin(nn.Module):

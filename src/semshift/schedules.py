@@ -148,8 +148,9 @@ class Polynomial:
     def __call__(self, step: int) -> float:
         """The value at `step`."""
         remaining = 1 - _progress(step, self.steps)
-        # 0 ** 0 is 1, but from step `steps` on the value is `stop` whatever the power.
-        share = remaining**self.power if remaining else 0.0
+        # 0 ** 0 is 1, but from step `steps` on the value is `stop` whatever the power. A comparison, since to ask a
+        # number for its truth makes torch.compile of 2.4 compile every step anew.
+        share = remaining**self.power if remaining > 0 else 0.0
         return float(share * self.start + (1 - share) * self.stop)
 
 
@@ -186,7 +187,8 @@ class Sigmoid:
 
     def __call__(self, step: int) -> float:
         """The value at `step`."""
-        p = 2 / (1 + math.exp(-self.gain * _progress(step, self.steps))) - 1
+        # The same as `2 / (1 + exp(-2 x)) - 1`, which torch 2.4 does not compile.
+        p = math.tanh(self.gain * _progress(step, self.steps) / 2)
         return float((1 - p) * self.start + p * self.stop)
 
 
