@@ -1,6 +1,5 @@
 """Batches mixed from several domains, each batch a pure function of the seed and the step."""
 
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Optional
@@ -10,12 +9,11 @@ import torch
 from torch.utils.data import default_collate
 
 from semshift._checks import check_int, check_number
+from semshift._orders import key, mix, permuted, wrapped
 
 __all__ = ["MixedBatchSampler", "collate_by_domain", "rare_class_weights"]
 
-_MASK = (1 << 64) - 1
 _MOST = 1 << 62
-_ROUNDS = 12
 _BLOCK = 512
 
 
@@ -29,7 +27,12 @@ class MixedBatchSampler:
     domain's stream hangs on its name and length, not on which other domains there are.
 
     It is a `batch_sampler` for `torch.utils.data.DataLoader` over the `ConcatDataset` of the domains in this order.
-    It is a value: it prints, compares and pickles. Each iteration starts at `first_step` again.
+    It is a value: it prints, compares and pickles. Each iteration starts at `first_step` again, so a loop of several
+    epochs calls `set_epoch`, as Lightning, Fabric and Accelerate do: each epoch goes on where the last one ended.
+
+    It shares the batches out over ranks, so nothing else may. Lightning and Fabric need
+    `use_distributed_sampler=False`. Accelerate, which gives each of W processes every W-th batch, needs
+    `rank=0, world_size=1` and `steps` times W.
 
     Args:
         sizes: a domain's name to its number of images, at least 1; the order counts.
@@ -91,13 +94,17 @@ class MixedBatchSampler:
         self.first_step = check_int("first_step", first_step, 0)
         self.steps = None if steps is None else check_int("steps", steps, 0)
         self.weights = {name: tuple(_weights(name, weight, sizes)) for name, weight in (weights or {}).items()}
+        self.epoch = 0
+        # Where epoch 0 begins and how long each is; in one that was resumed, first_step and steps are what is left.
+        self._first, self._length = self.first_step, self.steps
         self._cumulative = {name: _cumulative(weight) for name, weight in self.weights.items()}
 
     def __iter__(self) -> Iterator[list[int]]:
         """Batches from `first_step` on: indices into the concatenation, domain after domain."""
-        step = self.first_step
-        while self.steps is None or step < self.first_step + self.steps:
-            steps = _BLOCK if self.steps is None else min(_BLOCK, self.first_step + self.steps - step)
+        # Kept here, so that `set_epoch` does not move an iteration that has begun.
+        step, end = self.first_step, None if self.steps is None else self.first_step + self.steps
+        while end is None or step < end:
+            steps = _BLOCK if end is None else min(_BLOCK, end - step)
             yield from self._batches(step, steps)
             step += steps
 
@@ -107,13 +114,51 @@ class MixedBatchSampler:
             raise TypeError("expected steps to be given for a length, got an endless sampler")
         return self.steps
 
+    def set_epoch(self, epoch: int) -> None:
+        """Iterate over this epoch from now on: `first_step` grows by `steps` with each epoch.
+
+        Args:
+            epoch: 0 or more; with the present one, a sampler that `resume` gave stays where it is.
+
+        Raises:
+            TypeError: an epoch that is not an int.
+            ValueError: a negative epoch, or one above 0 of an endless sampler, which needs `steps`.
+
+        Example:
+            >>> sampler = semshift.MixedBatchSampler({"source": 1000}, {"source": 4}, seed=0, steps=100)
+            >>> sampler.set_epoch(2)
+            >>> sampler.first_step
+            200
+        """
+        if check_int("epoch", epoch, 0) == self.epoch:
+            return
+        if self._length is None:
+            raise ValueError(f"expected an endless sampler to stay in epoch 0, got epoch {epoch}; give steps=")
+        self.epoch, self.steps = int(epoch), self._length
+        self.first_step = self._first + self.epoch * self._length
+
+    @property
+    def sampler(self) -> "MixedBatchSampler":
+        """Itself: Lightning and Accelerate look here for `set_epoch`."""
+        return self
+
+    @property
+    def drop_last(self) -> bool:
+        """False. Accelerate asks for it as it shares batches out: an error where this sampler does so itself."""
+        if self.world_size > 1:
+            raise ValueError(
+                f"this sampler shares its batches out over world_size {self.world_size}, so nothing else may: with "
+                f"Accelerate give rank=0, world_size=1 and steps times the number of processes"
+            )
+        return False
+
     def resume(
         self, first_step: int, *, rank: int, world_size: int, per_batch: Mapping[str, int]
     ) -> "MixedBatchSampler":
         """The same streams from a step on, perhaps on another number of ranks.
 
         Args:
-            first_step: the step to go on with; `steps` counts on from the old first step, so the end stays.
+            first_step: the step to go on with; `steps` counts on from the old first step, so the epoch's end stays.
             rank: this process, in `[0, world_size)`.
             world_size: number of processes, at least 1.
             per_batch: images in a batch on each rank; times `world_size` it must be what it was.
@@ -134,7 +179,9 @@ class MixedBatchSampler:
         first_step = check_int("first_step", first_step, self.first_step)
         end = None if self.steps is None else self.first_step + self.steps
         if end is not None and first_step > end:
-            raise ValueError(f"expected first_step to be at most {end}, the end of the run, got {first_step}")
+            raise ValueError(
+                f"expected first_step to be at most {end}, the end of epoch {self.epoch}, got {first_step}"
+            )
         resumed = MixedBatchSampler(
             self.sizes,
             per_batch,
@@ -152,6 +199,7 @@ class MixedBatchSampler:
                 raise ValueError(
                     f"expected world_size * per_batch[{name!r}] to stay {before}, so that the stream goes on, got {now}"
                 )
+        resumed.epoch, resumed._first, resumed._length = self.epoch, self._first, self._length
         return resumed
 
     def _batches(self, step: int, steps: int) -> list[list[int]]:
@@ -168,16 +216,16 @@ class MixedBatchSampler:
 
     def _draws(self, name: str, first: int, later: np.ndarray) -> np.ndarray:
         """The images of draws `first + later` of a domain's stream; int64, in the shape of `later`."""
-        key = np.uint64(_key(self.seed, name))
+        stream = np.uint64(key(self.seed, name))
         cumulative = self._cumulative.get(name)
         if cumulative is not None:
             # 53 bits make a float in [0, 1); `right` never lands on an image of weight 0.
-            uniform = (_mix(key, _wrapped(first) + later.astype(np.uint64)) >> np.uint64(11)) / (1 << 53)
+            uniform = (mix(stream, wrapped(first) + later.astype(np.uint64)) >> np.uint64(11)) / (1 << 53)
             images: np.ndarray = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
             return images
         turn, place = divmod(first, self.sizes[name])
         turns, places = np.divmod(place + later, self.sizes[name])
-        return _permuted(places, self.sizes[name], _mix(key, _wrapped(turn) + turns.astype(np.uint64)))
+        return permuted(places, self.sizes[name], mix(stream, wrapped(turn) + turns.astype(np.uint64)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, MixedBatchSampler) and self._values() == other._values()
@@ -187,15 +235,18 @@ class MixedBatchSampler:
 
     def __repr__(self) -> str:
         weighted = f", weights=<{', '.join(self.weights)}>" if self.weights else ""
+        whole = (self._first, self._length) == (self.first_step, self.steps)
+        epoch = "" if whole else f", epoch=<{self.epoch}, of {self._length} steps each from step {self._first}>"
         return (
             f"MixedBatchSampler({self.sizes}, {self.per_batch}, seed={self.seed}, rank={self.rank}, "
-            f"world_size={self.world_size}, first_step={self.first_step}, steps={self.steps}{weighted})"
+            f"world_size={self.world_size}, first_step={self.first_step}, steps={self.steps}{weighted}{epoch})"
         )
 
     def _values(self) -> tuple[Any, ...]:
         # Dicts compare without their order, but the order of domains is the meaning of an index.
         ordered = tuple(self.sizes.items()), tuple(self.per_batch.items())
-        return (*ordered, self.seed, self.rank, self.world_size, self.first_step, self.steps, self.weights)
+        epochs = self.epoch, self._first, self._length
+        return (*ordered, self.seed, self.rank, self.world_size, self.first_step, self.steps, self.weights, epochs)
 
 
 def collate_by_domain(samples: Sequence[Any], per_batch: Mapping[str, int]) -> dict[str, Any]:
@@ -271,55 +322,6 @@ def rare_class_weights(
     chosen = np.exp(exponent)
     weights: np.ndarray = (held / np.maximum(held.sum(0), 1)) @ (chosen / chosen.sum())
     return weights
-
-
-def _permuted(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """The images at places of orders of `[0, size)`, each order by its key; int64.
-
-    A Feistel network permutes `[0, 4 ** bits)`, the smallest such range that holds `size`; a result past the end is
-    sent through again until it falls inside, which permutes what is left, and takes fewer than four rounds on average.
-    """
-    bits = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
-    half = (np.uint64(1) << bits) - np.uint64(1)
-    rounds = [_mix(keys, np.uint64(number)) for number in range(_ROUNDS)]
-    result = places.astype(np.uint64)
-    outside = np.ones(places.shape, dtype=bool)
-    while outside.any():
-        left, right = result[outside] >> bits, result[outside] & half
-        for key in rounds:
-            left, right = right, left ^ (_mix(key[outside], right) & half)
-        result[outside] = (left << bits) | right
-        outside = result >= size
-    return result.astype(np.int64)
-
-
-@functools.lru_cache(maxsize=256)
-def _key(seed: int, name: str) -> int:
-    key = _wrapped(seed)
-    rest = seed >> 64
-    while rest:
-        key, rest = _mix(key, _wrapped(rest)), rest >> 64
-    data = name.encode()
-    for start in range(0, len(data), 8):
-        key = _mix(key, np.uint64(int.from_bytes(data[start : start + 8], "little")))
-    return int(_mix(key, np.uint64(len(data))))
-
-
-def _wrapped(value: int) -> np.uint64:
-    wrapped: np.uint64 = np.uint64(value & _MASK)
-    return wrapped
-
-
-def _mix(key: Any, value: Any) -> Any:
-    """A 64-bit hash of two numbers or arrays of uint64: the finaliser of SplitMix64 (Steele et al. 2014), twice."""
-    # Wrapping around is the arithmetic of the hash; NumPy warns of it for numbers, not for arrays.
-    with np.errstate(over="ignore"):
-        mixed = key + (value + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        for _ in range(2):
-            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            mixed = mixed ^ (mixed >> np.uint64(31))
-    return mixed
 
 
 def _weights(name: str, weights: Any, sizes: Mapping[str, int]) -> list[float]:
