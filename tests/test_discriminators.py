@@ -529,8 +529,6 @@ FROZEN = [
 ]
 
 
-# Of what torch 2.4 does in its checkpointing and in its compiler.
-@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast.*:FutureWarning")
 @pytest.mark.parametrize("make", FROZEN)
 def test_frozen_leaves_any_module_as_it_was(make):
     """The gradient at the inputs is right, though the optimiser steps before the backward, and the module learns on."""

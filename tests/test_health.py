@@ -236,12 +236,46 @@ def test_gradient_norm_of_a_network_that_was_compiled_whole():
     torch._dynamo.reset()
     network = torch.compile(lambda x: (features := backbone(x), head(features)), backend="aot_eager")
     features, logits = network(images)
-    with refuses(ValueError, "features", "loss", "compiled", "backbone", "head"):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # because its message is looked at below
         semshift.gradient_norm(logits.square().mean(), features)
+    mentions(caught.value, "features", "loss", "compiled", "backbone", "head")
+    for other in ("slice", "copy", "use_reentrant"):
+        assert other not in str(caught.value)
+    # Features of a compiled backbone are another matter.
+    features = torch.compile(backbone, backend="aot_eager")(images)
+    with refuses(ValueError, "features", "loss", "slice", "copy"):
+        semshift.gradient_norm(head(features).square().mean(), features[:1])
+    with refuses(ValueError, "features", "loss", "slice", "copy"):
+        semshift.gradient_norm(head(backbone(images)).square().mean(), features)
     # Apart, as the message says.
     features = torch.compile(backbone, backend="aot_eager")(images)
     found = semshift.gradient_norm(torch.compile(head, backend="aot_eager")(features).square().mean(), features)
     assert torch.equal(found, semshift.gradient_norm(head(features).square().mean(), features))
+
+
+def test_gradient_norm_of_a_network_that_was_checkpointed_whole():
+    backbone, head, images = two_parts()
+
+    def network(x):
+        return (features := backbone(x)), head(features)
+
+    def norm(use_reentrant):
+        features, logits = checkpoint(network, images.clone().requires_grad_(), use_reentrant=use_reentrant)
+        return semshift.gradient_norm(logits.square().mean(), features)
+
+    with refuses(ValueError, "features", "loss", "use_reentrant=False"):
+        norm(True)
+    features, logits = network(images)
+    assert torch.equal(norm(False), semshift.gradient_norm(logits.square().mean(), features))
+
+
+def test_gradient_norm_after_the_backward():
+    backbone, head, images = two_parts()
+    features = backbone(images)
+    loss = head(features).square().mean()
+    loss.backward()
+    with refuses(RuntimeError, "features", "loss", "backward", "before"):
+        semshift.gradient_norm(loss, features)
 
 
 def test_gradient_norm_of_a_network_compiled_with_donated_buffers():

@@ -25,12 +25,7 @@ def gradient_at(features: Tensor, loss: Tensor, name: str = "loss") -> Tensor:
         except RuntimeError as error:
             raise RuntimeError(f"no gradient of {name} at features: {_way_out(str(error))}") from error
     if gradient is None:
-        raise ValueError(
-            f"expected features to be the tensor that {name} was computed from, got no gradient between them: a slice "
-            f"or a copy is another tensor, and a network compiled whole, or checkpointed whole by reentrant "
-            f"checkpointing, returns features that its logits do not depend on (compile backbone and head apart; pass "
-            f"use_reentrant=False)"
-        )
+        raise ValueError(f"no gradient of {name} at features: {_why_none(features, loss, name)}")
     return gradient
 
 
@@ -58,9 +53,42 @@ def _through_float16(features: Tensor) -> bool:
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
 
+def _why_none(features: Tensor, loss: Tensor, name: str) -> str:
+    node = features.grad_fn
+    if not loss.requires_grad:
+        return f"expected {name} to require grad, got a constant"
+    if not features.requires_grad:
+        return "expected features to require grad, got detached ones"
+    if node is not None and _reaches(loss, node):
+        # One node gave both: an output of it, the logits, does not depend on another, the features.
+        if node.name().startswith("Compiled"):
+            return f"features and {name} come from one compiled network; compile backbone and head apart"
+        if node.name().startswith("Checkpoint"):
+            return f"features and {name} come from one checkpointed network; pass use_reentrant=False"
+    return f"expected features to be the tensor that {name} was computed from; a slice or a copy is another tensor"
+
+
+def _reaches(tensor: Tensor, node: torch.autograd.graph.Node) -> bool:
+    """Whether a tensor's graph contains a node."""
+    waiting, seen = [tensor.grad_fn], set()
+    while waiting:
+        current = waiting.pop()
+        if current is node:
+            return True
+        if current is not None and current not in seen:
+            seen.add(current)
+            waiting += [parent for parent, _ in current.next_functions]
+    return False
+
+
 def _way_out(message: str) -> str:
     if "use_reentrant" in message or "Checkpointing" in message:
         return "torch.utils.checkpoint needs use_reentrant=False for it"
     if "donated" in message:
-        return "a compiled network needs torch._functorch.config.donated_buffer = False before its first call"
-    return message
+        return (
+            "a compiled network frees its buffers in the backward; set torch._functorch.config.donated_buffer = False "
+            "before its first call"
+        )
+    if "second time" in message:
+        return "a backward has freed the graph; ask before it"
+    return message.splitlines()[0]
