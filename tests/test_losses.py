@@ -389,6 +389,56 @@ def test_reverse_gradient_under_transforms():
     assert torch.equal(per_row, torch.full((2, 3), -2.0))
 
 
+# Of what torch loads for its forward mode.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated")
+def test_reverse_gradient_refuses_forward_mode():
+    """A formula for it would be silently 0 in `jacfwd(jacfwd(...))`."""
+    x = torch.ones(2)
+    for call in (
+        lambda: torch.func.jvp(semshift.reverse_gradient, (x,), (x,)),
+        lambda: torch.func.jacfwd(torch.func.jacrev(lambda x: semshift.reverse_gradient(x.pow(3)).sum()))(x),
+    ):
+        with refuses(NotImplementedError, "reverse_gradient", "jacrev"):
+            call()
+
+
+TRANSFORMED = {
+    **{f"discriminator {o}": lambda x, w, o=o: tell(o, x[0], x[1], w, w) for o in OBJECTIVES},
+    **{f"confusion {o}": lambda x, w, o=o: confuse(o, x[1], w) for o in OBJECTIVES},
+    "class-and-domain": lambda x, w: (
+        semshift.class_discriminator_loss(x, 2 * x, source_weight=w[:2], target_weight=w[:2])
+        + semshift.class_confusion_loss(x, weight=w[1:3])
+    ),
+    "frozen": lambda x, w: semshift.frozen(HEAD)(x).square().mean(),
+}
+HEAD = torch.nn.Linear(4, 2).double()
+
+
+# Of what torch loads for its forward mode.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated")
+@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_transforms(name, dtype):
+    """Forward mode against differences, once and nested; a batch against a loop."""
+    x, direction = torch.randn(2, 2, 4, dtype=torch.float64)
+    weight = torch.tensor([1.0, 0.0, 2.0, 1.0]).to(dtype)
+
+    def loss(x):
+        return TRANSFORMED[name](x, weight)
+
+    value, tangent = torch.func.jvp(loss, (x,), (direction,))
+    assert torch.equal(value, loss(x))
+    step = 2.0**-20
+    expected = (loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
+    # Differences of values of size 10 are off by their rounding over the step, and by the step squared.
+    torch.testing.assert_close(tangent, expected, rtol=0, atol=100 * EPS / step)
+    forward, reverse = torch.func.jacfwd(torch.func.jacfwd(loss))(x), torch.func.jacrev(torch.func.jacrev(loss))(x)
+    torch.testing.assert_close(forward, reverse, rtol=1e-12, atol=1e-12)
+    batch = torch.stack([x, 2 * x, -x])
+    rows = torch.stack([loss(each) for each in batch])
+    torch.testing.assert_close(torch.func.vmap(loss)(batch), rows, rtol=1e-12, atol=1e-12)
+
+
 # Torch warns of what its own tracer does with any autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_full_graph():

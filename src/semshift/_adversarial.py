@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from semshift._ranks import initialised
 from semshift.discriminators import frozen
 from semshift.distributed import all_reduce_sum
 from semshift.health import class_domain_accuracy, domain_accuracy
@@ -42,14 +43,14 @@ def adversarial_losses(
     if class_and_domain:
         confuse, tell, judge = class_confusion_loss, class_discriminator_loss, class_domain_accuracy
     confused_logits = frozen(discriminator)(confused)
-    run = _averaging_gradients(discriminator) if _several_ranks() else discriminator
+    run = _averaging_gradients(discriminator) if initialised() else discriminator
     logits = run(source.detach()), run(target.detach())
     if masks is None:
         masks = tuple(torch.ones_like(each, dtype=torch.bool) for each in (*logits, confused_logits))
     mask_s, mask_t, mask_c = masks
     confusion = confuse(confused_logits, weight=mask_c)
     accuracy = judge(*logits, source_weight=mask_s, target_weight=mask_t)
-    if not _several_ranks():
+    if not initialised():
         return confusion, tell(*logits, source_weight=mask_s, target_weight=mask_t), _figures(*accuracy)
     # Added up apart, so that each loss has a graph and a backward of its own, as in one process.
     confused_sum, confused_count = _add_over_ranks([confusion], [mask_c])
@@ -100,7 +101,3 @@ class _AverageGradients(torch.autograd.Function):
         flat /= dist.get_world_size()
         parts = torch.split(flat, [gradient.numel() for gradient in gradients])
         return tuple(part.view_as(gradient) for part, gradient in zip(parts, gradients))
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized()

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from semshift._checks import check_tensor
+from semshift._ranks import initialised
 
 __all__ = ["all_gather", "all_reduce_sum", "average_gradients"]
 
@@ -38,7 +39,7 @@ def all_reduce_sum(tensor: Tensor, *, group: Optional[Any] = None) -> Tensor:
     check_tensor("tensor", tensor)
     if tensor.dtype == torch.bool:
         raise TypeError("expected tensor to hold numbers, got torch.bool")
-    if not _initialised():
+    if not initialised():
         return tensor
     result: Tensor = _AllReduceSum.apply(tensor, group)  # type: ignore[no-untyped-call]  # because torch's apply is untyped
     return result
@@ -68,7 +69,7 @@ def all_gather(tensor: Tensor, *, group: Optional[Any] = None) -> Tensor:
         tensor([[1., 2.]])
     """
     check_tensor("tensor", tensor)
-    if not _initialised():
+    if not initialised():
         return tensor[None]
     if tensor.dtype == torch.bool:
         return all_gather(tensor.to(torch.uint8), group=group).to(torch.bool)
@@ -105,7 +106,7 @@ def average_gradients(parameters: Iterable[Tensor], *, group: Optional[Any] = No
     learning = list(parameters)
     for parameter in learning:
         check_tensor("each of parameters", parameter)
-    if not _initialised():
+    if not initialised():
         return
     learning = [parameter for parameter in learning if parameter.requires_grad]
     ranks = dist.get_world_size(group)
@@ -151,7 +152,3 @@ class _AllGather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         # Each rank's row went to every rank, so what they send back adds up.
         return all_reduce_sum(gradients[0], group=ctx.group)[dist.get_rank(ctx.group)], None
-
-
-def _initialised() -> bool:
-    return dist.is_available() and dist.is_initialized()

@@ -299,6 +299,7 @@ def reverse_gradient(features: Tensor, *, scale: float = 1.0) -> Tensor:
     Raises:
         TypeError: features that are not a floating-point tensor, or a scale that is not a number.
         ValueError: a scale that is negative or not finite.
+        NotImplementedError: forward-mode differentiation.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -311,7 +312,11 @@ def reverse_gradient(features: Tensor, *, scale: float = 1.0) -> Tensor:
     # A comparison, since an int may be too large for a float, at which `math.isfinite` fails.
     if not 0 <= scale <= _LARGEST:
         raise ValueError(f"expected scale to be finite and not negative, got {scale}")
-    result: Tensor = _Reverse.apply(features, scale)  # type: ignore[no-untyped-call]  # because torch's apply is untyped
+    try:
+        result: Tensor = _Reverse.apply(features, scale)  # type: ignore[no-untyped-call]  # because torch's apply is untyped
+    except NotImplementedError as error:
+        # With a formula for it, torch would give 0 in silence where forward mode is nested in forward mode.
+        raise NotImplementedError("reverse_gradient has no forward mode: use reverse mode, such as jacrev") from error
     return result
 
 

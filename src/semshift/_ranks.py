@@ -1,0 +1,10 @@
+"""Whether there are other processes to talk to."""
+
+from torch import distributed as dist
+
+__all__ = ["initialised"]
+
+
+def initialised() -> bool:
+    """Whether there is a process group; some builds of torch have no `torch.distributed` to ask."""
+    return dist.is_available() and dist.is_initialized()
