@@ -506,6 +506,12 @@ class Checkpointed(nn.Module):
         return checkpoint(given, x, use_reentrant=self.reentrant)
 
 
+def checkpointed_and_patched(reentrant):
+    module = Checkpointed("method", reentrant)
+    module.forward = module.forward
+    return module
+
+
 def wrapped_in_data_parallel():
     return Wrapper(nn.DataParallel(Wrapper(mlp())))
 
@@ -526,6 +532,7 @@ FROZEN = [
     lambda: Wrapper(torch.compile(Wrapper(mlp()), backend="aot_eager")),
     *(functools.partial(Checkpointed, how, kind) for how in ("module", "method", "function") for kind in (True, False)),
     *(lambda kind=kind: Wrapper(nn.DataParallel(Checkpointed("method", kind))) for kind in (True, False)),
+    *(functools.partial(checkpointed_and_patched, kind) for kind in (True, False)),
 ]
 
 
