@@ -597,6 +597,12 @@ def test_frozen_refuses_what_is_sharded_by_itself(one_rank):
         semshift.frozen(module)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*is deprecated")
+def test_frozen_refuses_a_scripted_module():
+    with refuses(TypeError, "module", "torch.jit.ScriptModule"):
+        semshift.frozen(nn.Sequential(torch.jit.trace(nn.Linear(5, 4), torch.zeros(1, 5))))
+
+
 def test_frozen_passes_nested_results_on():
     class Nested(nn.Module):
         def __init__(self):

@@ -236,7 +236,7 @@ def frozen(module: nn.Module) -> Callable[..., Any]:
         A callable that takes the module's arguments and keywords and returns its results.
 
     Raises:
-        TypeError: something else than a module.
+        TypeError: something else than a module, or a scripted one.
         ValueError: a module that `fully_shard` has split. One inside a module that is sharded as a whole is fine.
 
     Example:
@@ -248,9 +248,9 @@ def frozen(module: nn.Module) -> Callable[..., Any]:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected module to be a torch.nn.Module, got {type(module).__name__}")
-    inner = _unwrapped(module)
     if not torch.compiler.is_compiling():
-        _check_whole(inner)
+        _check_copies(module)
+    inner = _unwrapped(module)
 
     def run(*arguments: Any, **keywords: Any) -> Any:
         tensors = _tensors(inner)
@@ -266,7 +266,10 @@ def frozen(module: nn.Module) -> Callable[..., Any]:
     return run
 
 
-def _check_whole(module: nn.Module) -> None:
+def _check_copies(module: nn.Module) -> None:
+    """Refuse a module that would not run over copies of its parameters."""
+    if any(isinstance(each, torch.jit.ScriptModule) for each in module.modules()):
+        raise TypeError("expected module to be of Python, got a torch.jit.ScriptModule; give the one it was made from")
     # By name, since torch 2.4 keeps the class elsewhere. Its hooks would put other parameters in place of the copies.
     if any(base.__name__ == "FSDPModule" for each in module.modules() for base in type(each).__mro__):
         raise ValueError(
