@@ -139,12 +139,32 @@ class MixedBatchSampler:
 
     @property
     def sampler(self) -> "MixedBatchSampler":
-        """Itself: Lightning and Accelerate look here for `set_epoch`."""
+        """Itself: Lightning and Accelerate look here for `set_epoch`.
+
+        Returns:
+            This sampler.
+
+        Example:
+            >>> sampler = semshift.MixedBatchSampler({"source": 1000}, {"source": 4}, seed=0)
+            >>> sampler.sampler is sampler
+            True
+        """
         return self
 
     @property
     def drop_last(self) -> bool:
-        """False. Accelerate asks for it as it shares batches out: an error where this sampler does so itself."""
+        """False. Accelerate asks for it as it shares batches out.
+
+        Returns:
+            False.
+
+        Raises:
+            ValueError: this sampler shares its batches out itself, over a `world_size` above 1.
+
+        Example:
+            >>> semshift.MixedBatchSampler({"source": 1000}, {"source": 4}, seed=0).drop_last
+            False
+        """
         if self.world_size > 1:
             raise ValueError(
                 f"this sampler shares its batches out over world_size {self.world_size}, so nothing else may: with "
