@@ -9,6 +9,21 @@ from semshift._checks import fits
 
 __all__ = ["check_range", "class_slots", "label_shares", "resize"]
 
+# Not `torch.library.custom_op`, whose wrapper of torch 2.4 stops the transforms of torch.func.
+_LIBRARY = torch.library.Library("semshift", "FRAGMENT")
+_LIBRARY.define(
+    "resize_labels(Tensor labels, SymInt height, SymInt width, str resample, SymInt num_classes, int? ignore_index, "
+    "float min_share) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "label_shares(Tensor labels, SymInt height, SymInt width, SymInt num_classes, str resample, bool align_corners, "
+    "int? ignore_index) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+resize = torch.ops.semshift.resize_labels.default
+label_shares = torch.ops.semshift.label_shares.default
+
 # Elements of shares that are held beside the result, unless a single image has more.
 _HELD = 2**20
 
@@ -33,8 +48,8 @@ def _check_classes(ids: Tensor, num_classes: int, ignore_index: Optional[int]) -
         raise ValueError(f"expected labels in [0, {num_classes}){or_ignored}, got {came}{more}")
 
 
-@torch.library.custom_op("semshift::resize_labels", mutates_args=())
-def resize(
+@torch.library.impl(_LIBRARY, "resize_labels", "CompositeExplicitAutograd")
+def _resize(
     labels: Tensor,
     height: int,
     width: int,
@@ -52,7 +67,7 @@ def resize(
             return labels.new_empty((len(labels), height, width))
         rows, columns = (_centres(n, to, labels.device) for n, to in zip(labels.shape[1:], (height, width)))
         return labels[:, rows][:, :, columns]
-    votes = label_shares(labels, height, width, num_classes, "area", False, ignore_index)
+    votes = _share_out(labels, height, width, num_classes, "area", False, ignore_index)
     share, winner = votes.max(1).values, votes.argmax(1)
     if ignore_index is not None and fits(labels.dtype, ignore_index):
         ignored = ignore_index
@@ -66,7 +81,7 @@ def resize(
     return torch.where(kept, winner, ignored).to(labels.dtype)
 
 
-@resize.register_fake
+@torch.library.register_fake("semshift::resize_labels")
 def _(
     labels: Tensor,
     height: int,
@@ -79,8 +94,8 @@ def _(
     return labels.new_empty((labels.shape[0], height, width))
 
 
-@torch.library.custom_op("semshift::label_shares", mutates_args=())
-def label_shares(
+@torch.library.impl(_LIBRARY, "label_shares", "CompositeExplicitAutograd")
+def _share_out(
     labels: Tensor,
     height: int,
     width: int,
@@ -111,7 +126,7 @@ def label_shares(
     return shares.contiguous()
 
 
-@label_shares.register_fake
+@torch.library.register_fake("semshift::label_shares")
 def _(
     labels: Tensor,
     height: int,

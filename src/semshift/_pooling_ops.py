@@ -1,7 +1,6 @@
 """The ops under pooling: bodies, fakes and backward. Arguments have been checked by then, but for the labels' values.
 
-`semshift::class_sums` adds up by label, `semshift::spread_rows` is its adjoint, and `semshift::soft_class_sums` adds up
-by weight.
+`semshift::class_sums` adds up by label, and `semshift::spread_rows` is its adjoint.
 """
 
 import functools
@@ -14,8 +13,10 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from semshift._label_ops import class_slots
+from semshift._soft_ops import rounds_products, sum_dtype
+from semshift._transforms import transformed
 
-__all__ = ["hard_sums", "soft_sums", "sum_dtype"]
+__all__ = ["hard_sums"]
 
 # Elements of half precision that are widened at a time, so that they stay in the cache.
 _BLOCK = 2**18
@@ -36,6 +37,8 @@ def hard_sums(
     """Sums `[(B,) K, C]` of the features of each class, and how many pixels it has."""
     # The steps to an op and back cost a small call more than all of its arithmetic.
     plain = not torch.compiler.is_compiling() and type(features) is Tensor and features.is_cpu
+    if plain and transformed(features):
+        return _definition(features, labels, num_classes, ignore_index, per_image)
     unseen = not (features.requires_grad and torch.is_grad_enabled())
     body = _add_up if plain and (unseen or _as_rows(features, num_classes, per_image)) else _class_sums
     sums, mass = body(features, labels, num_classes, ignore_index, per_image)
@@ -61,6 +64,22 @@ def _add_up_at_once(
     pixels = features.movedim(1, -1).flatten(0, -2).to(dtype)
     sums = features.new_zeros((num_rows, features.shape[1]), dtype=dtype).index_add_(0, flat.long(), pixels)
     return _rows_of_classes(sums, torch.bincount(flat, minlength=num_rows), num_classes, per_image)
+
+
+def _definition(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
+) -> tuple[Tensor, Tensor]:
+    """The same by steps that autograd knows in every mode: for tangents and for the transforms of torch.func."""
+    # The op looks at the labels and counts them, on features that nothing is derived from.
+    nothing = torch.zeros_like(labels[:, None], dtype=features.dtype)
+    with torch._C._AutoDispatchBelowAutograd():
+        _, mass = _class_sums(nothing, labels, num_classes, ignore_index, per_image)
+    keys, num_rows = _keys(class_slots(labels, num_classes, ignore_index, check=False), num_classes, per_image)
+    pixels = features.movedim(1, -1).flatten(0, -2).to(sum_dtype(features.dtype))
+    sums = pixels.new_zeros((num_rows, features.shape[1])).index_add(0, keys.flatten().long(), pixels)
+    if per_image:
+        return sums.unflatten(0, (-1, num_classes + 1))[:, :num_classes], mass
+    return sums[:num_classes], mass
 
 
 # Defined by hand, since the wrapper of `torch.library.custom_op` costs a small call more than all of its arithmetic.
@@ -147,7 +166,7 @@ def _rows_of_classes(sums: Tensor, mass: Tensor, num_classes: int, per_image: bo
 
 def _product(features: Tensor, slots: Tensor, num_classes: int, per_image: bool) -> Optional[Tensor]:
     """Sums as one-hot labels times features, with a last row for no class; None where that would not be exact."""
-    if features.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
+    if features.device.type != "cpu" or rounds_products(features.device):
         return None
     hot = features.new_zeros((len(features), num_classes + 1, slots[0].numel()))
     hot.scatter_(1, slots.unsqueeze(-1).flatten(1).long()[:, None], 1)
@@ -286,6 +305,8 @@ class _SpreadRows(torch.autograd.Function):
 
 @torch.library.impl(_LIBRARY, "class_sums", "Autograd")
 def _(features: Tensor, *arguments: Any) -> Any:
+    if transformed(features):
+        return _definition(features, *arguments)
     if features.requires_grad and torch.is_grad_enabled():
         return _ClassSums.apply(features, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
@@ -294,66 +315,12 @@ def _(features: Tensor, *arguments: Any) -> Any:
 
 @torch.library.impl(_LIBRARY, "spread_rows", "Autograd")
 def _(rows: Tensor, *arguments: Any) -> Any:
+    if transformed(rows):
+        return _spread(rows, *arguments)
     if rows.requires_grad and torch.is_grad_enabled():
         return _SpreadRows.apply(rows, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _spread_rows(rows, *arguments)
-
-
-@torch.library.custom_op("semshift::soft_class_sums", mutates_args=())
-def soft_sums(features: Tensor, weights: Tensor) -> Tensor:
-    """The definition: `[B, C, N]` and `[B, K, N]`, multiplied and added up over N, to `[B, K, C]`."""
-    dtype = _soft_dtype(features, weights)
-    sums = features.new_empty((features.shape[0], weights.shape[1], features.shape[1]), dtype=dtype)
-    # Autocast would take the product, and so the sum, down to half precision.
-    with torch.autocast(features.device.type, enabled=False):
-        # Small images together, others one by one: what is widened to float32 is never more than one.
-        some = max(1, len(features)) if features.numel() <= _BLOCK else 1
-        for pooled, feature, weight in zip(sums.split(some), features.split(some), weights.split(some)):
-            wide, by = feature.to(dtype), weight.to(dtype)
-            _multiply(by, wide, pooled)
-            if features.device.type == "cpu" and not pooled.isfinite().all():
-                # A second look: in a product, a place that no class weighs still gives 0 * inf.
-                _multiply(by, torch.where((by != 0).any(1, keepdim=True), wide, 0), pooled)
-    return sums
-
-
-def _multiply(weights: Tensor, features: Tensor, out: Tensor) -> None:
-    # A batch of one is slower than a plain product by a tenth.
-    if len(out) == 1:
-        torch.mm(weights[0], features[0].mT, out=out[0])
-    else:
-        torch.bmm(weights, features.mT, out=out)
-
-
-@soft_sums.register_fake
-def _(features: Tensor, weights: Tensor) -> Tensor:
-    shape = (features.shape[0], weights.shape[1], features.shape[1])
-    return features.new_empty(shape, dtype=_soft_dtype(features, weights))
-
-
-def _soft_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _soft_backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], Optional[Tensor]]:
-    features, weights = ctx.saved_tensors
-    needs_features, needs_weights = ctx.needs_input_grad
-    # Both are products of the same kind, so the op is its own backward, to any order.
-    to_features = soft_sums(weights.mT, grad.mT).to(features.dtype) if needs_features else None
-    to_weights = soft_sums(features.mT, grad).to(weights.dtype) if needs_weights else None
-    return to_features, to_weights
-
-
-soft_sums.register_autograd(_soft_backward, setup_context=_soft_setup)
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _soft_dtype(features: Tensor, weights: Tensor) -> torch.dtype:
-    return torch.promote_types(sum_dtype(features.dtype), sum_dtype(weights.dtype))
 
 
 def _channels_last(features: Tensor) -> bool:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from semshift._checks import FLOATS, check_bool, check_device, check_labelling, check_option, check_tensor
 from semshift._label_ops import label_shares
-from semshift._pooling_ops import hard_sums, soft_sums, sum_dtype
+from semshift._pooling_ops import hard_sums
+from semshift._soft_ops import soft_sums, sum_dtype
 from semshift.labels import resize_labels
 
 __all__ = ["ClassSums", "class_sums", "weighted_class_sums"]

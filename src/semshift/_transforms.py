@@ -1,0 +1,29 @@
+"""What tracing and torch's transforms make of a tensor: whether it holds values, whether a derivative goes along."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = ["readable", "transformed", "values_of"]
+
+
+def values_of(tensor: Tensor) -> Optional[Tensor]:
+    """The tensor without what the transforms of torch.func wrapped around it; None for a fake or meta tensor."""
+    # torch.func.debug_unwrap is public, but younger than torch 2.4.
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return None if tensor.untyped_storage().device.type == "meta" else tensor
+
+
+def readable(tensor: Tensor) -> Optional[Tensor]:
+    """`values_of` where reading them neither waits for a device nor breaks a graph; None elsewhere."""
+    return None if tensor.device.type != "cpu" or torch.compiler.is_compiling() else values_of(tensor)
+
+
+def transformed(*tensors: Tensor) -> bool:
+    """Whether a transform of torch.func is active or a tensor has a tangent, neither of which our backward knows."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    unpack = forward_ad.unpack_dual
+    return active or any(unpack(tensor).tangent is not None for tensor in tensors)  # type: ignore[no-untyped-call]  # because torch's is untyped
