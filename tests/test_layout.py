@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils import _pytree as pytree
 
 import semshift
 
@@ -202,3 +204,28 @@ def test_import_is_quick_on_top_of_torch():
     probe = "import torch, time; before = time.process_time(); import semshift; print(time.process_time() - before)"
     took = [float(subprocess.check_output([sys.executable, "-c", probe])) for _ in range(2)]
     assert min(took) < 0.2
+
+
+VALUES = {
+    "AlignmentLosses": (torch.zeros(()), torch.ones(()), {"source_accuracy": torch.ones(())}),
+    "ClassSums": (torch.ones(2, 3), torch.ones(2)),
+    "DomainAccuracy": (torch.zeros(()), torch.ones(())),
+    "FilledPrototypes": (torch.ones(2, 3), torch.ones(2, dtype=torch.bool)),
+    "PseudoLabels": (torch.ones(1, 2), torch.ones(1), torch.ones(1, 2, dtype=torch.bool)),
+}
+
+
+def test_every_value_is_loaded_by_its_weights_only(tmp_path):
+    """Checkpoints hold them, and `weights_only=True` is torch's default."""
+    values = {name: getattr(semshift, name)(*arguments) for name, arguments in VALUES.items()}
+    torch.save(values, tmp_path / "values.pt")
+    loaded = torch.load(tmp_path / "values.pt", weights_only=True)
+    for name, value in values.items():
+        assert type(loaded[name]) is getattr(semshift, name)
+        pairs = zip(*(pytree.tree_leaves(side) for side in (value, loaded[name])))
+        assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_no_value_is_forgotten():
+    named = {n for n in semshift.__all__ if hasattr(getattr(semshift, n), "_fields") or n == "ClassSums"}
+    assert named == set(VALUES)

@@ -3,6 +3,8 @@
 Every public name is `semshift.NAME`; the modules are where the code lives.
 """
 
+import torch as _torch
+
 from semshift.alignment import AlignmentLosses, GlobalAlignment, SemanticAlignment, balanced_weight
 from semshift.discriminators import ClassPixelDiscriminator, FCDiscriminator, PrototypeDiscriminator, frozen
 from semshift.distributed import all_gather, all_reduce_sum, average_gradients
@@ -82,3 +84,6 @@ __all__ = [
     "reverse_gradient",
     "weighted_class_sums",
 ]
+
+# `torch.load(weights_only=True)` reads what holds one of the values that semshift returns.
+_torch.serialization.add_safe_globals([AlignmentLosses, ClassSums, DomainAccuracy, FilledPrototypes, PseudoLabels])

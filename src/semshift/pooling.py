@@ -11,6 +11,7 @@ from typing import Any, Literal, Optional
 
 import torch
 from torch import Tensor
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from semshift._checks import FLOATS, check_bool, check_device, check_labelling, check_option, check_tensor
 from semshift._label_ops import label_shares
@@ -21,7 +22,9 @@ from semshift.labels import resize_labels
 __all__ = ["ClassSums", "class_sums", "weighted_class_sums"]
 
 
-@dataclass(frozen=True, eq=False)
+# Not frozen: Fabric refuses to move or save a frozen dataclass. Not a named tuple, whose properties and additions
+# torch.compile of torch 2.4 does not know.
+@dataclass(eq=False)
 class ClassSums:
     """Sums and mass of each class: add first, divide last.
 
@@ -54,6 +57,28 @@ class ClassSums:
         """`[(B,) K]` bool, the classes of which anything was added."""
         return self.mass > 0
 
+    def to(self, *args: Any, **kwargs: Any) -> "ClassSums":
+        """Sums and mass on another device or in another floating dtype, as `torch.Tensor.to`; counts stay int64.
+
+        Raises:
+            TypeError: a dtype that is not floating point.
+        """
+        sums = self.sums.to(*args, **kwargs)
+        if not sums.is_floating_point():
+            raise TypeError(f"expected a floating-point dtype for sums, got {sums.dtype}")
+        if self.mass.is_floating_point():
+            return ClassSums(sums, self.mass.to(*args, **kwargs))
+        flags = {name: value for name, value in kwargs.items() if name in ("copy", "non_blocking")}
+        return ClassSums(sums, self.mass.to(sums.device, **flags))
+
+    def detach(self) -> "ClassSums":
+        """Sums and mass without their graph."""
+        return ClassSums(self.sums.detach(), self.mass.detach())
+
+    def pin_memory(self) -> "ClassSums":
+        """Sums and mass in pinned memory: what a `DataLoader` with `pin_memory=True` calls."""
+        return ClassSums(self.sums.pin_memory(), self.mass.pin_memory())
+
     def __add__(self, other: "ClassSums") -> "ClassSums":
         """Sums and mass of both; `sum(parts)` merges a list."""
         if not isinstance(other, ClassSums):
@@ -76,6 +101,15 @@ with warnings.catch_warnings():
     # In torch 2.4 this calls a function that torch 2.4 itself deprecates; importing semshift is to be silent.
     warnings.simplefilter("ignore", FutureWarning)
     torch.export.register_dataclass(ClassSums)
+
+
+def _collate(batch: list[ClassSums], **options: Any) -> ClassSums:
+    sums, mass = ([getattr(pooled, name) for pooled in batch] for name in ("sums", "mass"))
+    return ClassSums(collate(sums, **options), collate(mass, **options))
+
+
+# What `torch.utils.data.default_collate` looks a type up in: its documentation's way to add one.
+default_collate_fn_map[ClassSums] = _collate
 
 
 def class_sums(
