@@ -199,6 +199,7 @@ def test_import_touches_nothing_and_prints_nothing():
     assert (done.stdout, done.stderr) == ("", "")
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.4."), reason="register_dataclass of torch 2.4 imports Dynamo")
 def test_import_is_quick_on_top_of_torch():
     """Of the processor's time, which other processes do not lengthen, the better of two."""
     probe = "import torch, time; before = time.process_time(); import semshift; print(time.process_time() - before)"

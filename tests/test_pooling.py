@@ -15,6 +15,8 @@ from tests.errors import refuses
 # Compiling on Python 3.13.0 itself, torch warns of its own slowness there.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
+    # What opcheck of torch 2.14 does itself.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.usefixtures("few_or_many"),
 ]
 
