@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from semshift._transforms import readable
+
 __all__ = [
     "FLOATS",
     "INTEGERS",
@@ -23,7 +25,6 @@ __all__ = [
     "check_tensor",
     "check_weight",
     "fits",
-    "may_look",
 ]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -95,8 +96,8 @@ def check_weight(
     if list(weight.shape) != list(shape):
         raise ValueError(f"expected {name} {list(shape)} for {of} {list(tensor.shape)}, got {list(weight.shape)}")
     check_device(name, weight, of, tensor)
-    if values and weight.is_floating_point() and may_look(weight):
-        wrong = weight[~((weight >= 0) & (weight < math.inf))]
+    if values and weight.is_floating_point() and (seen := readable(weight)) is not None:
+        wrong = seen[~((seen >= 0) & (seen < math.inf))]
         if wrong.numel() > 0:
             raise ValueError(f"expected {name} to be finite and not negative, got {wrong[0].item()}")
 
@@ -135,8 +136,3 @@ def fits(dtype: torch.dtype, value: int) -> bool:
     """Whether an integer type holds a value."""
     info = torch.iinfo(dtype)
     return info.min <= value <= info.max
-
-
-def may_look(tensor: Tensor) -> bool:
-    """Whether reading a tensor's values neither waits for a device nor breaks a graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from semshift._checks import fits
+from semshift._transforms import values_of
 
 __all__ = ["check_range", "class_slots", "label_shares", "resize"]
 
@@ -30,6 +31,10 @@ _HELD = 2**20
 
 def check_range(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> None:
     """Refuse labels outside `[0, num_classes)` that are not `ignore_index`; waits for the device."""
+    seen = values_of(labels)
+    if seen is None:
+        raise ValueError(f"expected labels with values to check, got a fake or meta tensor {list(labels.shape)}")
+    labels = seen
     ignored = _ignored(labels, ignore_index)
     _check_classes(labels if ignored is None else labels.masked_fill(ignored, 0), num_classes, ignore_index)
 

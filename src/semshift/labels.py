@@ -17,6 +17,7 @@ from semshift._checks import (
     fits,
 )
 from semshift._label_ops import check_range, label_shares, resize
+from semshift._transforms import values_of
 
 __all__ = ["check_labels", "class_shares", "remap_labels", "resize_labels"]
 
@@ -78,7 +79,10 @@ def remap_labels(labels: Tensor, table: Union[Mapping[int, int], Tensor], *, def
             raise TypeError(f"expected table of dtype uint8, int8, int16, int32 or int64, got {table.dtype}")
         if table.dim() != 1:
             raise ValueError(f"expected table [N], got {list(table.shape)}")
-        table = dict(enumerate(table.tolist()))
+        ids = values_of(table)
+        if ids is None:
+            raise ValueError(f"expected table with values, such as a mapping, got a fake or meta tensor [{len(table)}]")
+        table = dict(enumerate(ids.tolist()))
     if not isinstance(table, Mapping):
         raise TypeError(f"expected table to be a mapping or a tensor, got {type(table).__name__}")
     if not table:
@@ -101,10 +105,12 @@ def remap_labels(labels: Tensor, table: Union[Mapping[int, int], Tensor], *, def
     unknown = olds[place] != wide
     if default is not None:
         return torch.where(unknown, default, news[place]).to(labels.dtype)
-    if unknown.any():
-        values = torch.unique(wide[unknown])
+    # Where there are no values, as in a fake tensor, the shape alone is asked for.
+    seen, lacking = values_of(wide), values_of(unknown)
+    if seen is not None and lacking is not None and lacking.any():
+        values = torch.unique(seen[lacking])
         more = f" and {len(values) - 5} more" if len(values) > 5 else ""
-        count = int(unknown.sum())
+        count = int(lacking.sum())
         came = f"{', '.join(map(str, values[:5].tolist()))}{more} ({count} pixel{'s' if count > 1 else ''})"
         raise ValueError(f"expected labels to be ids of table, or a default for those that it lacks, got {came}")
     return news[place].to(labels.dtype)

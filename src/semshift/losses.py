@@ -25,8 +25,8 @@ from semshift._checks import (
     check_number,
     check_option,
     check_weight,
-    may_look,
 )
+from semshift._transforms import readable
 
 __all__ = [
     "Objective",
@@ -226,8 +226,8 @@ def entropy_map(probabilities: Tensor) -> Tensor:
     check_floating("probabilities", probabilities)
     if probabilities.dim() < 2 or probabilities.shape[1] < 2:
         raise ValueError(f"expected probabilities [B, K, *S] with K of at least 2, got {list(probabilities.shape)}")
-    if may_look(probabilities) and probabilities.numel() > 0:
-        low, high = (value.item() for value in probabilities.detach().aminmax())
+    if (seen := readable(probabilities)) is not None and seen.numel() > 0:
+        low, high = (value.item() for value in seen.detach().aminmax())
         # Interpolated maps exceed 1 by rounding; nan passes through, for the caller's own check of the loss.
         if low < 0 or high > 1 + 8 * torch.finfo(probabilities.dtype).eps:
             raise ValueError(f"expected probabilities in [0, 1], got {low if low < 0 else high}")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from semshift._checks import check_floating, check_labelling, check_number, may_look
+from semshift._checks import check_floating, check_labelling, check_number
+from semshift._transforms import readable
 from semshift.labels import check_labels
 
 __all__ = ["PseudoLabels", "class_mix", "pseudo_labels"]
@@ -71,8 +72,8 @@ def pseudo_labels(logits: Tensor, *, threshold: float = 0.968) -> PseudoLabels:
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     largest, labels = wide.max(1)
     probability = (largest - wide.logsumexp(1)).exp()
-    if may_look(logits):
-        unknown = int(probability.isnan().sum())
+    if (seen := readable(probability)) is not None:
+        unknown = int(seen.isnan().sum())
         if unknown:
             pixels = f"{unknown} pixel{'s' if unknown > 1 else ''}"
             raise ValueError(f"expected logits of which there is a softmax, got nan, inf or only -inf at {pixels}")
@@ -135,7 +136,7 @@ def class_mix(
         raise TypeError(f"expected generator to be a torch.Generator or None, got {type(generator).__name__}")
     if keys is not None:
         _check_keys(keys, [len(labels), num_classes], generator)
-    if may_look(labels):
+    if readable(labels) is not None:
         check_labels(labels, num_classes, ignore_index=ignore_index)
     ids = labels.flatten(1).long()
     takes_part = (ids >= 0) & (ids < num_classes)
@@ -160,5 +161,5 @@ def _check_keys(keys: Tensor, shape: list[int], generator: Optional[torch.Genera
         raise ValueError(f"expected keys [B, K] {shape}, got {list(keys.shape)}")
     if generator is not None:
         raise ValueError("expected generator or keys, got both")
-    if may_look(keys) and not (finite := keys.isfinite()).all():
-        raise ValueError(f"expected keys to be finite, got {keys[~finite][0].item()}")
+    if (seen := readable(keys)) is not None and not (finite := seen.isfinite()).all():
+        raise ValueError(f"expected keys to be finite, got {seen[~finite][0].item()}")

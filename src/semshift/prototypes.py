@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from semshift._checks import check_device, check_int, check_number
+from semshift._transforms import readable
 from semshift.distributed import all_reduce_sum
 from semshift.pooling import ClassSums
 
@@ -123,7 +124,7 @@ class PrototypeBank(nn.Module):
         mass = all_reduce_sum(mass).to(state.mass.dtype)
         weighs = (mass >= 0) & mass.isfinite()
         finite = sums.isfinite().all(-1)
-        if sums.device.type == "cpu" and not torch.compiler.is_compiling():
+        if readable(sums) is not None:
             _check_values(sums, mass, weighs, finite)
         moves = (mass > 0) & weighs & finite
         momentum = self.momentum
