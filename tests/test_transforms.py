@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import semshift
 from tests.errors import refuses
@@ -144,3 +146,111 @@ def test_compiled_transforms_equal_eager(mode):
         torch._dynamo.reset()
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(features), run(features))
+
+
+X, Y = torch.linspace(-2, 3, 12).view(3, 4).double(), torch.linspace(1, -1, 12).view(3, 4).double()
+W = torch.linspace(0, 1, 12).view(3, 4).double()
+DIFFERENTIABLE = {
+    "confusion_loss": (lambda x: semshift.confusion_loss(x, weight=W), X),
+    "its weight": (lambda w: semshift.confusion_loss(X, weight=w), W + 0.5),
+    "discriminator_loss": (
+        lambda x: semshift.discriminator_loss(x, x * Y, target_weight=W),
+        X,
+    ),
+    "class_confusion_loss": (lambda x: semshift.class_confusion_loss(x, classes=W[:, :2], weight=W[:, 0]), X),
+    "entropy_map": (semshift.entropy_map, X.softmax(1)),
+    "means": (lambda x: semshift.ClassSums(x, torch.tensor([2, 0, 5])).means, X),
+}
+
+
+@pytest.mark.parametrize(("function", "at"), DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
+def test_losses_and_means(function, at):
+    tangent = torch.randn_like(at)
+    slope = (function(at + 1e-6 * tangent) - function(at - 1e-6 * tangent)) / 2e-6
+    torch.testing.assert_close(jvp(function, (at,), (tangent,))[1], slope, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(vmap(function)(torch.stack([at, at])), torch.stack([function(at)] * 2))
+
+
+def test_reversed_gradients_refuse_forward_mode():
+    with pytest.raises(NotImplementedError):
+        jvp(semshift.reverse_gradient, (X,), (X,))
+
+
+def test_checks_read_beneath_the_wrappers():
+    """A wrong value in one map of several, as without vmap."""
+    labels = torch.tensor([[[0, 1]], [[1, 3]]])
+    keys = torch.rand(2, 1, 4)
+    assert torch.equal(
+        vmap(lambda ids, key: semshift.class_mix(ids, 4, keys=key))(labels, keys),
+        torch.stack([semshift.class_mix(ids, 4, keys=key) for ids, key in zip(labels, keys)]),
+    )
+    mapped = vmap(lambda ids: semshift.remap_labels(ids, {0: 5, 1: 6, 3: 8}))(labels)
+    assert mapped.flatten().tolist() == [5, 6, 6, 8]
+    for wrong in (
+        lambda ids: semshift.check_labels(ids, 3),
+        lambda ids: semshift.class_mix(ids, 3, keys=keys[0, :, :3]),
+        lambda ids: semshift.remap_labels(ids, {0: 5, 1: 6}),
+        lambda ids: semshift.confusion_loss(X[0, :2], weight=ids[0] - 0.5),
+        lambda ids: semshift.entropy_map(ids - 0.5),
+        lambda ids: semshift.pseudo_labels(ids.log().log()[:, :, None].float()),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            vmap(wrong)(labels)
+
+
+def without_values(device):
+    """Every call that has no need of values."""
+    labels, image = torch.zeros(2, 8, 10, dtype=torch.int64, device=device), torch.randn(2, 3, 4, 5, device=device)
+    logits, weight = torch.randn(3, 4, device=device, requires_grad=True), torch.rand(3, 4, device=device)
+    masks = {"source_weight": weight, "target_weight": weight}
+    with torch.device(device):
+        bank, align = semshift.PrototypeBank(3, 4), semshift.SemanticAlignment(3, 4)
+    pooled = semshift.class_sums(image, labels, 4)
+    bank.update(pooled)
+    yield from (semshift.class_sums(image, labels, 4, resample=mode).sums for mode in MODES[1:-1])
+    yield semshift.weighted_class_sums(image, torch.rand(2, 4, 4, 5, device=device)).means
+    yield from bank(pooled)
+    yield from (semshift.class_mix(labels, 4), semshift.class_mix(labels, 4, keys=torch.rand(2, 4, device=device)))
+    yield from semshift.pseudo_labels(image)
+    yield semshift.entropy_map(image.softmax(1))
+    yield from (semshift.remap_labels(labels, {0: 1}), semshift.remap_labels(labels, {0: 1}, default=3))
+    yield semshift.resize_labels(labels, (3, 4), 4, resample="majority")
+    yield semshift.class_shares(labels, (3, 4), 4, resample="area")
+    yield semshift.discriminator_loss(logits, logits, **masks)
+    yield semshift.confusion_loss(logits, weight=weight)
+    yield semshift.class_discriminator_loss(logits, logits, source_classes=weight[:, :2], target_classes=weight[:, :2])
+    yield semshift.class_confusion_loss(logits, classes=weight[:, :2], weight=weight[:, 0])
+    yield semshift.r1_penalty(logits.square().sum(1), logits, weight=weight[:, 0])
+    yield from semshift.domain_accuracy(logits, logits, **masks)
+    yield semshift.prototype_distance(pooled.means, pooled.means, weight=pooled.present)
+    yield align(image.clone().requires_grad_(), labels, image.clone().requires_grad_(), labels).confusion
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        for result in without_values("cpu"):
+            assert isinstance(result, FakeTensor)
+        labels = torch.zeros(1, 2, 3, dtype=torch.int64)
+        with refuses(ValueError, "labels", [1, 2, 3]):
+            semshift.check_labels(labels, 4)
+        with refuses(ValueError, "table", "[7]"):
+            semshift.remap_labels(labels, torch.arange(7))
+
+
+def test_meta_tensors():
+    for result in without_values("meta"):
+        assert result.is_meta
+
+
+@pytest.mark.parametrize("tracing_mode", ["fake", "symbolic"])
+def test_make_fx(tracing_mode):
+    labels, logits = torch.randint(0, 4, (2, 4, 5)), torch.randn(2, 4, 4, 5)
+
+    def figures(labels, logits):
+        pooled = semshift.class_sums(logits, labels, 4)
+        mixed = semshift.class_mix(labels, 4, keys=logits[:, :, 0, 0])
+        return pooled.means, mixed, semshift.entropy_map(logits.softmax(1)), semshift.pseudo_labels(logits).weight
+
+    traced = make_fx(figures, tracing_mode=tracing_mode)(labels, logits)
+    for found, want in zip(traced(labels, logits), figures(labels, logits)):
+        assert torch.equal(found, want)

@@ -75,8 +75,8 @@ class PrototypeBank(nn.Module):
         self.momentum = momentum = check_number("momentum", momentum)
         if not 0 <= momentum < 1:
             raise ValueError(f"expected momentum in [0, 1), got {momentum}")
-        self.register_buffer("sums", torch.zeros(num_classes, in_channels))
-        self.register_buffer("mass", torch.zeros(num_classes))
+        self.register_buffer("sums", torch.zeros(num_classes, in_channels, dtype=torch.float32))
+        self.register_buffer("mass", torch.zeros(num_classes, dtype=torch.float32))
 
     @property
     def means(self) -> Tensor:
