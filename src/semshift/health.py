@@ -288,7 +288,8 @@ def _judge_ratio(ratio: float) -> list[str]:
 
 def _share(domain: str, right: Tensor, weight: Optional[Tensor]) -> Tensor:
     here = _taking_part(f"{domain}weight", weight, f"{domain}logits", right)
-    return (right & here).sum() / here.sum()
+    # Integers divided would come in the default dtype.
+    return (right & here).sum().float() / here.sum()
 
 
 def _taking_part(name: str, weight: Optional[Tensor], of: str, like: Tensor) -> Tensor:

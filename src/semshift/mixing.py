@@ -148,7 +148,7 @@ def class_mix(
     held = held.scatter(1, slots, True)[:, :num_classes]
     if keys is None:
         device = labels.device if generator is None else generator.device
-        keys = torch.rand(len(labels), num_classes, generator=generator, device=device)
+        keys = torch.rand(len(labels), num_classes, generator=generator, device=device, dtype=torch.float32)
     # The lower half of the keys is chosen, by rank: equal keys would choose a class too many.
     order = keys.to(labels.device, non_blocking=True).masked_fill(~held, math.inf).argsort(dim=1, stable=True)
     chosen = order.argsort(1) < (held.sum(1, keepdim=True) + 1) // 2
