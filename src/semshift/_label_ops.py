@@ -1,6 +1,6 @@
 """The ops under labels: the class of each pixel, label maps of another size, the share of each class in each cell."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -22,11 +22,23 @@ _LIBRARY.define(
     "int? ignore_index) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-resize = torch.ops.semshift.resize_labels.default
-label_shares = torch.ops.semshift.label_shares.default
+_resize_labels = torch.ops.semshift.resize_labels.default
+_label_shares = torch.ops.semshift.label_shares.default
 
 # Elements of shares that are held beside the result, unless a single image has more.
 _HELD = 2**20
+
+
+def resize(*arguments: Any) -> Tensor:
+    """Nearest and majority labels of another size, as an op: see `_resize`."""
+    resized: Tensor = _resize_labels(*arguments)
+    return resized
+
+
+def label_shares(*arguments: Any) -> Tensor:
+    """The share of each class in each cell, as an op: see `_share_out`."""
+    shares: Tensor = _label_shares(*arguments)
+    return shares
 
 
 def check_range(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> None:

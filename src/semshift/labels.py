@@ -161,8 +161,7 @@ def resize_labels(
         )
     if min_share > 0 and ignore_index is not None and not fits(labels.dtype, ignore_index):
         raise ValueError(f"expected an ignore_index that {labels.dtype} can hold, got {ignore_index}")
-    resized: Tensor = resize(labels, height, width, resample, num_classes, ignore_index, float(min_share))
-    return resized
+    return resize(labels, height, width, resample, num_classes, ignore_index, float(min_share))
 
 
 def class_shares(
@@ -207,7 +206,7 @@ def class_shares(
     check_bool("align_corners", align_corners)
     if align_corners and resample != "bilinear":
         raise ValueError(f"expected align_corners only with resample 'bilinear', got {resample!r}")
-    shares: Tensor = label_shares(labels, height, width, num_classes, resample, align_corners, ignore_index)
+    shares = label_shares(labels, height, width, num_classes, resample, align_corners, ignore_index)
     shares = shares[:, :num_classes]
     if resample == "area":
         # An empty label map covers no part of any cell; its shares are zeros already.

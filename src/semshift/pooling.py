@@ -60,6 +60,9 @@ class ClassSums:
     def to(self, *args: Any, **kwargs: Any) -> "ClassSums":
         """Sums and mass on another device or in another floating dtype, as `torch.Tensor.to`; counts stay int64.
 
+        Returns:
+            Both of them, moved.
+
         Raises:
             TypeError: a dtype that is not floating point.
         """
@@ -72,11 +75,19 @@ class ClassSums:
         return ClassSums(sums, self.mass.to(sums.device, **flags))
 
     def detach(self) -> "ClassSums":
-        """Sums and mass without their graph."""
+        """Sums and mass without their graph.
+
+        Returns:
+            Both of them, detached.
+        """
         return ClassSums(self.sums.detach(), self.mass.detach())
 
     def pin_memory(self) -> "ClassSums":
-        """Sums and mass in pinned memory: what a `DataLoader` with `pin_memory=True` calls."""
+        """Sums and mass in pinned memory: what a `DataLoader` with `pin_memory=True` calls.
+
+        Returns:
+            Both of them, pinned.
+        """
         return ClassSums(self.sums.pin_memory(), self.mass.pin_memory())
 
     def __add__(self, other: "ClassSums") -> "ClassSums":
