@@ -10,7 +10,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import semshift
-from semshift import _checks
+from semshift import _checks, _transforms
 from tests.errors import refuses
 
 FEATURES = torch.arange(24.0).reshape(1, 2, 3, 4)
@@ -249,9 +249,9 @@ def test_values_of_weights_are_looked_at_where_that_costs_nothing(monkeypatch):
     x, weight = torch.zeros(2), torch.tensor([-1.0, math.nan])
     _checks.check_weight("weight", weight, "x", x, [2], values=False)
     _checks.check_weight("weight", weight.to("meta"), "x", x.to("meta"), [2])
-    assert _checks.may_look(weight)
+    assert _transforms.readable(weight) is weight
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not _checks.may_look(weight)
+    assert _transforms.readable(weight) is None
     _checks.check_weight("weight", weight, "x", x, [2])
 
 
