@@ -458,4 +458,3 @@ def test_the_rule_for_the_weight(precision):
     assert kinds(lambda *terms: semshift.balanced_weight(*terms, 0.1)) == []
     # A number from elsewhere is warned of.
     assert "silent" in kinds(lambda *_: 1e-6)
-    assert "dominates" in kinds(lambda *_: 100.0)
