@@ -401,6 +401,7 @@ def history(steps=10, **changed):
         ({"source_accuracy": 1.0, "target_accuracy": 0.05}, ["chance"]),
         ({"source_accuracy": 0.56, "target_accuracy": 0.55}, []),
         ({"source_accuracy": NAN}, ["idle"]),
+        ({"source_accuracy": NAN, "gradient_ratio": 0.0}, ["idle"]),
         ({"gradient_ratio": 0.0009}, ["silent"]),
         ({"gradient_ratio": 0.0011}, []),
         ({"gradient_ratio": 2.1}, ["dominates"]),

@@ -230,12 +230,13 @@ def health_warnings(history: Sequence[Mapping[str, float | Tensor]], *, objectiv
     if min(len(source), len(target)) >= _STEPS:
         source, target = ([value for value in values if not math.isnan(value)] for values in (source, target))
         if not (source and target):
-            found.append(
+            # Then the gradient is 0 for the same reason.
+            return [
                 "idle: no class was in the labels of one domain and seen in the other, so nothing was compared; check "
                 "the labels, or label more images"
-            )
+            ]
         # With the Wasserstein objective the sign of a logit means nothing; only differences do.
-        elif min(len(source), len(target)) >= _STEPS and objective != "wasserstein":
+        if min(len(source), len(target)) >= _STEPS and objective != "wasserstein":
             found += _judge_accuracy(statistics.fmean(source), statistics.fmean(target))
     ratios = [ratio for ratio in ratios if not math.isnan(ratio)]
     if len(ratios) >= _STEPS:

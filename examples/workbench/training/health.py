@@ -150,7 +150,8 @@ def findings(rows: Sequence[Row], settings: Settings) -> dict[str, str]:
         judged = [figures for row in recent if (figures := _judged(row, name))]
         for warning in semshift.health_warnings(judged, objective=how.objective):
             kind, words = warning.split(": ", 1)
-            found[f"{name} {kind}"] = f"{name} alignment, the last {span}: {words} ({now})"
+            advice = "`train --check` reads data.classes and the labels" if kind == "idle" else now
+            found[f"{name} {kind}"] = f"{name} alignment, the last {span}: {words} ({advice})"
     return found
 
 
