@@ -271,9 +271,9 @@ def _judge_accuracy(source: float, target: float) -> list[str]:
         ]
     if (source + target) / 2 <= _CHANCE:
         return [
-            f"chance: the discriminator is at chance {came}, so its gradient is noise; raise its learning rate, or "
-            "lower the weight if the accuracy fell as the weight rose; if prototype_distance is near 0, the domains "
-            "are aligned"
+            f"chance: the discriminator is at chance {came}, so its gradient is noise; see that its parameters change, "
+            "raise its learning rate, or lower the weight if the accuracy fell as the weight rose; if "
+            "prototype_distance is near 0, the domains are aligned"
         ]
     return []
 

@@ -208,6 +208,19 @@ def discriminator_left_out():
     assert one_player(discriminator_learns=False) <= 0.75
 
 
+def gradients_cleared():
+    images, labels = batch()
+    network, align = model(), small()
+    optimiser = torch.optim.Adam(align.parameters(), 0.003)
+    before = [parameter.detach().clone() for parameter in align.parameters()]
+    for cleared in (True, False):
+        losses(align, network(images), labels)[1].backward()
+        if cleared:
+            optimiser.zero_grad()
+        optimiser.step()
+        assert all(map(torch.equal, before, align.parameters())) == cleared
+
+
 def confusion_left_out():
     assert one_player(discriminator_learns=True) >= 0.95
 
@@ -270,6 +283,7 @@ BEHAVIOUR = {
     "left the model in `eval`": model_in_eval,
     "left the alignment module in `eval`": module_in_eval,
     "left the discriminator out": discriminator_left_out,
+    "cleared the discriminator's gradients": gradients_cleared,
     "left the confusion out": confusion_left_out,
     "gave the losses probabilities": probabilities,
     "up-sampled the logits with": other_corners,
