@@ -7,6 +7,7 @@ None has batch norm: a discriminator sees source and target one after another, a
 neither.
 """
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -223,11 +224,11 @@ class ClassPixelDiscriminator(nn.Module):
 def frozen(module: nn.Module) -> Callable[..., Any]:
     """A callable that runs a module with its parameters detached: gradients reach its inputs and no parameter.
 
-    The segmenter's adversarial loss goes through it. Parameters and buffers are copied at the call: the module and its
-    buffers stay as they are, its optimiser may step before the backward, and what activation checkpointing computes
-    again finds the copies. So the same module can be trained in the same step. `DistributedDataParallel`,
-    `DataParallel` and `torch.compile` are looked through, wherever they stand in the module. Other threads must not
-    run the module meanwhile: it holds the copies for the time of the call.
+    Use it for the segmenter's adversarial loss; the same module can be trained in the same step. Each call runs on
+    copies of the parameters and buffers, so the module does not change and its optimiser may step before the backward.
+    Activation checkpointing recomputes with the same copies, unless it is given a closure that was made outside the
+    module's methods. The wrappers `DistributedDataParallel`, `DataParallel` and `torch.compile` are bypassed, inside
+    the module too. No other thread may run the module during the call.
 
     Args:
         module: any module.
@@ -237,7 +238,7 @@ def frozen(module: nn.Module) -> Callable[..., Any]:
 
     Raises:
         TypeError: something else than a module, or a scripted one.
-        ValueError: a module that `fully_shard` has split. One inside a module that is sharded as a whole is fine.
+        ValueError: a module that `fully_shard` was called on. Calling it on an enclosing module alone is fine.
 
     Example:
         >>> discriminator = semshift.FCDiscriminator(2)
@@ -259,7 +260,7 @@ def frozen(module: nn.Module) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return torch.func.functional_call(inner, copies, arguments, keywords, tie_weights=False)
         both = _Twin(inner, {id(tensor): copies[name] for name, tensor in tensors.items()})
-        # A closure may still refer to the module itself, so for the time of the call it holds the copies as well.
+        # A closure may still refer to the module itself, so during the call the module holds the copies too.
         copies = {f"module.{name}": copy for name, copy in copies.items()}
         return torch.func.functional_call(both, copies, arguments, keywords, tie_weights=False)
 
@@ -269,7 +270,7 @@ def frozen(module: nn.Module) -> Callable[..., Any]:
 def _check_copies(module: nn.Module) -> None:
     """Refuse a module that would not run over copies of its parameters."""
     if any(isinstance(each, torch.jit.ScriptModule) for each in module.modules()):
-        raise TypeError("expected module to be of Python, got a torch.jit.ScriptModule; give the one it was made from")
+        raise TypeError("expected a Python module, got a torch.jit.ScriptModule; pass the module it was scripted from")
     # By name, since torch 2.4 keeps the class elsewhere. Its hooks would put other parameters in place of the copies.
     if any(base.__name__ == "FSDPModule" for each in module.modules() for base in type(each).__mro__):
         raise ValueError(
@@ -279,56 +280,54 @@ def _check_copies(module: nn.Module) -> None:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """What runs behind data parallelism and compilation."""
+    """The module inside wrappers of data parallelism and compilation."""
     while True:
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             module = module.module
         elif (compiled := module._modules.get("_orig_mod")) is not None:
-            # Compiled by torch 2.4, it would run over the parameters that it was compiled with.
+            # A module that torch 2.4 compiled would use the parameters that it was compiled with.
             module = compiled
         else:
             return module
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, each module object under one name: swapped twice, it would keep a copy."""
-    tensors = {}
+    """Parameters and buffers by name. Each module has one name: swapped under two, it would keep a copy."""
+    tensors: dict[str, Tensor] = {}
     for prefix, each in module.named_modules():
-        start = f"{prefix}." if prefix else ""
-        for name, parameter in each.named_parameters(recurse=False, remove_duplicate=False):
-            tensors[start + name] = parameter
-        for name, buffer in each.named_buffers(recurse=False, remove_duplicate=False):
-            tensors[start + name] = buffer
+        tensors |= dict(each.named_parameters(prefix, recurse=False, remove_duplicate=False))
+        tensors |= dict(each.named_buffers(prefix, recurse=False, remove_duplicate=False))
     return tensors
 
 
 class _Twin(nn.Module):
-    """A module, and a twin of it over other tensors, which runs: what is computed again later finds those tensors."""
+    """A module and its twin, which holds other tensors. The twin runs, and keeps them for a later recomputation."""
 
-    def __init__(self, module: nn.Module, held: dict[int, Any]) -> None:
+    def __init__(self, module: nn.Module, copies: dict[int, Any]) -> None:
         super().__init__()
         self.module = module
-        twins = dict(held)
         modules = [each for each in module.modules() if _unwrapped(each) is each]
-        twins |= {id(each): object.__new__(type(each)) for each in modules}
-        twins |= {id(each): twins[id(_unwrapped(each))] for each in module.modules()}
+        twins = {id(each): object.__new__(type(each)) for each in modules}
+        twins = copies | {id(each): twins[id(_unwrapped(each))] for each in module.modules()}
         for each in modules:
             vars(twins[id(each)]).update({name: _moved(value, twins) for name, value in vars(each).items()})
-        # In a list, so that it is no module of this one.
+        # In a list, so that it is not registered as a submodule.
         self.twin = [twins[id(module)]]
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         return self.twin[0](*arguments, **keywords)
 
 
-def _moved(value: Any, twins: dict[int, Any], nested: bool = True) -> Any:
-    """An attribute of a twin: modules, tensors and methods of the module become the twin's, in containers too."""
+def _moved(value: Any, twins: dict[int, Any]) -> Any:
+    """An attribute of a twin: the module's own modules, tensors and methods become the twin's, in containers too."""
     if isinstance(value, MethodType):
         return MethodType(value.__func__, twins.get(id(value.__self__), value.__self__))
-    if nested and type(value) in (list, tuple):
-        return type(value)(_moved(each, twins, False) for each in value)
-    if nested and type(value) in (dict, OrderedDict):
-        return type(value)((key, _moved(each, twins, False)) for key, each in value.items())
+    if isinstance(value, functools.partial):
+        return functools.partial(_moved(value.func, twins), *_moved(value.args, twins), **_moved(value.keywords, twins))
+    if type(value) in (list, tuple):
+        return type(value)(_moved(each, twins) for each in value)
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _moved(each, twins)) for key, each in value.items())
     return twins.get(id(value), value)
 
 
