@@ -19,8 +19,9 @@ from semshift.losses import (
     confusion_loss,
     discriminator_loss,
 )
+from semshift.pooling import ClassSums
 
-__all__ = ["adversarial_losses"]
+__all__ = ["adversarial_losses", "sums_over_ranks"]
 
 
 def adversarial_losses(
@@ -61,6 +62,15 @@ def adversarial_losses(
     sums, counts = _add_over_ranks([*halves, *accuracy], [mask_s, mask_t, mask_s, mask_t])
     shares = (sums[2:] / counts[2:]).detach()
     return _mean(confused_sum, confused_count), _mean(sums[:2], counts[:2]), _figures(shares[0], shares[1])
+
+
+def sums_over_ranks(pooled: ClassSums) -> tuple[ClassSums, ClassSums]:
+    """Sums to compare, added over ranks unless they are per image; and the detached sums of the whole batch."""
+    if pooled.sums.dim() == 2:
+        pooled = ClassSums(all_reduce_sum(pooled.sums), all_reduce_sum(pooled.mass))
+        return pooled, pooled.detach()
+    whole = pooled.detach()
+    return pooled, ClassSums(all_reduce_sum(whole.sums.sum(0)), all_reduce_sum(whole.mass.sum(0)))
 
 
 def _add_over_ranks(means: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:

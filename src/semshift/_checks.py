@@ -1,6 +1,7 @@
 """Argument checks that several modules share. Each error names the argument, the rule and what came."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Optional
 
@@ -15,6 +16,7 @@ __all__ = [
     "INTEGERS",
     "check_bool",
     "check_device",
+    "check_finite",
     "check_floating",
     "check_ignore_index",
     "check_int",
@@ -27,6 +29,8 @@ __all__ = [
     "fits",
 ]
 
+# Read here, since torch 2.4 cannot trace `sys.float_info`.
+_LARGEST = sys.float_info.max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -49,6 +53,15 @@ def check_number(name: str, value: float) -> float:
     if isinstance(value, np.integer):
         return int(value)
     return float(value) if isinstance(value, np.floating) else value
+
+
+def check_finite(name: str, value: float, *, negative: bool = True) -> float:
+    """A number that is finite and, unless `negative`, at least 0."""
+    value = check_number(name, value)
+    # A comparison, since an int may be too large for a float, at which `math.isfinite` fails.
+    if not (-_LARGEST if negative else 0) <= value <= _LARGEST:
+        raise ValueError(f"expected {name} to be finite{'' if negative else ' and not negative'}, got {value}")
+    return value
 
 
 def check_bool(name: str, value: bool) -> None:

@@ -3,7 +3,6 @@
 Both return two losses that share no gradient, so one backward serves the segmenter and the discriminator.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Optional, get_args
 
@@ -11,21 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from semshift._adversarial import adversarial_losses
+from semshift._adversarial import adversarial_losses, sums_over_ranks
 from semshift._checks import (
     FLOATS,
     INTEGERS,
     check_bool,
     check_device,
+    check_finite,
     check_floating,
     check_ignore_index,
     check_int,
-    check_number,
     check_option,
 )
 from semshift._gradients import norm_over_ranks
 from semshift.discriminators import FCDiscriminator, PrototypeDiscriminator
-from semshift.distributed import all_reduce_sum
 from semshift.health import prototype_distance
 from semshift.losses import Objective, entropy_map
 from semshift.pooling import ClassSums, class_sums
@@ -188,9 +186,9 @@ class SemanticAlignment(nn.Module):
         confused = target if target_confusion is None else target_confusion
         for name, pooled in (("source", source), ("target", target), ("target_confusion", confused)):
             self._check_sums(name, pooled)
-        source, whole_source = _over_ranks(source)
-        target, whole_target = _over_ranks(target)
-        confused = target if target_confusion is None else _over_ranks(confused)[0]
+        source, whole_source = sums_over_ranks(source)
+        target, whole_target = sums_over_ranks(target)
+        confused = target if target_confusion is None else sums_over_ranks(confused)[0]
         seen = self.seen | torch.stack([whole_source.present, whole_target.present])
         if self.training and torch.is_grad_enabled():
             self.seen.copy_(seen)
@@ -385,22 +383,11 @@ def balanced_weight(loss: Tensor, confusion: Tensor, features: Tensor, ratio: fl
         >>> semshift.balanced_weight(features.square().sum(), features.sum().abs(), features, 0.5).round(decimals=3)
         tensor(3.5360)
     """
-    # A comparison with the largest float, since an int may be larger.
-    if not 0 <= check_number("ratio", ratio) <= sys.float_info.max:
-        raise ValueError(f"expected ratio to be finite and not negative, got {ratio}")
+    ratio = check_finite("ratio", ratio, negative=False)
     task = norm_over_ranks(features, loss, "loss")
     adversarial = norm_over_ranks(features, confusion, "confusion")
     vanishes = (task == 0) | (adversarial == 0)
     return torch.where(vanishes, 0.0, float(ratio) * task / torch.where(vanishes, 1.0, adversarial))
-
-
-def _over_ranks(pooled: ClassSums) -> tuple[ClassSums, ClassSums]:
-    """Sums to be compared, over ranks where they are not per image; and the detached sums of everything."""
-    if pooled.sums.dim() == 2:
-        pooled = ClassSums(all_reduce_sum(pooled.sums), all_reduce_sum(pooled.mass))
-        return pooled, ClassSums(pooled.sums.detach(), pooled.mass.detach())
-    whole = ClassSums(all_reduce_sum(pooled.sums.detach().sum(0)), all_reduce_sum(pooled.mass.detach().sum(0)))
-    return pooled, whole
 
 
 def _check_graph(module: nn.Module, name: str, tensor: Tensor, way_out: str) -> None:

@@ -11,7 +11,6 @@ so does a float16 loss times the first scale of `GradScaler`; a sum in bfloat16 
 """
 
 import math
-import sys
 from typing import Any, Literal, Optional, TypeAlias, get_args
 
 import torch
@@ -20,9 +19,9 @@ from torch.nn import functional as F
 
 from semshift._checks import (
     check_device,
+    check_finite,
     check_floating,
     check_int,
-    check_number,
     check_option,
     check_weight,
 )
@@ -52,8 +51,6 @@ Example:
 """
 
 _OBJECTIVES = get_args(Objective)
-# Asked here, since torch 2.4 does not trace the question.
-_LARGEST = sys.float_info.max
 
 
 def discriminator_loss(
@@ -308,14 +305,11 @@ def reverse_gradient(features: Tensor, *, scale: float = 1.0) -> Tensor:
         tensor([-0.5000, -0.5000])
     """
     check_floating("features", features)
-    scale = check_number("scale", scale)
-    # A comparison, since an int may be too large for a float, at which `math.isfinite` fails.
-    if not 0 <= scale <= _LARGEST:
-        raise ValueError(f"expected scale to be finite and not negative, got {scale}")
+    scale = check_finite("scale", scale, negative=False)
     try:
         result: Tensor = _Reverse.apply(features, scale)  # type: ignore[no-untyped-call]  # because torch's apply is untyped
     except NotImplementedError as error:
-        # With a formula for it, torch would give 0 in silence where forward mode is nested in forward mode.
+        # With a `jvp` of ours, torch would silently give 0 for forward mode nested in forward mode.
         raise NotImplementedError("reverse_gradient has no forward mode: use reverse mode, such as jacrev") from error
     return result
 

@@ -6,12 +6,11 @@ so a resumed run needs the step and nothing else.
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from semshift._checks import check_int, check_number
+from semshift._checks import check_finite, check_int
 
 __all__ = ["Constant", "Cosine", "Linear", "Polynomial", "Schedule", "Sigmoid", "Then"]
 
@@ -148,8 +147,8 @@ class Polynomial:
     def __call__(self, step: int) -> float:
         """The value at `step`."""
         remaining = 1 - _progress(step, self.steps)
-        # 0 ** 0 is 1, but from step `steps` on the value is `stop` whatever the power. A comparison, since to ask a
-        # number for its truth makes torch.compile of 2.4 compile every step anew.
+        # 0 ** 0 is 1, but from step `steps` on the value is `stop` whatever the power. Compared with 0, since torch 2.4
+        # compiles `if remaining` again at every step.
         share = remaining**self.power if remaining > 0 else 0.0
         return float(share * self.start + (1 - share) * self.stop)
 
@@ -236,13 +235,5 @@ def _settle(schedule: Any) -> None:
     """Check the numbers of a schedule and keep them as Python's, so that it prints, compares and pickles as theirs."""
     for field in dataclasses.fields(schedule):
         value = getattr(schedule, field.name)
-        checked = check_int("steps", value, 1) if field.name == "steps" else _finite(field.name, value)
+        checked = check_int("steps", value, 1) if field.name == "steps" else check_finite(field.name, value)
         object.__setattr__(schedule, field.name, checked)
-
-
-def _finite(name: str, value: float) -> float:
-    value = check_number(name, value)
-    # A comparison, since an int may be too large for a float, at which `math.isfinite` fails.
-    if not -sys.float_info.max <= value <= sys.float_info.max:
-        raise ValueError(f"expected {name} to be finite, got {value}")
-    return value
