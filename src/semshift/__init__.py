@@ -85,5 +85,5 @@ __all__ = [
     "weighted_class_sums",
 ]
 
-# `torch.load(weights_only=True)` reads what holds one of the values that semshift returns.
+# So that `torch.load(weights_only=True)` loads checkpoints that hold these values.
 _torch.serialization.add_safe_globals([AlignmentLosses, ClassSums, DomainAccuracy, FilledPrototypes, PseudoLabels])

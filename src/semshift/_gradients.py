@@ -60,7 +60,7 @@ def _why_none(features: Tensor, loss: Tensor, name: str) -> str:
     if not features.requires_grad:
         return "expected features to require grad, got detached ones"
     if node is not None and _reaches(loss, node):
-        # One node gave both: an output of it, the logits, does not depend on another, the features.
+        # One autograd node returned both, so the loss depends on the node but not on the features.
         if node.name().startswith("Compiled"):
             return f"features and {name} come from one compiled network; compile backbone and head apart"
         if node.name().startswith("Checkpoint"):
@@ -90,5 +90,5 @@ def _way_out(message: str) -> str:
             "before its first call"
         )
     if "second time" in message:
-        return "a backward has freed the graph; ask before it"
-    return message.splitlines()[0]
+        return "a backward has freed the graph; call this before the backward"
+    return message.partition("\n")[0]

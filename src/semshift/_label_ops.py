@@ -10,7 +10,7 @@ from semshift._transforms import values_of
 
 __all__ = ["check_range", "class_slots", "label_shares", "resize"]
 
-# Not `torch.library.custom_op`, whose wrapper of torch 2.4 stops the transforms of torch.func.
+# Not `torch.library.custom_op`, which in torch 2.4 does not support the transforms of torch.func.
 _LIBRARY = torch.library.Library("semshift", "FRAGMENT")
 _LIBRARY.define(
     "resize_labels(Tensor labels, SymInt height, SymInt width, str resample, SymInt num_classes, int? ignore_index, "

@@ -69,8 +69,8 @@ def _add_up_at_once(
 def _definition(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same by steps that autograd knows in every mode: for tangents and for the transforms of torch.func."""
-    # The op looks at the labels and counts them, on features that nothing is derived from.
+    """The same sums from plain PyTorch operations, for forward mode and the transforms of torch.func."""
+    # The op checks and counts the labels; the features that it needs for this have one channel of zeros.
     nothing = torch.zeros_like(labels[:, None], dtype=features.dtype)
     with torch._C._AutoDispatchBelowAutograd():
         _, mass = _class_sums(nothing, labels, num_classes, ignore_index, per_image)

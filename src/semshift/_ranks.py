@@ -1,4 +1,4 @@
-"""Whether there are other processes to talk to."""
+"""Whether this process is one of a group."""
 
 from torch import distributed as dist
 
@@ -6,5 +6,5 @@ __all__ = ["initialised"]
 
 
 def initialised() -> bool:
-    """Whether there is a process group; some builds of torch have no `torch.distributed` to ask."""
+    """Whether there is a process group; some builds of torch have no `torch.distributed`."""
     return dist.is_available() and dist.is_initialized()

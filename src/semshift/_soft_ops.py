@@ -31,7 +31,7 @@ def rounds_products(device: torch.device) -> bool:
     if backend is None:
         return False
     try:
-        # The older getter raises where the newer switches were used; these two know both.
+        # torch.get_float32_matmul_precision raises after a newer switch was set; these two know both kinds.
         precision: str = backend.matmul.fp32_precision
     except AttributeError:
         # Before torch 2.9 there is one switch.
@@ -71,7 +71,7 @@ def _multiply(weights: Tensor, features: Tensor, out: Tensor) -> None:
 
 
 def _multiply_exactly(weights: Tensor, features: Tensor, out: Tensor) -> None:
-    """The product in float64, which no switch reaches; to set and reset a switch would reach other threads."""
+    """The product in float64, which no switch affects. To set a switch and reset it would affect other threads."""
     some = max(1, _EXACT_BLOCK // max(1, weights.shape[1], features.shape[1]))
     sums = torch.zeros_like(out, dtype=torch.float64)
     for weight, feature in zip(weights.split(some, 2), features.split(some, 2)):
@@ -80,12 +80,12 @@ def _multiply_exactly(weights: Tensor, features: Tensor, out: Tensor) -> None:
 
 
 def _definition(features: Tensor, weights: Tensor) -> Tensor:
-    """The same by steps that autograd knows in every mode: for tangents and for the transforms of torch.func."""
+    """The same sums from plain PyTorch operations, for forward mode and the transforms of torch.func."""
     dtype = _soft_dtype(features, weights)
     wide, by = features.to(dtype), weights.to(dtype)
-    # Only what would spoil the sum: elsewhere a weight of 0 has a derivative.
+    # Only non-finite features are replaced: a finite one still gives its weight of 0 a derivative.
     wide = torch.where((by == 0).all(1, keepdim=True) & ~wide.isfinite(), 0, wide)
-    # Not a product, whose own backward would follow the precision switches; class by class, to hold no [B, K, C, N].
+    # Not a matrix product, whose backward would follow the precision switches; by class, to hold no [B, K, C, N].
     return torch.cat([(wide[:, None] * weight[:, :, None]).sum(-1) for weight in by.split(1, 1)], 1)
 
 
@@ -96,7 +96,7 @@ def _(features: Tensor, weights: Tensor) -> Tensor:
 
 
 class _SoftSums(torch.autograd.Function):
-    """Weighted sums with their backward, two products of the same kind: the op is its own, to any order."""
+    """Weighted sums and their backward, which is two weighted sums again, so it can be derived to any order."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What tracing and torch's transforms make of a tensor: whether it holds values, whether a derivative goes along."""
+"""What tracing and torch's transforms do to a tensor: whether its values can be read, whether it has a tangent."""
 
 from typing import Optional
 
@@ -10,7 +10,7 @@ __all__ = ["readable", "transformed", "values_of"]
 
 
 def values_of(tensor: Tensor) -> Optional[Tensor]:
-    """The tensor without what the transforms of torch.func wrapped around it; None for a fake or meta tensor."""
+    """The tensor inside the wrappers of torch.func, which has values; None for a fake or meta tensor."""
     # torch.func.debug_unwrap is public, but younger than torch 2.4.
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
@@ -18,12 +18,12 @@ def values_of(tensor: Tensor) -> Optional[Tensor]:
 
 
 def readable(tensor: Tensor) -> Optional[Tensor]:
-    """`values_of` where reading them neither waits for a device nor breaks a graph; None elsewhere."""
+    """`values_of` where reading it neither waits for a device nor breaks a graph; None elsewhere."""
     return None if tensor.device.type != "cpu" or torch.compiler.is_compiling() else values_of(tensor)
 
 
 def transformed(*tensors: Tensor) -> bool:
-    """Whether a transform of torch.func is active or a tensor has a tangent, neither of which our backward knows."""
+    """Whether a transform of torch.func is active or a tensor has a tangent: our own backward supports neither."""
     active: bool = torch._C._are_functorch_transforms_active()
     unpack = forward_ad.unpack_dual
     return active or any(unpack(tensor).tangent is not None for tensor in tensors)  # type: ignore[no-untyped-call]  # because torch's is untyped

@@ -225,7 +225,7 @@ def health_warnings(history: Sequence[Mapping[str, float | Tensor]], *, objectiv
     check_option("objective", objective, get_args(Objective))
     source, target, ratios = (_figures(history, name) for name in _FIGURES)
     if history and not (source or target or ratios):
-        raise ValueError(f"expected history with figures among {', '.join(_FIGURES)}, got {sorted(history[0])}")
+        raise ValueError(f"expected history with figures among {', '.join(_FIGURES)}, got {list(history[0])}")
     found = []
     if min(len(source), len(target)) >= _STEPS:
         source, target = ([value for value in values if not math.isnan(value)] for values in (source, target))

@@ -105,7 +105,7 @@ def remap_labels(labels: Tensor, table: Union[Mapping[int, int], Tensor], *, def
     unknown = olds[place] != wide
     if default is not None:
         return torch.where(unknown, default, news[place]).to(labels.dtype)
-    # Where there are no values, as in a fake tensor, the shape alone is asked for.
+    # Fake tensors have no values to check.
     seen, lacking = values_of(wide), values_of(unknown)
     if seen is not None and lacking is not None and lacking.any():
         values = torch.unique(seen[lacking])

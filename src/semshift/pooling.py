@@ -22,8 +22,8 @@ from semshift.labels import resize_labels
 __all__ = ["ClassSums", "class_sums", "weighted_class_sums"]
 
 
-# Not frozen: Fabric refuses to move or save a frozen dataclass. Not a named tuple, whose properties and additions
-# torch.compile of torch 2.4 does not know.
+# Not frozen: Fabric refuses to move or save a frozen dataclass. Not a named tuple: torch 2.4 compiles neither its
+# properties nor its addition.
 @dataclass(eq=False)
 class ClassSums:
     """Sums and mass of each class: add first, divide last.
@@ -119,7 +119,7 @@ def _collate(batch: list[ClassSums], **options: Any) -> ClassSums:
     return ClassSums(collate(sums, **options), collate(mass, **options))
 
 
-# What `torch.utils.data.default_collate` looks a type up in: its documentation's way to add one.
+# How the documentation of `torch.utils.data.default_collate` adds a type.
 default_collate_fn_map[ClassSums] = _collate
 
 

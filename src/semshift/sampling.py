@@ -28,9 +28,9 @@ class MixedBatchSampler:
 
     It is a `batch_sampler` for `torch.utils.data.DataLoader` over the `ConcatDataset` of the domains in this order.
     It is a value: it prints, compares and pickles. Each iteration starts at `first_step` again, so a loop of several
-    epochs calls `set_epoch`, as Lightning, Fabric and Accelerate do: each epoch goes on where the last one ended.
+    epochs calls `set_epoch`, as Lightning, Fabric and Accelerate do: each epoch continues where the last one ended.
 
-    It shares the batches out over ranks, so nothing else may. Lightning and Fabric need
+    It distributes the batches over ranks, and nothing else may do so again. Lightning and Fabric need
     `use_distributed_sampler=False`. Accelerate, which gives each of W processes every W-th batch, needs
     `rank=0, world_size=1` and `steps` times W.
 
@@ -95,13 +95,13 @@ class MixedBatchSampler:
         self.steps = None if steps is None else check_int("steps", steps, 0)
         self.weights = {name: tuple(_weights(name, weight, sizes)) for name, weight in (weights or {}).items()}
         self.epoch = 0
-        # Where epoch 0 begins and how long each is; in one that was resumed, first_step and steps are what is left.
+        # The first step of epoch 0 and the length of an epoch; after `resume`, first_step and steps are what is left.
         self._first, self._length = self.first_step, self.steps
         self._cumulative = {name: _cumulative(weight) for name, weight in self.weights.items()}
 
     def __iter__(self) -> Iterator[list[int]]:
         """Batches from `first_step` on: indices into the concatenation, domain after domain."""
-        # Kept here, so that `set_epoch` does not move an iteration that has begun.
+        # Read once, so that `set_epoch` does not change an iteration that has begun.
         step, end = self.first_step, None if self.steps is None else self.first_step + self.steps
         while end is None or step < end:
             steps = _BLOCK if end is None else min(_BLOCK, end - step)
@@ -115,10 +115,12 @@ class MixedBatchSampler:
         return self.steps
 
     def set_epoch(self, epoch: int) -> None:
-        """Iterate over this epoch from now on: `first_step` grows by `steps` with each epoch.
+        """Move to an epoch: its first step is that of epoch 0 plus `epoch * steps`.
+
+        For a loop that resumes by calling this, as Lightning does, create the sampler with the first step of epoch 0.
 
         Args:
-            epoch: 0 or more; with the present one, a sampler that `resume` gave stays where it is.
+            epoch: 0 or more. The current epoch changes nothing, so that a sampler from `resume` keeps its place.
 
         Raises:
             TypeError: an epoch that is not an int.
@@ -133,13 +135,13 @@ class MixedBatchSampler:
         if check_int("epoch", epoch, 0) == self.epoch:
             return
         if self._length is None:
-            raise ValueError(f"expected an endless sampler to stay in epoch 0, got epoch {epoch}; give steps=")
+            raise ValueError(f"expected epoch 0 for an endless sampler, got {epoch}; pass steps=")
         self.epoch, self.steps = int(epoch), self._length
         self.first_step = self._first + self.epoch * self._length
 
     @property
     def sampler(self) -> "MixedBatchSampler":
-        """Itself: Lightning and Accelerate look here for `set_epoch`.
+        """The sampler itself: Lightning and Accelerate call `set_epoch` on it.
 
         Returns:
             This sampler.
@@ -153,13 +155,13 @@ class MixedBatchSampler:
 
     @property
     def drop_last(self) -> bool:
-        """False. Accelerate asks for it as it shares batches out.
+        """False: Accelerate reads it when it distributes batches over processes.
 
         Returns:
             False.
 
         Raises:
-            ValueError: this sampler shares its batches out itself, over a `world_size` above 1.
+            ValueError: a `world_size` above 1, with which this sampler already distributes its batches.
 
         Example:
             >>> semshift.MixedBatchSampler({"source": 1000}, {"source": 4}, seed=0).drop_last
@@ -167,8 +169,8 @@ class MixedBatchSampler:
         """
         if self.world_size > 1:
             raise ValueError(
-                f"this sampler shares its batches out over world_size {self.world_size}, so nothing else may: with "
-                f"Accelerate give rank=0, world_size=1 and steps times the number of processes"
+                f"this sampler already distributes its batches over world_size {self.world_size}: with Accelerate pass "
+                f"rank=0, world_size=1 and steps times the number of processes"
             )
         return False
 
@@ -178,7 +180,7 @@ class MixedBatchSampler:
         """The same streams from a step on, perhaps on another number of ranks.
 
         Args:
-            first_step: the step to go on with; `steps` counts on from the old first step, so the epoch's end stays.
+            first_step: the step to resume at; `steps` is reduced, so that the epoch ends where it would have ended.
             rank: this process, in `[0, world_size)`.
             world_size: number of processes, at least 1.
             per_batch: images in a batch on each rank; times `world_size` it must be what it was.
