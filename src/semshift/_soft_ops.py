@@ -49,21 +49,19 @@ def _add_up(features: Tensor, weights: Tensor) -> Tensor:
     dtype = _soft_dtype(features, weights)
     sums = features.new_empty((features.shape[0], weights.shape[1], features.shape[1]), dtype=dtype)
     multiply = _multiply_exactly if dtype == torch.float32 and rounds_products(features.device) else _multiply
-    # Autocast would take the product, and so the sum, down to half precision.
-    with torch.autocast(features.device.type, enabled=False):
-        # Small images together, others one by one: what is widened to float32 is never more than one.
-        some = max(1, len(features)) if features.numel() <= _BLOCK else 1
-        for pooled, feature, weight in zip(sums.split(some), features.split(some), weights.split(some)):
-            wide, by = feature.to(dtype), weight.to(dtype)
-            multiply(by, wide, pooled)
-            if features.device.type == "cpu" and not pooled.isfinite().all():
-                # A second look: in a product, a place that no class weighs still gives 0 * inf.
-                multiply(by, torch.where((by != 0).any(1, keepdim=True), wide, 0), pooled)
+    # Small images together, others one by one: what is widened to float32 is never more than one.
+    some = max(1, len(features)) if features.numel() <= _BLOCK else 1
+    for pooled, feature, weight in zip(sums.split(some), features.split(some), weights.split(some)):
+        wide, by = feature.to(dtype), weight.to(dtype)
+        multiply(by, wide, pooled)
+        if features.device.type == "cpu" and not pooled.isfinite().all():
+            # A second look: in a product, a place that no class weighs still gives 0 * inf.
+            multiply(by, torch.where((by != 0).any(1, keepdim=True), wide, 0), pooled)
     return sums
 
 
 def _multiply(weights: Tensor, features: Tensor, out: Tensor) -> None:
-    # A batch of one is slower than a plain product by a tenth.
+    # With `out=`, since autocast leaves such products in float32. A batch of one is slower than a plain one by a tenth.
     if len(out) == 1:
         torch.mm(weights[0], features[0].mT, out=out[0])
     else:
