@@ -441,11 +441,14 @@ def test_health_warnings_do_not_judge_the_sign_of_wasserstein_logits():
 def test_health_warnings_refuse():
     with refuses(TypeError, "history", "dict"):
         semshift.health_warnings(history()[0])
-    with refuses(TypeError, "source_accuracy", "'high'"):
-        semshift.health_warnings(history(source_accuracy="high"))
-    with refuses(ValueError, "target_accuracy", 97):
+    with refuses(TypeError, "history", "float"):
+        semshift.health_warnings([0.5])
+    for wrong in ("0.5", True, torch.rand(2)):
+        with refuses(TypeError, "source_accuracy"):
+            semshift.health_warnings(history(source_accuracy=wrong))
+    with refuses(ValueError, "target_accuracy", 97.0):
         semshift.health_warnings(history(target_accuracy=97.0))
-    with refuses(ValueError, "gradient_ratio", -1):
+    with refuses(ValueError, "gradient_ratio", -1.0):
         semshift.health_warnings(history(gradient_ratio=-1.0))
     with refuses(ValueError, "gradient_ratio", "acc"):
         semshift.health_warnings([{"acc": 1.0}])

@@ -1,5 +1,7 @@
 """The gradient of a loss at the features, and what to do where there is none."""
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,10 @@ def gradient_at(features: Tensor, loss: Tensor, name: str = "loss") -> Tensor:
         try:
             (gradient,) = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
-            raise RuntimeError(f"no gradient of {name} at features: {_way_out(str(error))}") from error
+            if (way_out := _way_out(str(error))) is None:
+                # Not about gradients, such as no memory left.
+                raise
+            raise RuntimeError(f"no gradient of {name} at features: {way_out}") from error
     if gradient is None:
         raise ValueError(f"no gradient of {name} at features: {_why_none(features, loss, name)}")
     return gradient
@@ -81,7 +86,7 @@ def _reaches(tensor: Tensor, node: torch.autograd.graph.Node) -> bool:
     return False
 
 
-def _way_out(message: str) -> str:
+def _way_out(message: str) -> Optional[str]:
     if "use_reentrant" in message or "Checkpointing" in message:
         return "torch.utils.checkpoint needs use_reentrant=False for it"
     if "donated" in message:
@@ -91,4 +96,4 @@ def _way_out(message: str) -> str:
         )
     if "second time" in message:
         return "a backward has freed the graph; call this before the backward"
-    return message.partition("\n")[0]
+    return None

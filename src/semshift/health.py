@@ -13,7 +13,7 @@ from typing import NamedTuple, Optional, get_args
 import torch
 from torch import Tensor
 
-from semshift._checks import check_device, check_floating, check_option, check_weight
+from semshift._checks import check_device, check_floating, check_number, check_option, check_weight
 from semshift._gradients import gradient_at
 from semshift.losses import Objective
 
@@ -246,19 +246,21 @@ def health_warnings(history: Sequence[Mapping[str, float | Tensor]], *, objectiv
 
 def _figures(history: Sequence[Mapping[str, float | Tensor]], name: str) -> list[float]:
     """The values of a figure at the steps that hold it."""
-    if not isinstance(history, Sequence) or not all(isinstance(row, Mapping) for row in history):
+    if not isinstance(history, Sequence):
         raise TypeError(f"expected history to be a sequence of mappings, got {type(history).__name__}")
     values = []
     for row in history:
+        if not isinstance(row, Mapping):
+            raise TypeError(f"expected history to be a sequence of mappings, got one of {type(row).__name__}")
         if name in row:
-            try:
-                value = float(row[name])
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise TypeError(f"expected {name} in history to be a number, got {row[name]!r}") from error
+            given = row[name]
+            if isinstance(given, Tensor) and given.dim() == 0:
+                given = float(given)
+            value = check_number(f"{name} in history", given)  # type: ignore[arg-type]  # because it refuses other tensors
             most = math.inf if name == "gradient_ratio" else 1.0
             if value < 0 or value > most:
-                raise ValueError(f"expected {name} in history in [0, {most:g}] or nan, got {value:g}")
-            values.append(value)
+                raise ValueError(f"expected {name} in history in [0, {most:g}] or nan, got {value}")
+            values.append(float(value))
     return values
 
 
