@@ -193,7 +193,7 @@ def test_an_epoch_is_part_of_the_value():
     assert pickle.loads(pickle.dumps(later)) == later
     assert hash(pickle.loads(pickle.dumps(later))) == hash(later)
     assert epoch_of(pickle.loads(pickle.dumps(later)), 3) == list(make(first_step=21, steps=7))
-    assert "first_step=14, steps=7, epoch=<2, " in repr(later)
+    assert "first_step=14, steps=7, epoch=<2>)" in repr(later)
     # The same batches now, others later.
     assert later != make(first_step=14, steps=7)
     later.set_epoch(0)

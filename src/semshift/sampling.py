@@ -257,8 +257,7 @@ class MixedBatchSampler:
 
     def __repr__(self) -> str:
         weighted = f", weights=<{', '.join(self.weights)}>" if self.weights else ""
-        whole = (self._first, self._length) == (self.first_step, self.steps)
-        epoch = "" if whole else f", epoch=<{self.epoch}, of {self._length} steps each from step {self._first}>"
+        epoch = f", epoch=<{self.epoch}>" if self.epoch else ""
         return (
             f"MixedBatchSampler({self.sizes}, {self.per_batch}, seed={self.seed}, rank={self.rank}, "
             f"world_size={self.world_size}, first_step={self.first_step}, steps={self.steps}{weighted}{epoch})"
