@@ -81,6 +81,7 @@ def test_the_program_runs_without_semshift(trained, network, tmp_path, capsys):
             np.testing.assert_array_equal(masks[name], np.stack([network.predict(image) for image in batch]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deeplab-v2", "segformer"])
 @pytest.mark.parametrize("ending", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_the_other_networks(name, ending, tmp_path):
