@@ -83,7 +83,7 @@ def test_the_program_runs_without_semshift(trained, network, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["deeplab-v2", "segformer"])
-@pytest.mark.parametrize("ending", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ending", ["pt2", "onnx"])
 def test_the_other_networks(name, ending, tmp_path):
     if name == "segformer":
         pytest.importorskip("transformers")
