@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 import semshift
 from tests.errors import refuses
@@ -20,6 +22,17 @@ RAISES, SILENT = (
 )
 F, Y = torch.randn(2, 256, 8, 16), torch.randint(0, 19, (2, 64, 128))
 MEANS = torch.zeros(19, 256)
+
+
+def now_and_then():
+    """A figure behind a compiled head, after a step without one."""
+    head = torch.compile(nn.Sequential(nn.BatchNorm2d(256), nn.ReLU(), nn.Conv2d(256, 19, 1)), backend="aot_eager")
+    for asked in (False, True):
+        features = F.clone().requires_grad_()
+        loss = head(features).square().mean()
+        if asked:
+            semshift.gradient_norm(loss, features)
+        loss.backward()
 
 
 def masked(*ids):
@@ -104,7 +117,14 @@ CALLS = {
     "asked `balanced_weight` for the gradient in a network that is compiled": lambda: balance(
         torch.compile(Network(), backend="aot_eager")
     ),
+    "asked `gradient_norm` now and then": now_and_then,
     "asked `balanced_weight` for the gradient in a network with activation": lambda: balance(Checkpointed()),
+    "shared the batches of `MixedBatchSampler` out twice": lambda: prepare_data_loader(
+        DataLoader(range(9), batch_sampler=semshift.MixedBatchSampler({"a": 9}, {"a": 1}, seed=0, world_size=2)),
+        num_processes=2,
+        process_index=0,
+        put_on_device=False,
+    ),
     "wrote the losses by hand and forgot": undetached,
     "hooked a layer that did not run": lambda: hooked(Network(), "head")[0],
     "stored features on the network": stored,
