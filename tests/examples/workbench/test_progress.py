@@ -41,6 +41,7 @@ def test_a_bar_can_be_switched_off(monkeypatch):
     assert sys.stderr.getvalue() == ""
 
 
+@pytest.mark.slow
 def test_a_run_without_a_terminal_prints_plain_lines(tmp_path, capsys):
     train(tiny(log_every=3, steps=7, validate_every=3), tmp_path / "run")
     printed = capsys.readouterr().err

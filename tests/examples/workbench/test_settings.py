@@ -177,6 +177,7 @@ def test_alignments_that_a_method_has():
     assert Settings(network=two_levels).alignments["auxiliary"].weight == GlobalSettings().auxiliary_weight
 
 
+@pytest.mark.slow
 def test_training_needs_no_command_line():
     """Settings made in Python need no jsonargparse, which checks the ranges of those on the command line."""
     program = (

@@ -64,6 +64,7 @@ def as_batch(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
+@pytest.mark.slow
 def test_the_program_runs_without_semshift(trained, network, tmp_path, capsys):
     assert main(["export", "--run", str(trained.run), "--out", str(tmp_path / "network.pt2")]) == 0
     mentions(capsys.readouterr().out.strip(), tmp_path / "network.pt2", "100.00")
@@ -96,6 +97,7 @@ def test_the_other_networks(name, ending, tmp_path):
         np.testing.assert_array_equal(program(as_batch(image))[0].argmax(0).numpy(), network.predict(image[0]))
 
 
+@pytest.mark.slow
 def test_onnx(trained, network, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -122,6 +124,7 @@ def test_onnx_where_it_is_not_installed(missing, trained, tmp_path, capsys, monk
     mentions(capsys.readouterr().err.strip(), "error", ".onnx", "pip install onnx onnxscript")
 
 
+@pytest.mark.slow
 def test_onnx_without_its_runtime(network, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     find = export_module.is_installed

@@ -147,6 +147,7 @@ def test_another_accelerator(copied):
         load_run(copied, accelerator=absent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["init", "config"])
 def test_a_segformer_loads_and_resumes_without_the_folder_that_it_came_from(given, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")

@@ -85,6 +85,7 @@ def texts(figure):
     return [text.get_text() for text in figure.findobj(Text)]
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes_and_others_do_not(tmp_path):
     draw(tmp_path / "a.png")
     draw(tmp_path / "b.png")
