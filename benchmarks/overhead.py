@@ -21,7 +21,8 @@ from timing import head, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from examples.workbench.settings import Data, SceneSettings, Settings
+from examples.workbench.data_settings import Data, SceneSettings
+from examples.workbench.settings import Settings
 from examples.workbench.training import checkpoints
 from examples.workbench.training.train import train
 

@@ -29,6 +29,7 @@ def history(steps=10, **changed):
         ({"source_accuracy": NAN, "gradient_ratio": 0.0}, ["idle"]),
         ({"gradient_ratio": 0.0009}, ["silent"]),
         ({"gradient_ratio": 0.0011}, []),
+        ({"gradient_ratio": 1.9}, []),
         ({"gradient_ratio": 2.1}, ["dominates"]),
         ({"gradient_ratio": math.inf}, ["dominates"]),
         ({"gradient_ratio": NAN}, []),
@@ -53,6 +54,8 @@ def test_health_warnings_of_a_mixed_history():
     assert [warning.split(":")[0] for warning in semshift.health_warnings(certain + nothing)] == ["certain"]
     (warning,) = semshift.health_warnings(history(source_accuracy=1.0, target_accuracy=0.99))
     mentions(warning, "1.00", "0.99")
+    # Nine ratios are too few; nan is none.
+    assert semshift.health_warnings([*history(5, gradient_ratio=NAN), *history(9, gradient_ratio=0.0)]) == []
     assert semshift.health_warnings([]) == []
 
 

@@ -132,11 +132,12 @@ class MixedBatchSampler:
             >>> sampler.first_step
             200
         """
-        if check_int("epoch", epoch, 0) == self.epoch:
+        epoch = check_int("epoch", epoch, 0)
+        if epoch == self.epoch:
             return
         if self._length is None:
             raise ValueError(f"expected epoch 0 for an endless sampler, got {epoch}; pass steps=")
-        self.epoch, self.steps = int(epoch), self._length
+        self.epoch, self.steps = epoch, self._length
         self.first_step = self._first + self.epoch * self._length
 
     @property

@@ -13,8 +13,9 @@ from docs.pages import read_blocks
 from examples.workbench.__main__ import main as workbench
 from examples.workbench.data.check import check_data
 from examples.workbench.data.folders import FolderPair
+from examples.workbench.data_settings import Folder
 from examples.workbench.options import read_settings
-from examples.workbench.settings import Folder, Settings
+from examples.workbench.settings import Settings
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "labels.md"
 # What is on every image: a belt, and a box on it that covers a part.

@@ -18,8 +18,8 @@ from PIL import Image
 
 from examples.workbench.data.folders import FolderPair
 from examples.workbench.data.layouts import LAYOUTS
+from examples.workbench.data_settings import Folder
 from examples.workbench.errors import InputError
-from examples.workbench.settings import Folder
 from examples.workbench.training.checkpoints import Progress, load_checkpoint, load_weights, save_checkpoint
 from tests.reliability.fuzz_tensors import documented
 

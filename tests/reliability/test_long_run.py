@@ -7,15 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.workbench.settings import (
-    Data,
-    GlobalSettings,
-    NetworkSettings,
-    OptimiserSettings,
-    SceneSettings,
-    SemanticSettings,
-    Settings,
-)
+from examples.workbench.data_settings import Data, SceneSettings
+from examples.workbench.settings import GlobalSettings, NetworkSettings, OptimiserSettings, SemanticSettings, Settings
 from examples.workbench.training import run_folder
 from examples.workbench.training.train import train
 

@@ -13,14 +13,13 @@ from torch import distributed as dist
 
 from examples.workbench.__main__ import main
 from examples.workbench.data.loading import TrainingSet
+from examples.workbench.data_settings import Data, SceneSettings
 from examples.workbench.errors import InputError
 from examples.workbench.networks.build import build_segmenter
 from examples.workbench.settings import (
-    Data,
     GlobalSettings,
     NetworkSettings,
     OptimiserSettings,
-    SceneSettings,
     SelfTraining,
     SemanticSettings,
     Settings,

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from examples.scenes import Sample
-from examples.workbench.settings import Augmentation
+from examples.workbench.data_settings import Augmentation
 
 __all__ = ["augment"]
 

@@ -19,9 +19,10 @@ from examples.workbench.data.folders import FolderPair
 from examples.workbench.data.images import open_images
 from examples.workbench.data.layouts import LAYOUTS
 from examples.workbench.data.samples import Samples
+from examples.workbench.data_settings import Data
 from examples.workbench.errors import InputError
 from examples.workbench.progress import bar
-from examples.workbench.settings import Data, Settings
+from examples.workbench.settings import Settings
 
 __all__ = ["DataReport", "check_data"]
 

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from examples.workbench.data.loading import plain_errors, silence_closed_connections
 from examples.workbench.data.samples import Samples
+from examples.workbench.data_settings import Data
 from examples.workbench.errors import InputError
 from examples.workbench.progress import bar
-from examples.workbench.settings import Data
 
 __all__ = ["count_pixels", "describe_absent", "find_absent", "require_labels"]
 

@@ -13,8 +13,8 @@ from examples.workbench.data.colours import ids_of_colours, open_table
 from examples.workbench.data.files import read_colour_mask, read_deep_mask, read_image, read_index_mask
 from examples.workbench.data.layouts import LAYOUTS, id_table
 from examples.workbench.data.listing import list_files
+from examples.workbench.data_settings import Folder
 from examples.workbench.errors import InputError
-from examples.workbench.settings import Folder
 
 __all__ = ["FolderPair"]
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 from examples.scenes import CLASSES, Scenes
 from examples.workbench.data.folders import FolderPair
 from examples.workbench.data.samples import Joined, Samples, Subset, labelled_subset
+from examples.workbench.data_settings import Folder
 from examples.workbench.errors import InputError
-from examples.workbench.settings import Folder, Settings
+from examples.workbench.settings import Settings
 
 __all__ = ["Images", "open_images"]
 

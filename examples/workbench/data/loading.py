@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 import semshift
 from examples.workbench.data.augment import augment
 from examples.workbench.data.samples import Samples, image_tensor
+from examples.workbench.data_settings import Augmentation
 from examples.workbench.errors import InputError
-from examples.workbench.settings import Augmentation
 
 __all__ = ["TrainingSet", "load_batches", "plain_errors", "silence_closed_connections"]
 

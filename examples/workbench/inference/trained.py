@@ -10,13 +10,14 @@ import yaml
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from examples.workbench.data_settings import Data
 from examples.workbench.errors import InputError
 from examples.workbench.inference.resizing import resize_as_pillow
 from examples.workbench.networks.build import build_segmenter, dtype_of
 from examples.workbench.networks.segmentation import Segmenter, upsample
 from examples.workbench.options import read_settings
 from examples.workbench.reporting.scores import classes_of, segment
-from examples.workbench.settings import Data, Settings
+from examples.workbench.settings import Settings
 from examples.workbench.training import checkpoints, run_folder
 from examples.workbench.training.ranks import check_accelerator
 

@@ -7,9 +7,9 @@ from torch import nn
 
 from examples.scenes import Sample
 from examples.workbench.data.samples import Samples
+from examples.workbench.data_settings import Data
 from examples.workbench.reporting.scores import predict
 from examples.workbench.reporting.style import IGNORED, STRIPE, class_colours
-from examples.workbench.settings import Data
 
 __all__ = ["choose_shown", "draw_predictions", "paint_classes"]
 

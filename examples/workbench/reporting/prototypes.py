@@ -11,8 +11,8 @@ from torch import nn
 
 import semshift
 from examples.workbench.data.samples import Samples, image_tensor, resize_image
+from examples.workbench.data_settings import Data
 from examples.workbench.reporting.style import class_colours
-from examples.workbench.settings import Data
 
 __all__ = ["draw_prototypes", "pool_prototypes"]
 

@@ -17,12 +17,13 @@ from torch import nn
 
 from examples.scenes import Sample
 from examples.workbench.data.samples import Samples, Subset
+from examples.workbench.data_settings import Data
 from examples.workbench.files import save_figure
 from examples.workbench.reporting.predictions import choose_shown, paint_classes
 from examples.workbench.reporting.prototypes import draw_prototypes, pool_prototypes
 from examples.workbench.reporting.scores import predict
 from examples.workbench.reporting.style import IGNORED, STRIPE, STYLE, class_colours
-from examples.workbench.settings import Data, Settings
+from examples.workbench.settings import Settings
 
 __all__ = ["draw_report"]
 

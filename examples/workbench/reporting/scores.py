@@ -12,11 +12,11 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 import semshift
 from examples.workbench.data.samples import Samples, image_tensor, resize_image
+from examples.workbench.data_settings import Data
 from examples.workbench.errors import InputError
 from examples.workbench.networks.segmentation import upsample
 from examples.workbench.progress import bar
 from examples.workbench.reporting.masks import save_mask
-from examples.workbench.settings import Data
 
 __all__ = ["Scores", "classes_of", "evaluate", "mean_iou", "predict", "score_table", "segment", "subset_means"]
 

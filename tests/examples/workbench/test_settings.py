@@ -7,18 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from examples.workbench.data_settings import Data, Folder
 from examples.workbench.errors import InputError
 from examples.workbench.options import PRESETS, read_settings
 from examples.workbench.plain import as_plain, flatten
-from examples.workbench.settings import (
-    Data,
-    Folder,
-    GlobalSettings,
-    NetworkSettings,
-    OptimiserSettings,
-    SemanticSettings,
-    Settings,
-)
+from examples.workbench.settings import GlobalSettings, NetworkSettings, OptimiserSettings, SemanticSettings, Settings
 from tests.errors import refuses
 
 FOLDER = Folder("a", "b")

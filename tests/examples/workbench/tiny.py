@@ -4,7 +4,8 @@ import dataclasses
 
 import torch
 
-from examples.workbench.settings import Data, NetworkSettings, OptimiserSettings, SceneSettings, Settings
+from examples.workbench.data_settings import Data, SceneSettings
+from examples.workbench.settings import NetworkSettings, OptimiserSettings, Settings
 from examples.workbench.training import checkpoints, run_folder
 
 TINY = Settings(

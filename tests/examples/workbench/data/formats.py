@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from examples.scenes import Sample
-from examples.workbench.settings import Data, Folder
+from examples.workbench.data_settings import Data, Folder
 
 CLASSES_19 = (
     "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky person rider car truck "

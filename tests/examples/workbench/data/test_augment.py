@@ -5,7 +5,7 @@ import pytest
 
 from examples.scenes import Sample
 from examples.workbench.data.augment import augment
-from examples.workbench.settings import Augmentation
+from examples.workbench.data_settings import Augmentation
 from tests.examples.workbench.data.formats import random_sample
 
 

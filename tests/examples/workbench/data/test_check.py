@@ -10,7 +10,8 @@ from PIL import Image
 from examples.workbench.data.check import check_data
 from examples.workbench.data.folders import FolderPair
 from examples.workbench.data.samples import labelled_subset
-from examples.workbench.settings import Data, Folder, SceneSettings, Settings
+from examples.workbench.data_settings import Data, Folder, SceneSettings
+from examples.workbench.settings import Settings
 from tests.errors import mentions
 from tests.examples.workbench.data import formats
 from tests.examples.workbench.data.formats import FOLDERS, save

@@ -5,8 +5,8 @@ import pytest
 
 from examples.scenes import Sample
 from examples.workbench.data.classes import describe_absent, find_absent, require_labels
+from examples.workbench.data_settings import Data
 from examples.workbench.errors import InputError
-from examples.workbench.settings import Data
 from tests.errors import mentions, refuses
 
 DATA = Data(classes=["road", "sky", "belt"])

@@ -11,8 +11,8 @@ from PIL import Image
 
 from examples.workbench.data.folders import FolderPair
 from examples.workbench.data.layouts import LAYOUTS
+from examples.workbench.data_settings import Folder, LayoutName
 from examples.workbench.errors import InputError
-from examples.workbench.settings import Folder, LayoutName
 from tests.errors import refuses
 from tests.examples.workbench.data import formats
 from tests.examples.workbench.data.formats import (

@@ -8,8 +8,9 @@ import pytest
 
 from examples.scenes import CLASSES
 from examples.workbench.data.images import open_images
+from examples.workbench.data_settings import Data, Folder, SceneSettings
 from examples.workbench.errors import InputError
-from examples.workbench.settings import Data, Folder, SceneSettings, Settings
+from examples.workbench.settings import Settings
 from tests.errors import refuses
 from tests.examples.workbench.data import formats
 

@@ -6,8 +6,8 @@ import torch
 import semshift
 from examples.workbench.data.folders import FolderPair
 from examples.workbench.data.loading import TrainingSet, load_batches
+from examples.workbench.data_settings import Augmentation, Folder
 from examples.workbench.errors import InputError
-from examples.workbench.settings import Augmentation, Folder
 from tests.errors import refuses
 from tests.examples.workbench.data.formats import random_sample, save
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.workbench.settings import Folder
+from examples.workbench.data_settings import Folder
 from examples.workbench.training import checkpoints
 from examples.workbench.training.train import train
 from tests.examples.workbench.tiny import tiny

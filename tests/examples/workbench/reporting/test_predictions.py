@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from examples.scenes import Sample
+from examples.workbench.data_settings import Data
 from examples.workbench.networks.segmentation import Segmentation
 from examples.workbench.reporting.predictions import choose_shown, draw_predictions, paint_classes
 from examples.workbench.reporting.style import IGNORED, STRIPE, class_colours
-from examples.workbench.settings import Data
 
 DATA = Data(classes=["a", "b"], size=(32, 32))
 

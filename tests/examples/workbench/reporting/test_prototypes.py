@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from examples.scenes import Scenes
+from examples.workbench.data_settings import Data
 from examples.workbench.networks.segmentation import Segmentation
 from examples.workbench.reporting.prototypes import draw_prototypes, pool_prototypes
-from examples.workbench.settings import Data
 
 
 class Features(nn.Conv2d):

@@ -11,11 +11,12 @@ from matplotlib.text import Text
 from torch import nn
 
 from examples.scenes import Sample
+from examples.workbench.data_settings import Data
 from examples.workbench.networks.segmentation import Segmentation
 from examples.workbench.reporting import report
 from examples.workbench.reporting.report import draw_report
 from examples.workbench.reporting.style import IGNORED, STRIPE, class_colours
-from examples.workbench.settings import Data, NetworkSettings, Settings
+from examples.workbench.settings import NetworkSettings, Settings
 
 SETTINGS = Settings(data=Data(classes=["road", "sky_", "$ign"], size=(32, 48)))
 KEYS = [

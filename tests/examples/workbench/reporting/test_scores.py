@@ -11,10 +11,10 @@ from torch import distributed as dist
 from torch import nn
 
 from examples.scenes import Sample
+from examples.workbench.data_settings import Data
 from examples.workbench.errors import InputError
 from examples.workbench.networks.segmentation import Segmentation
 from examples.workbench.reporting.scores import Scores, evaluate, score_table, subset_means
-from examples.workbench.settings import Data
 from tests.errors import refuses
 
 CLASSES = ["road", "sky", "bus", "rare"]

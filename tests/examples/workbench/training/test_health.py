@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 import semshift
 from examples.scenes import Severity
+from examples.workbench.data_settings import Augmentation, Data, Folder, SceneSettings
 from examples.workbench.networks.segmentation import Segmentation
-from examples.workbench.settings import Augmentation, Data, Folder, NetworkSettings, SceneSettings
+from examples.workbench.settings import NetworkSettings
 from examples.workbench.training import train as train_module
 from examples.workbench.training.health import (
     alignment_figures,
