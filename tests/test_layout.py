@@ -82,20 +82,21 @@ def test_the_parts_do_not_know_what_is_composed_of_them(path):
     assert not {name for name in of_semshift(path) if name.split(".")[1:2] in (["alignment"], ["_adversarial"])}
 
 
-def test_kernels_are_imported_by_their_ops_alone_and_on_their_first_call():
-    importing = {path.stem for path in FILES if any("_pooling_triton" in name for name in of_semshift(path))}
-    assert importing == {"_pooling_ops"}
-    tree = ast.parse((SOURCE / "_pooling_ops.py").read_text())
+@pytest.mark.parametrize(("kernels", "ops"), [("_label_triton", "_label_ops"), ("_pooling_triton", "_pooling_ops")])
+def test_kernels_are_imported_by_their_ops_alone_and_on_their_first_call(kernels, ops):
+    importing = {path.stem for path in FILES if any(kernels in name for name in of_semshift(path))}
+    assert importing == {ops}
+    tree = ast.parse((SOURCE / f"{ops}.py").read_text())
     for function in [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda))]:
         function.body = []
-    assert not any("_pooling_triton" in name for name, _ in imports(tree, SOURCE / "_pooling_ops.py"))
+    assert not any(kernels in name for name, _ in imports(tree, SOURCE / f"{ops}.py"))
 
 
 @in_file([*FILES, SOURCE / "__init__.py"])
 def test_dependencies(path):
     roots = {name.split(".")[0] for name, _ in imports(ast.parse(path.read_text()), path)}
     allowed = {"torch", "numpy", "typing_extensions", "semshift"}
-    allowed |= {"triton"} if path.stem == "_pooling_triton" else set()
+    allowed |= {"triton"} if path.stem.endswith("_triton") else set()
     assert roots - set(sys.stdlib_module_names) <= allowed
 
 
@@ -153,7 +154,7 @@ def test_every_module_has_all(path):
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_all_is_what_a_module_defines_in_public(name):
-    if name == "_pooling_triton":
+    if name.endswith("_triton"):
         pytest.importorskip("triton", reason="because the kernels need Triton")
     module = importlib.import_module(f"semshift.{name}")
     assert {export for export in module.__all__ if not hasattr(module, export)} == set()

@@ -1,5 +1,7 @@
 """The ops under labels: the class of each pixel, label maps of another size, the share of each class in each cell."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -22,23 +24,12 @@ _LIBRARY.define(
     "int? ignore_index) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_resize_labels = torch.ops.semshift.resize_labels.default
-_label_shares = torch.ops.semshift.label_shares.default
+# Nearest and majority labels of another size, and the share of each class in each cell: `_resize` and `_share_out`.
+resize: Callable[..., Tensor] = torch.ops.semshift.resize_labels.default
+label_shares: Callable[..., Tensor] = torch.ops.semshift.label_shares.default
 
 # Elements of shares that are held beside the result, unless a single image has more.
 _HELD = 2**20
-
-
-def resize(*arguments: Any) -> Tensor:
-    """Nearest and majority labels of another size, as an op: see `_resize`."""
-    resized: Tensor = _resize_labels(*arguments)
-    return resized
-
-
-def label_shares(*arguments: Any) -> Tensor:
-    """The share of each class in each cell, as an op: see `_share_out`."""
-    shares: Tensor = _label_shares(*arguments)
-    return shares
 
 
 def check_range(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> None:
@@ -83,19 +74,20 @@ def _resize(
         if height * width == 0:
             return labels.new_empty((len(labels), height, width))
         rows, columns = (_centres(n, to, labels.device) for n, to in zip(labels.shape[1:], (height, width)))
-        return labels[:, rows][:, :, columns]
-    votes = _share_out(labels, height, width, num_classes, "area", False, ignore_index)
-    share, winner = votes.max(1).values, votes.argmax(1)
+        return labels[:, rows[:, None], columns]
+    # Of equal votes, `max` takes the first.
+    share, winner = label_shares(labels, height, width, num_classes, "area", False, ignore_index).max(1)
     if ignore_index is not None and fits(labels.dtype, ignore_index):
         ignored = ignore_index
     else:
         # Only unchecked labels on CUDA come here; they must stay out of range.
         info = torch.iinfo(labels.dtype)
         ignored = info.max if info.max >= num_classes else info.min
-    # Votes count in integers, and a quotient is rounded as the decimal that a user writes.
-    pixels = max(1, labels.shape[1] * labels.shape[2])
-    kept = (winner < num_classes) & (share / pixels >= min_share)
-    return torch.where(kept, winner, ignored).to(labels.dtype)
+    lost = winner == num_classes
+    if min_share > 0:
+        # Votes count in integers, and a quotient is rounded as the decimal that a user writes.
+        lost |= share / max(1, labels.shape[1] * labels.shape[2]) < min_share
+    return winner.masked_fill_(lost, ignored).to(labels.dtype)
 
 
 @torch.library.register_fake("semshift::resize_labels")
@@ -141,6 +133,27 @@ def _share_out(
         torch.matmul(by_row, across, out=share)
     shares = shares.view(len(labels), height, num_classes + 1, width).movedim(2, 1)
     return shares.contiguous()
+
+
+@functools.lru_cache(maxsize=1)
+def _kernels() -> Any:
+    """Triton's kernel, imported where it is first needed; None without Triton."""
+    try:
+        from semshift import _label_triton
+    except ImportError:
+        return None
+    return _label_triton
+
+
+@torch.library.impl(_LIBRARY, "label_shares", "CUDA")
+def _share_out_on_cuda(labels: Tensor, height: int, width: int, num_classes: int, *options: Any) -> Tensor:
+    kernels = _kernels()
+    if kernels is None or not kernels.takes(labels, height, width, num_classes):
+        return _share_out(labels, height, width, num_classes, *options)
+    # Triton launches on the current device, which may be another.
+    with torch.cuda.device_of(labels):
+        shares: Tensor = kernels.share_out(labels, height, width, num_classes, *options)
+    return shares
 
 
 @torch.library.register_fake("semshift::label_shares")
@@ -221,4 +234,5 @@ def _overlaps(
 
 
 def _centres(pixels: int, cells: int, device: torch.device) -> Tensor:
-    return (2 * torch.arange(cells, device=device) + 1) * pixels // (2 * max(cells, 1))
+    """The pixel under the centre of each cell, of which there is one at least."""
+    return torch.arange(pixels, 2 * pixels * cells, 2 * pixels, device=device) // (2 * cells)
