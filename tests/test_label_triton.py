@@ -1,0 +1,298 @@
+"""The CUDA kernel under class shares, on a GPU where there is one, else on the CPU by Triton's interpreter."""
+
+import itertools
+import math
+import mmap
+import os
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import semshift
+from semshift import _label_ops as ops
+
+pytest.importorskip("triton", reason="because the kernel needs Triton")
+import triton
+
+from semshift import _label_triton as kernels
+
+# Of NumPy 1, to the interpreter of Triton 3.0 and 3.1.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+MODES = [("area", False), ("bilinear", False), ("bilinear", True)]
+# Compiled against NumPy 1, those interpreters read the sizes of NumPy 2's dtypes wrongly, and with them other memory.
+MISREADS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 2) and int(numpy.__version__.split(".")[0]) > 1
+runs_kernels = pytest.mark.skipif(
+    not GPU and MISREADS, reason="because Triton's interpreter before 3.2 needs NumPy 1 (pip install 'numpy<2')"
+)
+needs_gpu = pytest.mark.skipif(not GPU, reason="because it needs a CUDA device")
+
+
+def pairs(pixels: int, cells: int, resample: str, align_corners: bool):
+    """Along one axis, every pixel and cell that meet, and their exact weight; area in units of 1 / cells pixels."""
+    for pixel, cell in itertools.product(range(pixels), range(cells)):
+        if resample == "area":
+            left, right = max(pixel * cells, cell * pixels), min((pixel + 1) * cells, (cell + 1) * pixels)
+            weight = Fraction(right - left)
+        else:
+            at = (pixel + Fraction(1, 2)) * cells / pixels - Fraction(1, 2)
+            if align_corners:
+                at = Fraction(pixel * (cells - 1), max(pixels - 1, 1))
+            weight = 1 - abs(min(max(at, Fraction(0)), Fraction(cells - 1)) - cell)
+        if weight > 0:
+            yield pixel, cell, weight
+
+
+def definition(labels: Tensor, height: int, width: int, num_classes: int, resample: str, align_corners: bool, ignored):
+    """Exact shares, each then rounded once."""
+    shares = [Fraction(0)] * (len(labels) * (num_classes + 1) * height * width)
+    rows = list(pairs(labels.shape[1], height, resample, align_corners))
+    columns = list(pairs(labels.shape[2], width, resample, align_corners))
+    for image, label in enumerate(labels.tolist()):
+        for (y, row, by_row), (x, column, by_column) in itertools.product(rows, columns):
+            k = label[y][x]
+            k = k if 0 <= k < num_classes and k != ignored else num_classes
+            shares[((image * (num_classes + 1) + k) * height + row) * width + column] += by_row * by_column
+    shape = (len(labels), num_classes + 1, height, width)
+    return torch.tensor([float(share) for share in shares], dtype=torch.float64).view(shape)
+
+
+def laid_out(labels: Tensor, layout: str) -> Tensor:
+    """The same values with other strides; class 0 lies between them."""
+    if layout == "transposed":
+        return labels.mT.contiguous().mT
+    if layout == "every-second":
+        return torch.stack([labels, torch.zeros_like(labels)], -1).flatten(2)[..., ::2]
+    if layout == "crop":
+        return torch.nn.functional.pad(labels, (2, 1, 1, 2))[:, 1:-2, 2:-1]
+    return labels
+
+
+@st.composite
+def cases(draw, num_classes=(1, 2, 19, 33, 150)):
+    """Labels of all sizes and any value, and a grid for them: finer, coarser and equal."""
+    extents = st.sampled_from([1, 2, 3, 5, 7, 12])
+    size = (draw(st.integers(0, 2)), draw(extents), draw(extents))
+    grid = (draw(st.sampled_from([0, 1, 2, 3, 5, 8])), draw(st.sampled_from([0, 1, 2, 3, 5, 8, 35])))
+    classes, dtype = draw(st.sampled_from(num_classes)), draw(st.sampled_from(INTEGERS))
+    ignore_index = draw(st.sampled_from([None, 0, 255, -1]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    labels = torch.randint(-2, classes + 3, size, generator=generator)
+    labels[torch.rand(size, generator=generator) < 0.2] = ignore_index or 0
+    layout = draw(st.sampled_from(["contiguous", "transposed", "every-second", "crop"]))
+    labels = laid_out(labels.to(dtype).to(DEVICE), layout)
+    return labels, *grid, classes, *draw(st.sampled_from(MODES)), ignore_index
+
+
+@runs_kernels
+@settings(max_examples=80)
+@given(cases())
+def test_shares_are_the_exact_ones_rounded_once(case):
+    labels, height, width, num_classes, *_ = case
+    assert kernels.takes(labels, height, width, num_classes)
+    shares = kernels.share_out(*case)
+    assert torch.equal(shares.cpu(), definition(*case))
+    assert shares.is_contiguous()
+
+
+@runs_kernels
+@pytest.mark.parametrize(("resample", "align_corners"), MODES)
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [((9, 150), (3, 11)), ((3, 301), (2, 2)), ((130, 5), (3, 40)), ((7, 40), (15, 97)), ((4, 270), (4, 1))],
+)
+def test_shares_equal_the_default_body(size, grid, resample, align_corners):
+    """Several programs for a row, several lanes for a cell, up to all of them."""
+    labels = torch.randint(0, 20, (2, *size), device=DEVICE)
+    options = (labels, *grid, 19, resample, align_corners, 19)
+    shares, want = kernels.share_out(*options), ops._share_out(*options)
+    # The definition's places are rounded thrice to parts of the grid's extent, its sums once for each pixel.
+    eps = torch.finfo(torch.float64).eps
+    bound = 0 if resample == "area" else math.prod(size) * eps * (6 * max(grid) + want.max())
+    assert ((shares - want).abs() <= bound).all()
+
+
+@runs_kernels
+@pytest.mark.parametrize(("resample", "align_corners"), MODES)
+def test_all_pixels_are_shared_out(resample, align_corners):
+    size, grid = (13, 37), (5, 9)
+    shares = kernels.share_out(torch.randint(0, 6, (1, *size), device=DEVICE), *grid, 4, resample, align_corners, None)
+    whole = 1 if resample == "area" else 4 * math.prod(size)
+    if align_corners:
+        whole = (size[0] - 1) * (size[1] - 1)
+    pixels = math.prod(size) * (math.prod(grid) if resample == "area" else 1)
+    assert (shares * whole).round().sum() == pixels * whole
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        (torch.uint8, [0, 128, 254, 255]),
+        (torch.int8, [0, 127, -128, -1]),
+        (torch.int16, [1, 2**15 - 1, -(2**15), -1, 257]),
+        (torch.int32, [1, 2**31 - 1, -(2**31), -1, 2**16 + 1]),
+        # Their lower halves are classes.
+        (torch.int64, [1, 2**63 - 1, -(2**63), -1, 2**32 + 1, -(2**32) + 1, 2**40]),
+    ],
+)
+@pytest.mark.parametrize("num_classes", [19, 300])
+@pytest.mark.parametrize("ignore_index", [None, 1, 255, -1, 2**32 + 1, -(2**63)])
+def test_labels_are_compared_in_all_their_bits(dtype, values, num_classes, ignore_index):
+    labels = torch.tensor([[values]], dtype=dtype, device=DEVICE)
+    options = (1, 1, num_classes, "area", False, ignore_index)
+    assert torch.equal(kernels.share_out(labels, *options).cpu(), definition(labels, *options))
+
+
+@runs_kernels
+@pytest.mark.parametrize(("resample", "align_corners"), MODES)
+def test_no_pixels_and_no_cells(resample, align_corners):
+    options = (3, resample, align_corners, 255)
+    for size, grid in (((0, 4, 4), (2, 2)), ((2, 0, 4), (2, 2)), ((2, 4, 0), (2, 2)), ((2, 4, 4), (0, 2))):
+        shares = kernels.share_out(torch.zeros(size, dtype=torch.uint8, device=DEVICE), *grid, *options)
+        assert shares.shape == (size[0], 4, *grid)
+        assert not shares.any()
+
+
+@pytest.mark.slow
+@runs_kernels
+@pytest.mark.parametrize(("resample", "align_corners"), MODES)
+@pytest.mark.parametrize("extent", [1, 2, 32_000])
+def test_the_largest_sizes_stay_within_32_bits(extent, resample, align_corners):
+    """Along either axis; the sum of all weights in a line is the largest where one cell takes them."""
+    largest = kernels._LARGEST
+    for axis in (1, 2):
+        size, grid = [1, 1, 1], [1, 1]
+        size[axis], grid[axis - 1] = largest, extent
+        if axis == 1 and extent == largest:
+            # Few lines for each cell, many cells.
+            grid[0] = 500
+        labels = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+        assert kernels.takes(labels, *grid, 1)
+        shares = kernels.share_out(labels, *grid, 1, resample, align_corners, None)
+        want = ops._share_out(labels, *grid, 1, resample, align_corners, None)
+        assert ((shares - want).abs() <= 1e-9 * want.abs().max()).all()
+
+
+def test_larger_sizes_are_left_to_the_default_body():
+    labels = torch.zeros(1, dtype=torch.uint8).expand(2, 32_001, 5)
+    assert not kernels.takes(labels, 4, 4, 3)
+    assert not kernels.takes(labels.mT, 4, 4, 3)
+    assert kernels.takes(labels[:, 1:], 4, 4, 3)
+    assert not kernels.takes(labels[:, 1:], 32_001, 4, 3)
+    assert not kernels.takes(labels[:, 1:], 4, 32_001, 3)
+    assert not kernels.takes(labels[:, 1:], 4, 4, 2**21)
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "usable"), [(None, (7, 5), False), (None, (8, 0), True), ("6.2", (9, 4), False)]
+)
+def test_old_devices_and_those_of_rocm_are_left_to_the_default_body(monkeypatch, hip, capability, usable):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert kernels._usable.__wrapped__(torch.device("cuda", 0)) == usable
+
+
+@runs_kernels
+def test_the_op_uses_the_kernel_on_cuda_where_that_serves(monkeypatch):
+    labels = torch.randint(0, 3, (2, 7, 9), device=DEVICE)
+    options = (3, 4, 3, "bilinear", False, 255)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("semshift::label_shares", "CUDA")
+    want = kernels.share_out(labels, *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "_share_out", None)
+        assert torch.equal(ops._share_out_on_cuda(labels, *options), want)
+    monkeypatch.setattr(kernels, "share_out", None)
+    for name in ("_LARGEST", "_MOST_CLASSES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, name, 2)
+            torch.testing.assert_close(ops._share_out_on_cuda(labels, *options), want)
+    monkeypatch.setattr(ops, "_kernels", lambda: None)
+    torch.testing.assert_close(ops._share_out_on_cuda(labels, *options), want)
+
+
+@pytest.fixture(scope="module")
+def vast():
+    """Eight GiB of zeros, of which only the touched pages take memory."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    return torch.frombuffer(mmap.mmap(-1, 2**33, flags=flags), dtype=torch.uint8)
+
+
+@runs_kernels
+@pytest.mark.skipif(GPU or sys.platform == "win32", reason="because it reads the memory of the CPU")
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_offsets_beyond_32_bits(vast, axis):
+    """Each axis in turn lies so far apart that an offset in 32 bits wraps round, into zeros before the labels."""
+    sizes, strides = [2, 2, 2], [1, 1, 1]
+    sizes[axis], strides[axis] = 3, 2**31 - 9
+    labels = vast.as_strided(sizes, strides, 2**32 - 2**30)
+    labels.movedim(axis, 0)[2] = 1
+    options = (1, 1, 2, "area", False, None)
+    assert torch.equal(kernels.share_out(labels, *options), definition(labels, *options))
+    labels.fill_(0)
+
+
+COMPILE = """
+import itertools, pathlib, subprocess, sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import semshift
+from semshift import _label_triton as kernels
+
+kernel = kernels._shares_kernel
+tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+for labels, area, capability, parts in itertools.product(("u8", "i64"), (True, False), (80, 90, 100), (1, 32)):
+    constants = {"AREA": area, "WIDE_K": 32, "CELLS": 32 // parts, "PARTS": parts}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+    signature |= {"labels": "*" + labels, "shares": "*fp64"}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": 1, "enable_fp_fusion": True}
+    compiled = triton.compile(ASTSource(kernel, signature, places), GPUTarget("cuda", capability, 32), options)
+    cubin = pathlib.Path(sys.argv[1], "kernel.cubin")
+    cubin.write_bytes(compiled.asm["cubin"])
+    uses = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    # Registers that spill go to the stack or to local memory.
+    assert "STACK:0" in uses and "LOCAL:0" in uses, uses
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="because Triton compiles for CUDA on Linux")
+def test_the_kernel_compiles_without_spills_for_devices_that_are_not_here(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("resample", ["bilinear", "area", "nearest", "majority"])
+def test_resampling_is_captured_in_a_cuda_graph(resample):
+    """A step that waits for the device would end the capture."""
+    features = torch.randn(2, 8, 9, 17, device="cuda")
+    labels = torch.randint(0, 20, (2, 64, 128), device="cuda")
+
+    def pool():
+        pooled = semshift.class_sums(features, labels, 19, resample=resample)
+        return pooled.sums, pooled.mass
+
+    want = pool()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = pool()
+    graph.replay()
+    torch.cuda.synchronize()
+    for ours, theirs in zip(got, want):
+        assert torch.equal(ours, theirs)
