@@ -165,22 +165,36 @@ def test_no_pixels_and_no_cells(resample, align_corners):
 
 @pytest.mark.slow
 @runs_kernels
+@pytest.mark.parametrize("cells", [2, 32_000])
+def test_the_largest_sizes_stay_within_32_bits(cells):
+    """With `align_corners` and for areas the products are smaller."""
+    labels = torch.zeros(1, 1, kernels._LARGEST, dtype=torch.uint8, device=DEVICE)
+    options = (labels, 1, cells, 1, "bilinear", False, None)
+    assert kernels.takes(*options[:4])
+    shares, want = kernels.share_out(*options), ops._share_out(*options)
+    assert ((shares - want).abs() <= 1e-9 * want.abs().max()).all()
+
+
 @pytest.mark.parametrize(("resample", "align_corners"), MODES)
-@pytest.mark.parametrize("extent", [1, 2, 32_000])
-def test_the_largest_sizes_stay_within_32_bits(extent, resample, align_corners):
-    """Along either axis; the sum of all weights in a line is the largest where one cell takes them."""
-    largest = kernels._LARGEST
-    for axis in (1, 2):
-        size, grid = [1, 1, 1], [1, 1]
-        size[axis], grid[axis - 1] = largest, extent
-        if axis == 1 and extent == largest:
-            # Few lines for each cell, many cells.
-            grid[0] = 500
-        labels = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
-        assert kernels.takes(labels, *grid, 1)
-        shares = kernels.share_out(labels, *grid, 1, resample, align_corners, None)
-        want = ops._share_out(labels, *grid, 1, resample, align_corners, None)
-        assert ((shares - want).abs() <= 1e-9 * want.abs().max()).all()
+@pytest.mark.parametrize("cells", [1, 2, 31_999, 32_000])
+@pytest.mark.parametrize("pixels", [1, 2, 31_999, 32_000])
+def test_no_product_needs_more_than_32_bits(pixels, cells, resample, align_corners):
+    scale, shift, unit = kernels._axis(pixels, cells, resample == "area", align_corners)
+    # Lanes may stand for cells up to 31 beyond the last, and look at the pixels that would reach those.
+    beyond = pixels + 34 * (pixels // cells + 1)
+    places = [(cells + 32) * unit + abs(shift) + scale, beyond * scale + abs(shift)]
+    # The weights of all lines, where one cell takes them.
+    assert max(*places, pixels * unit if cells == 1 else 0) < 2**31
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(("resample", "align_corners"), MODES)
+def test_one_cell_takes_all_lines(resample, align_corners):
+    """With so many steps a test for the GPU, since the interpreter needs minutes."""
+    labels = torch.zeros(1, kernels._LARGEST, 3, dtype=torch.uint8, device=DEVICE)
+    shares = kernels.share_out(labels, 1, 1, 1, resample, align_corners, None)
+    assert shares.flatten().tolist() == [3 * kernels._LARGEST, 0]
 
 
 def test_larger_sizes_are_left_to_the_default_body():

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import semshift
+from semshift import _label_ops
 from tests.errors import refuses
 
 # Compiling on Python 3.13.0 itself, torch warns of its own slowness there.
@@ -98,6 +99,16 @@ def test_nearest_takes_the_centre_not_the_corner():
     labels = torch.arange(8).view(1, 1, 8)
     assert semshift.resize_labels(labels, (1, 2), 8, resample="nearest").tolist() == [[[2, 6]]]
     assert semshift.resize_labels(labels[..., :2], (1, 6), 8, resample="nearest").tolist() == [[[0, 0, 0, 1, 1, 1]]]
+
+
+@given(sizes, sizes, st.sampled_from(DTYPES))
+def test_nearest_takes_the_pixel_under_the_centre(size, grid, dtype):
+    labels = torch.arange(2 * size[0] * size[1], dtype=dtype).view(2, *size)
+    rows, columns = (
+        [int((cell + Fraction(1, 2)) * pixels / cells) for cell in range(cells)] for pixels, cells in zip(size, grid)
+    )
+    want = torch.stack([torch.stack([label[row, columns] for row in rows]) for label in labels])
+    assert torch.equal(semshift.resize_labels(labels, grid, 72, resample="nearest"), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -283,3 +294,16 @@ def test_shares_do_not_depend_on_how_many_images_go_together(resample, monkeypat
     for images in (0, 2):
         monkeypatch.setattr("semshift._label_ops._HELD", images * 7 * 4 * 5)
         assert torch.equal(semshift.class_shares(labels, (4, 5), 3, resample=resample), together)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(7, 9), (3, 2)])
+def test_no_step_off_the_cpu_waits_for_values(size, dtype):
+    """Tensors without values refuse every step whose result, or its size, depends on them."""
+    labels = torch.empty(2, *size, dtype=dtype, device="meta")
+    for resample, ignore_index in itertools.product(("nearest", "majority"), (None, 100)):
+        options = (4, 5, resample, 3, ignore_index, 0.5)
+        assert _label_ops._resize(labels, *options).shape == (2, 4, 5)
+    for resample, align_corners in (("area", False), ("bilinear", False), ("bilinear", True)):
+        options = (4, 5, 3, resample, align_corners, 100)
+        assert _label_ops._share_out(labels, *options).shape == (2, 4, 4, 5)
