@@ -1,4 +1,4 @@
-"""Pooling against every usual way to write it: `python benchmarks/pooling.py [--check] [--json FILE]`.
+"""Pooling on the CPU against every usual way to write it: `python benchmarks/pooling.py [--check] [--json FILE]`.
 
 First all ways are shown to agree with float64, forward and backward, then they are timed side by side in one process,
 each once in every round. Checks of the labels, their handling and the counts are inside the time of every way.
@@ -30,7 +30,6 @@ SHAPES = (
     (2, 512, 65, 129, 150),
     (1, 256, 128, 128, 2000),
 )
-MANY_CLASSES = (1, 256, 256, 256, 100_000)
 # A way that takes longer, or meets more elements class by class, is left out of a shape, and the output says so.
 LONGEST_SECONDS = 3.0
 MOST_ELEMENTS = 2**29
@@ -40,15 +39,11 @@ Call = Callable[[Tensor], Pooled]
 
 def whole(way: Way, features: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None) -> Pooled:
     """A way with what a careful user puts around it: the check, the ignored pixels, the counts."""
-    if labels.device.type == "cpu":
-        semshift.check_labels(labels, num_classes, ignore_index=ignore_index)
+    semshift.check_labels(labels, num_classes, ignore_index=ignore_index)
     slots = labels if ignore_index is None else torch.where(labels == ignore_index, num_classes, labels)
     slots = slots.long()
     sums = way(features, slots, num_classes + 1)[:num_classes]
-    if labels.device.type == "cpu":
-        return sums, torch.bincount(slots.flatten(), minlength=num_classes + 1)[:num_classes]
-    ones = torch.ones_like(slots).flatten()
-    return sums, ones.new_zeros(num_classes + 1).scatter_add_(0, slots.flatten(), ones)[:num_classes]
+    return sums, torch.bincount(slots.flatten(), minlength=num_classes + 1)[:num_classes]
 
 
 def ours(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None) -> Pooled:
@@ -111,10 +106,10 @@ def hard(shapes: list[tuple[int, ...]], args: argparse.Namespace) -> tuple[list[
     for shape, dtype, channels_last in itertools.product(shapes, dtypes, (False, True)):
         images, channels, height, width, num_classes = shape
         ignore = 255 if num_classes <= 255 else None
-        features = torch.randn(images, channels, height, width).to(args.device, dtype)
+        features = torch.randn(images, channels, height, width).to(dtype)
         features = features.to(memory_format=torch.channels_last) if channels_last else features
-        labels = label_map(images, height, width, num_classes, args.labels, args.seed).to(args.device)
-        grad = torch.randn(num_classes, channels).to(args.device)
+        labels = label_map(images, height, width, num_classes, args.labels, args.seed)
+        grad = torch.randn(num_classes, channels)
         leaf = features.clone().requires_grad_()
         large = {"loop"} if num_classes * features.numel() > MOST_ELEMENTS else set()
         large |= ONE_HOT if num_classes * labels.numel() > MOST_ELEMENTS else set()
@@ -132,18 +127,15 @@ def hard(shapes: list[tuple[int, ...]], args: argparse.Namespace) -> tuple[list[
         left_out += [f"{place}: {name}, {first[name]:.1f} s a call" for name in sorted(slow)]
         forward = {name: functools.partial(call, features) for name, call in calls.items()}
         both = {name: functools.partial(round_trip, call, leaf, grad) for name, call in calls.items()}
-        copy, read = functools.partial(torch.clone, features), functools.partial(torch.sum, features)
         for direction, moved, runs in (("forward", 1, forward), ("forward + backward", 2, both)):
             # The floor moves the same bytes: one read of the features, or a copy, which reads and writes as many.
-            halved = args.device == "cuda" and moved == 1
-            floor = read if args.device == "cpu" and moved == 1 else copy
-            seconds = medians({**runs, "floor": floor}, min(3, args.reps), args.device)
+            floor = functools.partial(torch.sum if moved == 1 else torch.clone, features)
+            seconds = medians({**runs, "floor": floor}, min(3, args.reps))
             # What comes near the fastest is timed again, without the slow ones in between.
             fastest = min(seconds[name] for name in set(runs) - {"ours"})
             heat = {name: run for name, run in runs.items() if name == "ours" or seconds[name] <= 1.4 * fastest}
-            times = rounds({**heat, "floor": floor}, args.reps, args.device)
+            times = rounds({**heat, "floor": floor}, args.reps)
             seconds |= {name: statistics.median(of) for name, of in times.items()}
-            seconds["floor"] /= 2 if halved else 1
             best = min(set(heat) - {"ours"}, key=seconds.__getitem__)
             results.append(
                 {
@@ -154,7 +146,7 @@ def hard(shapes: list[tuple[int, ...]], args: argparse.Namespace) -> tuple[list[
                     "ms": {name: 1e3 * value for name, value in seconds.items()},
                     "gb_per_s": moved * features.nbytes / seconds["ours"] / 1e9,
                     "share_of_floor": seconds["floor"] / seconds["ours"],
-                    "extra_mib": {name: peak_mib(run, args.device) for name, run in runs.items()},
+                    "extra_mib": {name: peak_mib(run) for name, run in runs.items()},
                     "best": best,
                     # Of each round, since what slows a machine down lasts longer than one.
                     "ratio": statistics.median(a / b for a, b in zip(times["ours"], times[best])),
@@ -199,18 +191,15 @@ def missed_hard(rows: list[dict[str, Any]]) -> list[str]:
 
 def small(args: argparse.Namespace) -> dict[str, float]:
     """Microseconds beyond the bare lines at 64 pixels and 64 channels."""
-    features = torch.randn(1, 64, 8, 8, device=args.device, requires_grad=True)
-    labels = torch.randint(0, 19, (1, 8, 8), device=args.device)
-    grad = torch.randn(19, 64, device=args.device)
+    features = torch.randn(1, 64, 8, 8, requires_grad=True)
+    labels = torch.randint(0, 19, (1, 8, 8))
+    grad = torch.randn(19, 64)
 
     def bare() -> Tensor:
         slots = torch.where(labels == 255, 19, labels).flatten()
         pixels = features.movedim(1, -1).reshape(-1, 64)
-        if args.device == "cpu":
-            torch.bincount(slots, minlength=20)
-        else:
-            torch.zeros(20, device=args.device, dtype=torch.int64).scatter_add_(0, slots, torch.ones_like(slots))
-        return torch.zeros(20, 64, device=args.device).index_add_(0, slots, pixels)[:19]
+        torch.bincount(slots, minlength=20)
+        return torch.zeros(20, 64).index_add_(0, slots, pixels)[:19]
 
     def line() -> Tensor:
         return semshift.class_sums(features, labels, 19).sums
@@ -229,7 +218,7 @@ def small(args: argparse.Namespace) -> dict[str, float]:
         "bare, both": repeated(bare, True),
         "ours, both": repeated(line, True),
     }
-    micro = {name: 1e4 * value for name, value in medians(runs, 40, args.device).items()}
+    micro = {name: 1e4 * value for name, value in medians(runs, 40).items()}
     return micro | {"extra": micro["ours"] - micro["bare"], "extra, both": micro["ours, both"] - micro["bare, both"]}
 
 
@@ -237,8 +226,8 @@ def bilinear(args: argparse.Namespace) -> dict[str, Any]:
     """Pooling at label resolution, against up-sampling the features and pooling those in the best way for it."""
     channels, height, width, to_height, to_width, num_classes = args.bilinear
     ignore = 255 if num_classes <= 255 else None
-    features = torch.randn(1, channels, height, width, device=args.device)
-    labels = label_map(1, to_height, to_width, num_classes, args.labels, args.seed).to(args.device)
+    features = torch.randn(1, channels, height, width)
+    labels = label_map(1, to_height, to_width, num_classes, args.labels, args.seed)
 
     def upsampled(way: Way) -> Pooled:
         large = interpolate(features, (to_height, to_width), mode="bilinear")
@@ -270,8 +259,8 @@ def bilinear(args: argparse.Namespace) -> dict[str, Any]:
     # Calls of gigabytes: only the best of them is timed again.
     best = min(set(runs) - {"ours"}, key=first.__getitem__)
     runs = {best: runs[best], "ours": line}
-    seconds = medians(runs, min(3, args.reps), args.device)
-    memory = {name: peak_mib(run, args.device) for name, run in runs.items()}
+    seconds = medians(runs, min(3, args.reps))
+    memory = {name: peak_mib(run) for name, run in runs.items()}
     theirs, mine = memory[best], memory["ours"]
     return {
         "ms": {name: 1e3 * value for name, value in seconds.items()},
@@ -286,7 +275,6 @@ def bilinear(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Print the tables; with --check fail where a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--labels", default="segments", choices=["segments", "random"])
     parts = ["hard", "small", "bilinear"]
@@ -303,12 +291,11 @@ def main() -> None:
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
-    figures: dict[str, Any] = {"head": head(args.device), "labels": args.labels}
+    figures: dict[str, Any] = {"head": head("cpu"), "labels": args.labels}
     print(figures["head"], flush=True)
     missed: list[str] = []
     if "hard" in args.only:
-        shapes = [tuple(shape) for shape in args.shape or []]
-        rows, left_out = hard(shapes or [*SHAPES, *([MANY_CLASSES] if args.device == "cuda" else [])], args)
+        rows, left_out = hard([tuple(shape) for shape in args.shape or SHAPES], args)
         figures |= {"hard": rows, "left_out": left_out}
         show_hard(rows, left_out, args)
         missed += missed_hard(rows)

@@ -78,7 +78,7 @@ def main() -> None:
     places = list(itertools.product(SIZES, (0, LATE)))
     draws = {f"{n}, {step}": functools.partial(draw, n, step, args.steps) for n, step in places}
     firsts = {f"{n}, {step}": functools.partial(first_batch, n, step) for n, step in places}
-    draw_seconds, first_seconds = medians(draws, args.reps, "cpu"), medians(firsts, args.reps, "cpu")
+    draw_seconds, first_seconds = medians(draws, args.reps), medians(firsts, args.reps)
     # The first round warms up; the median of the others, since what the allocator keeps comes in whole pages.
     rounds = [{n: memory(n) for n in SIZES} for _ in range(6)][1:]
     rows = []

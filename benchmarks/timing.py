@@ -31,7 +31,7 @@ def head(device: str) -> str:
     )
 
 
-def rounds(runs: Mapping[str, Callable[[], object]], reps: int, device: str) -> dict[str, list[float]]:
+def rounds(runs: Mapping[str, Callable[[], object]], reps: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of each, all of them once in every round; a first round is left out.
 
     There are `reps` rounds, and more of short ones, up to ten times as many within two seconds: their noise is larger.
@@ -52,20 +52,13 @@ def rounds(runs: Mapping[str, Callable[[], object]], reps: int, device: str) -> 
     return {name: of[1:] for name, of in seconds.items()}
 
 
-def medians(runs: Mapping[str, Callable[[], object]], reps: int, device: str) -> dict[str, float]:
+def medians(runs: Mapping[str, Callable[[], object]], reps: int) -> dict[str, float]:
     """Median seconds of each over such rounds."""
-    return {name: statistics.median(of) for name, of in rounds(runs, reps, device).items()}
+    return {name: statistics.median(of) for name, of in rounds(runs, reps).items()}
 
 
-def peak_mib(run: Callable[[], object], device: str) -> float | None:
+def peak_mib(run: Callable[[], object]) -> float | None:
     """MiB that a call, not the first of its kind, takes at its peak beyond what is held before; None if not known."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - held) / 2**20
     before = resident_mib()
     if before is None:
         return None
