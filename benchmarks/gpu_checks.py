@@ -25,6 +25,7 @@ __all__ = [
     "made",
     "noise",
     "once",
+    "other_checks",
     "pooled",
 ]
 
@@ -58,6 +59,7 @@ SMOKE_SHAPES = ((2, 65, 9, 11, 19), (1, 19, 8, 16, 19), (1, 8, 6, 10, 300))
 SMALL = 2**14
 RESAMPLES = ("bilinear", "area", "nearest", "majority")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Check = tuple[str, Callable[[], str]]
 Shape = tuple[int, int, int, int, int]
 # Images, channels, height and width of the features, height and width of the labels.
 Grid = tuple[int, int, int, int, int, int]
@@ -143,10 +145,15 @@ def pooled(features: Tensor, labels: Tensor, case: Case) -> semshift.ClassSums:
     return semshift.class_sums(features, labels, case.num_classes, **options)
 
 
-def checks(smoke: bool, device: str) -> Iterator[tuple[str, Callable[[], str]]]:
+def checks(smoke: bool, device: str) -> Iterator[Check]:
     """Every check and its name; it raises AssertionError, or returns a few words on what it saw."""
     for case in cases(smoke):
         yield str(case), lambda case=case: agrees(case, *made(case, device))
+    yield from other_checks(smoke, device)
+
+
+def other_checks(smoke: bool, device: str) -> Iterator[Check]:
+    """Those beyond plain pooling of each case."""
     shape = (2, 65, 9, 11, 19) if smoke else (2, 256, 65, 129, 19)
     for dtype, channels_last in itertools.product(DTYPES, (False, True)):
         case = Case(shape, dtype, channels_last)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from gpu_checks import Case, Grid, label_map, made, noise, pooled
 from torch import Tensor
-from ways import Way, by_bmm, by_index_add, by_scatter_add
+from ways import Way, by_bmm, by_bmm_other_order, by_index_add, by_scatter_add
 
 import semshift
 
@@ -27,7 +27,12 @@ __all__ = [
     "verdict",
 ]
 
-OTHERS: dict[str, Way] = {"index_add_": by_index_add, "scatter_add_": by_scatter_add, "one-hot": by_bmm}
+OTHERS: dict[str, Way] = {
+    "index_add_": by_index_add,
+    "scatter_add_": by_scatter_add,
+    "one-hot product": by_bmm,
+    "one-hot product, other order": by_bmm_other_order,
+}
 # One call after another must not find its input in the cache.
 CACHES, LEAST_BYTES = 4, 2**28
 MEDIAN_OF, SECONDS = 7, 0.02

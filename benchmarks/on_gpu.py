@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import torch
-from gpu_checks import GRIDS, ODD_SHAPES, RESAMPLES, SHAPES, SMOKE_SHAPES, Case, cases, checks, once
+from gpu_checks import GRIDS, ODD_SHAPES, RESAMPLES, SHAPES, SMOKE_SHAPES, Case, cases, checks, once, other_checks
 from gpu_tables import COLUMNS, RESAMPLING_COLUMNS, cells, copy_speed, hard_row, resampled_cells, resampled_row, verdict
 from timing import head
 
@@ -120,7 +120,7 @@ def speed(run: Run) -> None:
 
 def compile_all(run: Run) -> None:
     """Every kernel variant in Triton's cache, compiled by many processes at once."""
-    count = 2 if run.smoke else min(PROCESSES, os.cpu_count() or 1)
+    count = min(PROCESSES, os.cpu_count() or 1)
     commands = [itself("--share", str(i), str(count), *["--smoke"] * run.smoke) for i in range(count)]
     for status, output in run.commands(commands, 180, OMP_NUM_THREADS="1"):
         if status:
@@ -149,7 +149,7 @@ def check_all(run: Run) -> None:
                 break
     run.say(f"{passed} checks passed, {wrong} failed")
     if wrong:
-        raise StopError("pooling is wrong")
+        raise StopError("pooling is wrong; --only resampling table measures it all the same")
 
 
 def tests(run: Run) -> None:
@@ -215,14 +215,19 @@ def table(run: Run) -> None:
 
 def share(which: str, count: int, smoke: bool) -> None:
     """What a process of its own runs: its share of all cases, or the small ones that compute-sanitizer watches."""
-    if which == "memcheck":
-        # Five and the twelve kinds of a shape have no common factor: every kind comes.
-        kept = [case for case in cases(smoke) if case.shape in ODD_SHAPES + SMOKE_SHAPES][::5]
-    else:
-        kept = cases(smoke)[int(which) :: count]
-    for case in kept:
+    if which != "memcheck":
+        for case in cases(smoke)[int(which) :: count]:
+            once(case, DEVICE)
+        for _, check in list(other_checks(smoke, DEVICE))[int(which) :: count]:
+            # What fails here fails again among the checks, where it is reported.
+            with contextlib.suppress(Exception):
+                check()
+        return
+    # Five and the twelve kinds of a shape have no common factor: every kind comes.
+    small = [case for case in cases(smoke) if case.shape in ODD_SHAPES + SMOKE_SHAPES][::5]
+    for case in small:
         once(case, DEVICE)
-    print(f"{len(kept)} cases")
+    print(f"{len(small)} cases")
 
 
 def main() -> None:
@@ -278,6 +283,8 @@ def _stages(run: Run) -> None:
             return
         except Exception:
             run.fail(f"{name}\n{tail(traceback.format_exc())}")
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
         run.say(f"\n{time.monotonic() - began:.1f} s")
 
 
