@@ -72,10 +72,10 @@ def elapsed(run: Call, times: int, device: str) -> float:
 
 
 def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | None:
-    """All calls in one graph, their results in different places; None where one waits for the device."""
+    """All calls in one graph, their results in different places; None where they cannot be captured."""
     torch.cuda.synchronize()
     try:
-        # Asked first, since a capture that fails leaves the allocator in a bad state.
+        # Most of what cannot be captured waits for the device. A failed capture would leave the allocator in disorder.
         torch.cuda.set_sync_debug_mode("error")
         calls[0]()
     except RuntimeError:
@@ -83,8 +83,13 @@ def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
+    try:
+        with torch.cuda.graph(graph):
+            kept = [call() for call in calls]
+    except RuntimeError:
+        # The context manager does not do this itself.
+        torch.cuda.set_stream(torch.cuda.default_stream())
+        return None
     del kept
     return graph
 
@@ -153,6 +158,7 @@ def extra_share(call: Call, features: Tensor) -> float:
 def hard_row(case: Case, copy: float, device: str) -> dict[str, Any]:
     """Ours and the best other way at a shape, forward; ours backward; ours on the host."""
     features, labels = made(case, device)
+    labels = labels.long()
     inputs = [(features, labels)]
     inputs += [(features.clone(), labels.clone()) for _ in range(copies(features.nbytes, device) - 1)]
     ours = [lambda pair=pair: pooled(*pair, case) for pair in inputs]

@@ -41,7 +41,9 @@ def test_rehearsal(tmp_path):
     assert " 0 failed" in results
     assert "ours / best other: " in results
     figures = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
-    assert sum("ratio" in row for row in figures) == 12
+    rows = [row for row in figures if "ratio" in row]
+    assert len(rows) == 12
+    assert all(len(row["others"]) == 4 and not row["failed"] for row in rows)
     assert sum("resample" in row for row in figures) == 8
 
 
