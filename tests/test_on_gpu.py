@@ -118,6 +118,16 @@ def everywhere(pooled, features):
     return semshift.ClassSums(pooled.sums + strange, pooled.mass)
 
 
+def nowhere(pooled, features):
+    # Of the value alone, since another gradient would be seen as well.
+    pooled.sums.data.nan_to_num_(0, 0, 0)
+    return pooled
+
+
+def like_tf32(pooled, features):
+    return semshift.ClassSums(pooled.sums * (1 - 2**-12), pooled.mass)
+
+
 RUNS = iter(range(10**6))
 
 
@@ -134,6 +144,8 @@ def unlike(pooled, features):
         (miscounted, "bilinear, TF32 on"),
         (twice_the_gradient, "2, 65, 9, 11, 19 | float32"),
         (everywhere, "not finite"),
+        (nowhere, "not finite"),
+        (like_tf32, "bilinear, TF32 on"),
         (unlike, "the same bits in ten runs"),
     ],
 )
@@ -141,6 +153,16 @@ def test_a_planted_fault_is_seen(monkeypatch, checks, change, named):
     every = [name for name, _ in checks.checks(True, DEVICE) if name.startswith(named)]
     plant(monkeypatch, change)
     assert set(failures(checks, named)) == set(every) != set()
+
+
+def test_a_loose_bound_does_not_hide_rounded_features(monkeypatch, checks):
+    case = checks.Case((1, 8, 64, 64, 1), torch.float32, False)
+    features, labels = checks.made(case, DEVICE)
+    checks.agrees(case, features.abs(), labels)
+    # Of 4096 features, n * eps is more than TF32 loses.
+    plant(monkeypatch, lambda pooled, _: semshift.ClassSums(pooled.sums - 2**-12 * pooled.sums.detach(), pooled.mass))
+    with pytest.raises(AssertionError, match="off by"):
+        checks.agrees(case, features.abs(), labels)
 
 
 @pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
