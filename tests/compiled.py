@@ -1,12 +1,13 @@
 """What Triton makes of the kernels for a GPU that is not here: registers, spills, widths of loads.
 
-    python -m tests.compiled --shape 2 256 65 129 19 --dtype bf16 --layout nchw --capability 90
+    python -m tests.compiled --shape 2 256 65 129 19 --dtype bf16 --layout nchw --capability 90 --with num_warps=8
 
 calls the launchers on the CPU without running a kernel, compiles what they would start as their call specialises it,
 and reads the machine code. It needs Linux, and Triton 3.6 or newer.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import importlib
 import json
@@ -20,19 +21,20 @@ from pathlib import Path
 
 DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LAYOUTS = ["nchw", "channels-last", "crop"]
-CALLS = ["add_up", "spread", "soft_sums"]
+NUMBERS = ["warps", "stages", "registers", "spills", "stack", "shared", "programs"]
+CALLS = ["add_up", "spread", "multiply"]
 
 
 @contextlib.contextmanager
-def recorded():
-    """The launches of the block, as pairs of a kernel and its arguments; nothing runs."""
+def recorded(changed):
+    """The launches of the block: kernel, arguments and keywords, some of them changed; nothing runs."""
     import triton
 
     launches = []
     run = triton.JITFunction.run
 
     def record(self, *args, grid, warmup, **kwargs):
-        launches.append((self, args, kwargs))
+        launches.append((self, args, kwargs | changed))
 
     triton.JITFunction.run = record
     try:
@@ -55,28 +57,27 @@ def specialised(launch, capability):
 
 
 def call(name, shape, dtype="float32", layout="nchw", labels="int64", per_image=False, ignore_index=255):
-    """Call the launcher as a user's features would."""
+    """Call the launcher `name` as features `[B, C, h, w]` of K classes would, `shape` being those five sizes."""
     import torch
 
     kernels = importlib.import_module("semshift._pooling_triton")
     batch, channels, height, width, num_classes = shape
     # Memory that nobody touches costs nothing.
-    sizes = [batch, channels, height, width]
+    options = {"dtype": getattr(torch, DTYPES[dtype])}
     if layout == "crop":
-        features = torch.empty(batch, channels, height + 3, width + 3, dtype=getattr(torch, DTYPES[dtype]))
-        features = features[:, :, 1 : height + 1, 1 : width + 1]
+        features = torch.empty(batch, channels, height + 3, width + 3, **options)[:, :, 1:-2, 1:-2]
+    elif layout == "channels-last":
+        features = torch.empty(batch, height, width, channels, **options).movedim(-1, 1)
     else:
-        features = torch.empty(sizes, dtype=getattr(torch, DTYPES[dtype]))
-        if layout == "channels-last":
-            features = torch.empty(batch, height, width, channels, dtype=features.dtype).permute(0, 3, 1, 2)
+        features = torch.empty(batch, channels, height, width, **options)
     marks = torch.zeros(batch, height, width, dtype=getattr(torch, labels))
     if name == "add_up":
         kernels.add_up(features, marks, num_classes, ignore_index, per_image)
     elif name == "spread":
-        rows = torch.empty((*([batch] if per_image else []), num_classes, channels), dtype=features.dtype)
+        rows = torch.empty(*([batch] if per_image else []), num_classes, channels, **options)
         kernels.spread(rows, marks, num_classes, ignore_index, per_image, layout == "channels-last")
     else:
-        kernels.soft_sums(features, torch.empty(batch, num_classes, height, width))
+        kernels.multiply(features.flatten(2), torch.empty(batch, num_classes, height * width))
 
 
 def compiled(launch, capability):
@@ -91,7 +92,7 @@ def compiled(launch, capability):
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options.__dict__)
     names = [name for name, kind in signature.items() if kind != "constexpr"]
     pointers = {place: name for place, name in enumerate(names) if signature[name].startswith("*")}
-    return {
+    reading = {
         "kernel": kernel.__name__,
         "capability": capability,
         "warps": options.num_warps,
@@ -101,6 +102,14 @@ def compiled(launch, capability):
         **machine_code(made.asm["cubin"]),
         **accesses(made.asm["ptx"], pointers),
     }
+    return reading | {"programs": programs(reading)}
+
+
+def programs(reading):
+    """How many programs a multiprocessor holds at once: by its 65,536 registers, its shared memory and its 64 warps."""
+    registers = -(-reading["registers"] // 8) * 8 * 32 * reading["warps"]
+    memory = (164 if reading["capability"] < 90 else 228) * 1024
+    return min(65536 // registers, memory // (reading["shared"] + 1024), 64 // reading["warps"], 32)
 
 
 def machine_code(cubin):
@@ -231,9 +240,9 @@ def _one(task):
         return {"kernel": _launches[place][0].__name__, "capability": capability, "failed": repr(error)}
 
 
-def readings(cases, capabilities):
+def readings(cases, capabilities, changed):
     """A reading for each different kernel that the cases start, with the cases that start it."""
-    with recorded() as launches:
+    with recorded(changed) as launches:
         started = []
         for case in cases:
             before = len(launches)
@@ -247,8 +256,9 @@ def readings(cases, capabilities):
     _launches[:] = launches
     tasks = [(place, key[1]) for key, (place, _) in owners.items()]
     # Forked, so that tensors need not travel; nothing has started threads here.
-    with multiprocessing.get_context("fork").Pool(min(os.cpu_count(), len(tasks))) as pool:
-        found = pool.map(_one, tasks, chunksize=1)
+    forked = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(min(os.cpu_count(), len(tasks)), forked) as pool:
+        found = list(pool.map(_one, tasks))
     return [{**one, "cases": owned} for one, (_, owned) in zip(found, owners.values())]
 
 
@@ -257,9 +267,7 @@ def show(reading):
     if "failed" in reading:
         print("FAILED", reading["failed"])
         return
-    print(
-        ", ".join(f"{name} {reading[name]}" for name in ("warps", "stages", "registers", "spills", "stack", "shared"))
-    )
+    print(", ".join(f"{name} {reading[name]}" for name in NUMBERS))
     print("  constants:", " ".join(f"{name}={value}" for name, value in reading["constants"].items()))
     print(f"  main loop: {reading['loop']} of {reading['instructions']} instructions, {reading['products']} products")
     for part in ("inside", "everywhere"):
@@ -279,6 +287,7 @@ def main():
     parser.add_argument("--ignore-index", type=int, default=255)
     parser.add_argument("--per-image", action="store_true")
     parser.add_argument("--capability", nargs="+", type=int, default=[90])
+    parser.add_argument("--with", nargs="+", default=[], metavar="NAME=VALUE", help="options of Triton, or constants")
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     if options.shape is None:
@@ -287,7 +296,8 @@ def main():
         return
     names = ("shape", "dtype", "layout", "labels", "ignore_index", "per_image")
     case = {"name": options.call} | {name: getattr(options, name) for name in names}
-    for reading in readings([case], options.capability):
+    changed = {name: json.loads(value) for name, value in (one.split("=") for one in vars(options)["with"])}
+    for reading in readings([case], options.capability, changed):
         show(reading)
 
 
