@@ -7,6 +7,7 @@ and reads the machine code. It needs Linux, and Triton 3.6 or newer.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import importlib
@@ -21,8 +22,8 @@ from pathlib import Path
 
 DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LAYOUTS = ["nchw", "channels-last", "crop"]
-NUMBERS = ["warps", "stages", "registers", "spills", "stack", "shared", "programs"]
-CALLS = ["add_up", "spread", "multiply"]
+NUMBERS = ["warps", "stages", "registers", "spilled", "shared", "programs"]
+CALLS = ["add_up", "spread", "multiply", "bilinear", "area"]
 
 
 @contextlib.contextmanager
@@ -76,12 +77,16 @@ def call(name, shape, dtype="float32", layout="nchw", labels="int64", per_image=
     elif name == "spread":
         rows = torch.empty(*([batch] if per_image else []), num_classes, channels, **options)
         kernels.spread(rows, marks, num_classes, ignore_index, per_image, layout == "channels-last")
-    else:
+    elif name == "multiply":
         kernels.multiply(features.flatten(2), torch.empty(batch, num_classes, height * width))
+    else:
+        shares = importlib.import_module("semshift._label_triton")
+        marks = torch.zeros(batch, 512, 1024, dtype=marks.dtype)
+        shares.share_out(marks, height, width, num_classes, name, False, ignore_index)
 
 
-def compiled(launch, capability):
-    """The kernel of a launch for this capability, as `reading` has it."""
+def compiled(launch, capability, full=False):
+    """The kernel of a launch for this capability, and what is read from it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -99,10 +104,11 @@ def compiled(launch, capability):
         "stages": options.num_stages,
         "constants": {kernel.arg_names[place[0]]: str(value) for place, value in constants.items()},
         "shared": made.metadata.shared,
-        **machine_code(made.asm["cubin"]),
+        **usage(made.asm["cubin"]),
         **accesses(made.asm["ptx"], pointers),
     }
-    return reading | {"programs": programs(reading)}
+    reading["programs"] = programs(reading)
+    return reading | (listing(made.asm["cubin"]) if full else {})
 
 
 def programs(reading):
@@ -112,32 +118,36 @@ def programs(reading):
     return min(65536 // registers, memory // (reading["shared"] + 1024), 64 // reading["warps"], 32)
 
 
-def machine_code(cubin):
-    """Registers, bytes of stack, instructions that spill, and the length of the main loop."""
+def dumped(cubin, flag):
+    """What cuobjdump, which comes with Triton, says of machine code."""
     tool = Path(importlib.import_module("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    code = [(int(at, 16), what) for at, what in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", text, re.M)]
-    place = {address: index for index, (address, _) in enumerate(code)}
+        return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def usage(cubin):
+    """Registers of a thread, and bytes of its stack, which holds what is spilled."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", dumped(cubin, "-res-usage"))
+    return {"registers": int(found[1]), "spilled": int(found[2])}
+
+
+def listing(cubin):
+    """How many instructions there are, in all and in the main loop, and which."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", dumped(cubin, "-sass"), re.M)
+    place = {int(address, 16): index for index, (address, _) in enumerate(found)}
+    instructions = [what for _, what in found]
     loops = []
-    for index, (address, what) in enumerate(code):
+    for index, what in enumerate(instructions):
         jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)$", what)
-        if jump and int(jump[1], 16) < address:
+        if jump and place[int(jump[1], 16)] < index:
             loops.append((place[int(jump[1], 16)], index + 1))
-    instructions = [what for _, what in code]
-    start, stop = main_loop(instructions, loops, r"\b\w*MMA\b", r"\b(LDG|STG|LDGSTS|ATOMG|REDG?)\b")
-    return {
-        "registers": int(usage[1]),
-        "stack": int(usage[2]),
-        "spills": sum(bool(re.search(r"\b(LDL|STL)\b", what)) for what in instructions),
-        "instructions": len(instructions),
-        "loop": stop - start,
-        "products": sum(bool(re.search(r"\b\w*MMA\b", what)) for what in instructions[start:stop]),
-    }
+    start, stop = main_loop(instructions, loops, r"\b\w*MMA\b", r"\b(LDG|STG|LDGSTS|ATOMG|REDG?)\b", r"\bLDGSTS\b")
+    kinds = collections.Counter(
+        re.sub(r"^@!?U?P\w+\s+", "", what).split(".")[0].split()[0] for what in instructions[start:stop]
+    )
+    return {"instructions": len(instructions), "loop": stop - start, "kinds": dict(kinds.most_common(12))}
 
 
 def accesses(ptx, pointers):
@@ -149,19 +159,17 @@ def accesses(ptx, pointers):
         jump = re.search(r"\bbra(?:\.uni)?\s+([$\w]+)", line)
         if jump and labels.get(jump[1], index) < index:
             loops.append((labels[jump[1]], index + 1))
-    start, stop = main_loop(
-        statements,
-        loops,
-        r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b",
-        r"\b(ld|st|atom|red)\.\S*global|cp\.async\.c",
-    )
+    product = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
+    memory = r"\b(ld|st|atom|red)\.\S*global|cp\.async\.c"
+    start, stop = main_loop(statements, loops, product, memory, r"\bcp\.async\.c")
     origin = origins(statements, pointers)
-    found = {"inside": {}, "everywhere": {}}
+    products = sum(bool(re.search(product, line)) for line in statements[start:stop])
+    found = {"products": products, "inside": {}, "everywhere": {}}
     for index, line in enumerate(statements):
         kind, width, register = access(line)
         if kind is None:
             continue
-        for name in origin.get(register, {"?"}):
+        for name in origin.get(register, {"unknown"}):
             for part in ["everywhere"] + ["inside"] * (start <= index < stop):
                 counts = found[part].setdefault(f"{kind} {name}", {})
                 counts[str(width)] = counts.get(str(width), 0) + 1
@@ -185,7 +193,7 @@ def access(line):
 
 
 def origins(statements, pointers):
-    """For each register, the arguments that the address in it may come from."""
+    """For each register, the arguments that the address in it may come from; those from shared memory are unknown."""
     origin = {}
     moves = []
     for line in statements:
@@ -211,21 +219,25 @@ def origins(statements, pointers):
     return {register: names for register, names in origin.items() if names}
 
 
-def main_loop(instructions, loops, product, memory):
-    """Where the main loop starts and stops: the innermost one with the fewest instructions for each product.
+def main_loop(instructions, loops, product, memory, copy):
+    """Where the main loop starts and stops; without any loop, all instructions.
 
-    Where no loop multiplies, the one that reaches memory most often; without any loop, all instructions.
+    It is the innermost one that multiplies; of several, one whose loads are pipelined, with the fewest instructions for
+    each product. Where none multiplies, it is the one that reaches memory most often.
     """
-    for pattern, best in ((product, min), (memory, max)):
-        count = {(a, b): sum(bool(re.search(pattern, one)) for one in instructions[a:b]) for a, b in loops}
-        holding = [loop for loop in loops if count[loop]]
+
+    def count(pattern, loop):
+        return sum(bool(re.search(pattern, one)) for one in instructions[loop[0] : loop[1]])
+
+    for pattern in (product, memory):
+        holding = {loop: count(pattern, loop) for loop in loops if count(pattern, loop)}
         innermost = [
             one for one in holding if not any(one != it and one[0] <= it[0] and it[1] <= one[1] for it in holding)
         ]
-        if innermost and best is min:
-            return min(innermost, key=lambda loop: (loop[1] - loop[0]) / count[loop])
+        if innermost and pattern == product:
+            return min(innermost, key=lambda one: (not count(copy, one), (one[1] - one[0]) / holding[one]))
         if innermost:
-            return max(innermost, key=lambda loop: count[loop])
+            return max(innermost, key=holding.get)
     return 0, len(instructions)
 
 
@@ -233,14 +245,18 @@ _launches = []
 
 
 def _one(task):
-    place, capability = task
+    place, capability, full = task
     try:
-        return compiled(_launches[place], capability)
+        return compiled(_launches[place], capability, full)
     except Exception as error:
-        return {"kernel": _launches[place][0].__name__, "capability": capability, "failed": repr(error)}
+        return {
+            "kernel": _launches[place][0].__name__,
+            "capability": capability,
+            "failed": f"{type(error).__name__}: {str(error)[-500:]}",
+        }
 
 
-def readings(cases, capabilities, changed):
+def readings(cases, capabilities, changed, full=False):
     """A reading for each different kernel that the cases start, with the cases that start it."""
     with recorded(changed) as launches:
         started = []
@@ -254,7 +270,7 @@ def readings(cases, capabilities, changed):
             key = (launch[0].__name__, capability, str(specialised(launch, capability)))
             owners.setdefault(key, (place, []))[1].append(started[place])
     _launches[:] = launches
-    tasks = [(place, key[1]) for key, (place, _) in owners.items()]
+    tasks = [(place, key[1], full) for key, (place, _) in owners.items()]
     # Forked, so that tensors need not travel; nothing has started threads here.
     forked = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(min(os.cpu_count(), len(tasks)), forked) as pool:
@@ -269,7 +285,8 @@ def show(reading):
         return
     print(", ".join(f"{name} {reading[name]}" for name in NUMBERS))
     print("  constants:", " ".join(f"{name}={value}" for name, value in reading["constants"].items()))
-    print(f"  main loop: {reading['loop']} of {reading['instructions']} instructions, {reading['products']} products")
+    print(f"  main loop: {reading['loop']} of {reading['instructions']} instructions:", end=" ")
+    print(" ".join(f"{name} {count}" for name, count in reading["kinds"].items()))
     for part in ("inside", "everywhere"):
         widths = [f"{name} {' '.join(f'{n} x {w}' for w, n in by.items())}" for name, by in reading[part].items()]
         print(
@@ -297,7 +314,7 @@ def main():
     names = ("shape", "dtype", "layout", "labels", "ignore_index", "per_image")
     case = {"name": options.call} | {name: getattr(options, name) for name in names}
     changed = {name: json.loads(value) for name, value in (one.split("=") for one in vars(options)["with"])}
-    for reading in readings([case], options.capability, changed):
+    for reading in readings([case], options.capability, changed, full=True):
         show(reading)
 
 
