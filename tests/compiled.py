@@ -108,7 +108,8 @@ def compiled(launch, capability, full=False):
         **accesses(made.asm["ptx"], pointers),
     }
     reading["programs"] = programs(reading)
-    return reading | (listing(made.asm["cubin"]) if full else {})
+    # A listing takes a third of a second.
+    return reading | (listing(made.asm["cubin"]) if full or reading["spilled"] else {})
 
 
 def programs(reading):
@@ -144,10 +145,8 @@ def listing(cubin):
         if jump and place[int(jump[1], 16)] < index:
             loops.append((place[int(jump[1], 16)], index + 1))
     start, stop = main_loop(instructions, loops, r"\b\w*MMA\b", r"\b(LDG|STG|LDGSTS|ATOMG|REDG?)\b", r"\bLDGSTS\b")
-    kinds = collections.Counter(
-        re.sub(r"^@!?U?P\w+\s+", "", what).split(".")[0].split()[0] for what in instructions[start:stop]
-    )
-    return {"instructions": len(instructions), "loop": stop - start, "kinds": dict(kinds.most_common(12))}
+    kinds = collections.Counter(re.search(r"^(?:@\S+\s+)?(\w+)", what)[1] for what in instructions[start:stop])
+    return {"instructions": len(instructions), "loop": stop - start, "kinds": dict(kinds.most_common())}
 
 
 def accesses(ptx, pointers):
@@ -285,8 +284,8 @@ def show(reading):
         return
     print(", ".join(f"{name} {reading[name]}" for name in NUMBERS))
     print("  constants:", " ".join(f"{name}={value}" for name, value in reading["constants"].items()))
-    print(f"  main loop: {reading['loop']} of {reading['instructions']} instructions:", end=" ")
-    print(" ".join(f"{name} {count}" for name, count in reading["kinds"].items()))
+    kinds = ", ".join(f"{name} {count}" for name, count in reading["kinds"].items())
+    print(f"  main loop: {reading['loop']} of {reading['instructions']} instructions: {kinds}")
     for part in ("inside", "everywhere"):
         widths = [f"{name} {' '.join(f'{n} x {w}' for w, n in by.items())}" for name, by in reading[part].items()]
         print(

@@ -2,8 +2,6 @@
 
 import math
 import mmap
-import os
-import subprocess
 import sys
 
 import numpy
@@ -211,42 +209,6 @@ def test_more_than_two_strides_of_pixels_are_left_to_the_default_body():
     assert not kernels.takes(features)
     assert kernels.takes(features.contiguous())
     assert not kernels.takes(features.contiguous().double())
-
-
-COMPILE = """
-import itertools, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-import semshift
-from semshift import _pooling_triton as kernels
-
-blocks = {"BLOCK_C": 64, "BLOCK_N": 64}
-for kernel, out, extra in (
-    (kernels._product_kernel, "partial", {"WIDE_K": 32, "INTERPRETED": False}),
-    (kernels._scatter_kernel, "sums", {}),
-    (kernels._spread_kernel, "result", {}),
-):
-    for dtype, flat, capability in itertools.product(("fp32", "bf16", "fp16"), (True, False), (80, 90)):
-        constants = blocks | extra | {"FLAT": flat}
-        pointers = {"features": dtype, "rows": dtype, "labels": "u8", "counts": "i64"}
-        pointers[out] = dtype if out == "result" else "fp32"
-        signature = {
-            name: "constexpr" if name in constants else "*" + pointers[name] if name in pointers else "i32"
-            for name in kernel.arg_names
-        }
-        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(kernel, signature, places)
-        assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="because Triton compiles for CUDA on Linux")
-def test_kernels_compile_for_devices_that_are_not_here():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @needs_gpu
