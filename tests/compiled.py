@@ -272,7 +272,7 @@ def readings(cases, capabilities, changed, full=False):
     tasks = [(place, key[1], full) for key, (place, _) in owners.items()]
     # Forked, so that tensors need not travel; nothing has started threads here.
     forked = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(min(os.cpu_count(), len(tasks)), forked) as pool:
+    with concurrent.futures.ProcessPoolExecutor(min(os.cpu_count(), len(tasks) or 1), forked) as pool:
         found = list(pool.map(_one, tasks))
     return [{**one, "cases": owned} for one, (_, owned) in zip(found, owners.values())]
 

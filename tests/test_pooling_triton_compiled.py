@@ -11,6 +11,8 @@ import pytest
 pytest.importorskip("triton", "3.6", reason="because earlier ones bind arguments in another way")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="because Triton compiles for CUDA on Linux")
 
+# Bytes that may be spilled beside the main loop, where they cost nothing.
+ASIDE = 128
 VECTOR = {"float32": 4, "bf16": 8, "fp16": 8}
 
 
@@ -43,7 +45,7 @@ class Bound(NamedTuple):
     bits: int = 128
 
 
-# The kernels that take as long as the memory does. All others must compile, and nothing may spill.
+# The kernels that take as long as the memory does. All others must compile, and none may spill.
 BOUNDS = {
     "_product_kernel": Bound("features", programs=2),
     "_spread_planes_kernel": Bound("result", programs=4),
@@ -99,8 +101,7 @@ def failures(reading):
         return [reading["failed"]]
     inside = sum(reading.get("kinds", {}).get(name, 0) for name in ("LDL", "STL"))
     wrong = []
-    # A few bytes beside the main loop cost nothing.
-    if inside or reading["spilled"] > 32:
+    if inside or reading["spilled"] > ASIDE:
         wrong.append(f"{reading['spilled']} bytes spilled, by {inside} instructions in the main loop")
     bound = BOUNDS.get(reading["kernel"])
     if bound is None or not any(case.wide for case in reading["cases"]):
