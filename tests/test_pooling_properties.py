@@ -174,10 +174,9 @@ def test_equals_the_definition(case):
 WAYS = {
     "small": {},
     "bags": {"_SMALL": 0},
-    "rows": {"_SMALL": 0, "_WIDE": 0},
-    "product": {"_SMALL": 0, "_NARROW": 0},
-    "lanes": {"_SMALL": 0, "_PRODUCT": 0},
-    "lanes, few channels at a time": {"_SMALL": 0, "_PRODUCT": 0, "_HELD": 8},
+    "by pixel": {"_SMALL": 0, "_NARROW": -1},
+    "by channel": {"_SMALL": 0},
+    "by channel, many classes": {"_SMALL": 0, "_FEW": 0},
 }
 
 
@@ -186,7 +185,7 @@ WAYS = {
 def test_every_way_gives_the_definition(way, case, value, seed):
     """In float32 sums of so few eighths are exact as well; a value that is not finite stays with its class."""
     features = case.features.float()
-    features = laid_out(features, "channels-last") if way in ("bags", "rows") and features.dim() > 2 else features
+    features = laid_out(features, "channels-last") if way in ("bags", "by pixel") and features.dim() > 2 else features
     want, _ = definition(case)
     generator = torch.Generator().manual_seed(seed)
     if features.numel():

@@ -7,7 +7,7 @@ import torch
 from torch import backends
 
 import semshift
-from semshift import _pooling_ops, _soft_ops
+from semshift import _soft_ops
 
 NEWER = hasattr(backends.mkldnn, "matmul")
 newer = pytest.mark.skipif(not NEWER, reason="torch 2.9 brought the newer switches")
@@ -102,8 +102,6 @@ def test_products_avoid_the_switch_where_it_rounds(settings):
         assert _soft_ops.rounds_products(torch.device("cpu"))
         assert _soft_ops.rounds_products(torch.device("cuda")) == (settings == OLD)
         torch.testing.assert_close(_soft_ops.soft_sums(features, weights), exact.float(), rtol=2**-23, atol=0)
-        slots = torch.randint(0, 4, (2, 3000))
-        assert _pooling_ops._product(features, slots, 3, False) is None
 
 
 @newer

@@ -13,22 +13,19 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from semshift._label_ops import class_slots
-from semshift._soft_ops import rounds_products, sum_dtype
+from semshift._soft_ops import sum_dtype
 from semshift._transforms import transformed
 
 __all__ = ["hard_sums"]
 
 # Elements of half precision that are widened at a time, so that they stay in the cache.
 _BLOCK = 2**18
-# Elements of sums that are held in other places than their own.
-_HELD = 2**20
-# Where one way on the CPU becomes faster than another: docs/benchmarks.md has what each is worth.
+# The CPU's ways meet here: docs/benchmarks.md has what each is worth. Up to so many elements, fewer steps are faster.
 _SMALL = 2**17
-_NARROW = 64
-_WIDE = 512
-_PRODUCT = 32
-# Up to so many classes the kernels add in a fixed order.
+# Up to so many classes, neighbours are mostly of one class.
 _FEW = 256
+# Up to so many channels, sorting costs less than reading a class's sum again for each pixel.
+_NARROW = 512
 
 
 def hard_sums(
@@ -40,19 +37,14 @@ def hard_sums(
     if plain and transformed(features):
         return _definition(features, labels, num_classes, ignore_index, per_image)
     unseen = not (features.requires_grad and torch.is_grad_enabled())
-    body = _add_up if plain and (unseen or _as_rows(features, num_classes, per_image)) else _class_sums
+    body = _add_up if plain and (unseen or _is_small(features)) else _class_sums
     sums, mass = body(features, labels, num_classes, ignore_index, per_image)
     return sums, mass
 
 
-def _as_rows(features: Tensor, num_classes: int, per_image: bool) -> bool:
-    """Whether a row for each pixel is there without a copy, or at the price of one that costs less than to avoid it."""
-    if not features.is_cpu:
-        return False
-    if features.numel() <= _SMALL:
-        return True
-    at_hand = features.dtype == sum_dtype(features.dtype) and features.movedim(1, -1).is_contiguous()
-    return at_hand and not _in_bags(features, (len(features) if per_image else 1) * (num_classes + 1))
+def _is_small(features: Tensor) -> bool:
+    # To copy a pixel's channels together costs more than to find them so.
+    return features.is_cpu and features.numel() <= (_SMALL if features.stride(1) == 1 else _SMALL // 2)
 
 
 def _add_up_at_once(
@@ -103,26 +95,18 @@ def _add_up(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
 ) -> tuple[Tensor, Tensor]:
     """The definition: add the feature of each pixel to the row of its class."""
-    if _as_rows(features, num_classes, per_image):
+    if _is_small(features):
         return _add_up_at_once(features, labels, num_classes, ignore_index, per_image)
-    channels, dtype = features.shape[1], sum_dtype(features.dtype)
     slots = class_slots(labels, num_classes, ignore_index, check=True)
     keys, num_rows = _keys(slots, num_classes, per_image)
-    mass = _count(keys.flatten(), num_rows)
-    pixels = features.movedim(1, -1)
-    by_pixel = features.stride(1) == 1
-    sums = None
-    if by_pixel and _in_bags(features, num_rows):
+    mass, pixels = _count(keys.flatten(), num_rows), features.movedim(1, -1)
+    if features.stride(1) != 1:
+        sums = _by_channel(pixels, keys, num_rows, turns=4 if num_classes <= _FEW else 1)
+    elif _in_bags(pixels, num_rows):
         order = keys.flatten().to(torch.uint8).argsort(stable=True)
         sums = embedding_bag(order, pixels.flatten(0, -2), mass.cumsum(0) - mass, mode="sum")
-    elif by_pixel:
-        sums = features.new_zeros((num_rows, channels), dtype=dtype)
-        for part, to in _runs(pixels, keys.long(), dtype):
-            sums.index_add_(0, to, part.to(dtype))
-    elif num_classes <= _PRODUCT and channels >= _NARROW and dtype == features.dtype and features.is_contiguous():
-        sums = _product(features, slots, num_classes, per_image)
-    if sums is None:
-        sums = _in_lanes(pixels, keys, num_rows, dtype)
+    else:
+        sums = _by_pixel(pixels, keys, num_rows)
     return _rows_of_classes(sums, mass, num_classes, per_image)
 
 
@@ -164,20 +148,6 @@ def _rows_of_classes(sums: Tensor, mass: Tensor, num_classes: int, per_image: bo
     return sums[:num_classes], mass[:num_classes]
 
 
-def _product(features: Tensor, slots: Tensor, num_classes: int, per_image: bool) -> Optional[Tensor]:
-    """Sums as one-hot labels times features, with a last row for no class; None where that would not be exact."""
-    if features.device.type != "cpu" or rounds_products(features.device):
-        return None
-    hot = features.new_zeros((len(features), num_classes + 1, slots[0].numel()))
-    hot.scatter_(1, slots.unsqueeze(-1).flatten(1).long()[:, None], 1)
-    with torch.autocast("cpu", enabled=False):
-        sums = torch.bmm(hot, features.unsqueeze(-1).flatten(2).mT)
-    # In a product, 0 * inf reaches every class.
-    if not sums.isfinite().all():
-        return None
-    return sums.flatten(0, 1) if per_image else sums.sum(0)
-
-
 def _count(keys: Tensor, rows: int) -> Tensor:
     if keys.device.type == "cpu":
         return torch.bincount(keys, minlength=rows)
@@ -185,26 +155,33 @@ def _count(keys: Tensor, rows: int) -> Tensor:
     return keys.new_zeros(rows, dtype=torch.int64).index_add_(0, keys.long(), torch.ones_like(keys, dtype=torch.int64))
 
 
-def _in_bags(features: Tensor, num_rows: int) -> bool:
-    few = features.shape[1] < _WIDE and num_rows <= _FEW
-    return few and features.is_cpu and features.dtype == torch.float32 and features.movedim(1, -1).is_contiguous()
+def _in_bags(pixels: Tensor, num_rows: int) -> bool:
+    """Whether to sort the pixels by class, so that a sum stays at hand until it is whole: the keys are bytes then."""
+    few = pixels.shape[-1] <= _NARROW and num_rows <= 256
+    return few and pixels.is_cpu and pixels.dtype == torch.float32 and pixels.is_contiguous()
 
 
-def _in_lanes(pixels: Tensor, keys: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
-    """Sums `[num_rows, C]` of `[*S, C]` whose pixels lie side by side, channel by channel.
-
-    Neighbours are mostly of one class and would wait for each other's sum: along a line they take turns at two.
-    """
-    keys = keys.long() + torch.arange(keys.shape[-1], device=keys.device) % 2 * num_rows
-    sums = pixels.new_empty((num_rows, pixels.shape[-1]), dtype=dtype)
-    # So many channels at a time that what is held does not grow with the product of both.
-    some = max(1, _HELD // num_rows)
-    for turned, read in zip(sums.split(some, 1), pixels.split(some, -1)):
-        added = pixels.new_zeros((read.shape[-1], 2, num_rows), dtype=dtype)
-        for part, to in _runs(read, keys, dtype):
-            added.flatten(1).index_add_(1, to, part.mT.to(dtype))
-        torch.add(added[:, 0].mT, added[:, 1].mT, out=turned)
+def _by_pixel(pixels: Tensor, keys: Tensor, num_rows: int) -> Tensor:
+    """Sums `[num_rows, C]` of `[*S, C]` whose channels lie side by side."""
+    dtype = sum_dtype(pixels.dtype)
+    sums = pixels.new_zeros((num_rows, pixels.shape[-1]), dtype=dtype)
+    for part, to in _runs(pixels, keys.long(), dtype):
+        sums.index_add_(0, to, part.to(dtype))
     return sums
+
+
+def _by_channel(pixels: Tensor, keys: Tensor, num_rows: int, turns: int) -> Tensor:
+    """Sums `[num_rows, C]` of `[*S, C]` whose pixels lie side by side.
+
+    Neighbours are mostly of one class and would wait for each other's sum: along a line they take turns at several.
+    """
+    dtype = sum_dtype(pixels.dtype)
+    keys = keys.long() + torch.arange(keys.shape[-1], device=keys.device) % turns * num_rows
+    added = pixels.new_zeros((pixels.shape[-1], turns, num_rows), dtype=dtype)
+    for part, to in _runs(pixels, keys, dtype):
+        added.flatten(1).index_add_(1, to, part.mT.to(dtype))
+    summed = added.sum(1) if turns > 1 else added[:, 0]
+    return summed.mT.contiguous()
 
 
 def _runs(pixels: Tensor, keys: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
