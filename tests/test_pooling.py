@@ -155,27 +155,6 @@ def test_layouts_agree_and_gradients_follow_dtype_and_layout(resample, dtype, pe
         assert torch.equal(first, second)
 
 
-def test_half_features_wider_than_a_block():
-    """More pixels than are widened at once, in either layout; small integers, so that sums are exact."""
-    features = torch.randint(-8, 9, (2, 300, 40, 50)).half()
-    labels = torch.randint(0, 3, (2, 40, 50))
-    want = torch.stack([features.float().movedim(1, -1)[labels == k].sum(0) for k in range(3)])
-    assert torch.equal(semshift.class_sums(features, labels, 3).sums, want)
-    assert torch.equal(semshift.class_sums(features.to(memory_format=torch.channels_last), labels, 3).sums, want)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_features_are_read_as_they_lie(layout, dtype):
-    """A copy of the features would take 32 or 64 MB; all that pooling allocates is labels, sums and small blocks."""
-    features = torch.zeros(1, 256, 256, 256, dtype=dtype).to(memory_format=layout)
-    labels = torch.zeros(1, 256, 256, dtype=torch.uint8)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        semshift.class_sums(features, labels, 2)
-    largest = max(event.cpu_memory_usage for event in profile.events())
-    assert 0 < largest < features.numel() * 4 / 8
-
-
 def test_the_paper_at_its_own_size():
     """From 512 x 1024 labels to 65 x 129 features, float32, both corners, against up-sampling in float32."""
     features = torch.randn(1, 3, 65, 129)
@@ -391,14 +370,3 @@ def test_on_cuda_a_label_out_of_range_takes_no_part(resample):
     got = semshift.class_sums(features.cuda(), unchecked.cuda(), 4, resample=resample, ignore_index=None)
     torch.testing.assert_close(got.sums.cpu(), want.sums, rtol=0, atol=1e-12)
     torch.testing.assert_close(got.mass.cpu(), want.mass, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_many_vectors_without_extent(transposed):
-    """Features `[B, C]`, such as tokens, in numbers beyond those that are simply copied."""
-    features = torch.randint(-8, 9, (500, 40)).float()
-    labels = torch.randint(0, 7, (500,), dtype=torch.uint8)
-    want = torch.stack([features[labels == k].sum(0) for k in range(7)])
-    features = features.T.contiguous().T if transposed else features
-    assert torch.equal(semshift.class_sums(features, labels, 7).sums, want)
-    assert torch.equal(semshift.class_sums(features, labels, 7, per_image=True).sums.sum(0), want)

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate, one_hot
 
 import semshift
-from semshift import _pooling_ops
 from tests.errors import refuses
 
 pytestmark = pytest.mark.usefixtures("few_or_many")
@@ -168,43 +167,6 @@ def test_equals_the_definition(case):
     # The smallest mass is one pixel or one sliver of a cell, 1 / (H * W) of it.
     near(pooled.means, sums / divisor, max(100 * eps, 50 * 50 * bound(case, 100.0)))
     assert torch.equal(pooled.present, mass > 0)
-
-
-# What makes the CPU take each of its ways for features of the sizes drawn here, which are all small.
-WAYS = {
-    "small": {},
-    "bags": {"_SMALL": 0},
-    "by pixel": {"_SMALL": 0, "_NARROW": -1},
-    "by channel": {"_SMALL": 0},
-    "by channel, many classes": {"_SMALL": 0, "_FEW": 0},
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-@given(cases(modes=(None,)), st.sampled_from((0.5, *NON_FINITE)), st.integers(0, 2**32 - 1))
-def test_every_way_gives_the_definition(way, case, value, seed):
-    """In float32 sums of so few eighths are exact as well; a value that is not finite stays with its class."""
-    features = case.features.float()
-    features = laid_out(features, "channels-last") if way in ("bags", "by pixel") and features.dim() > 2 else features
-    want, _ = definition(case)
-    generator = torch.Generator().manual_seed(seed)
-    if features.numel():
-        image, channel, *cell = (int(torch.randint(0, n, (), generator=generator)) for n in features.shape)
-        row = [
-            case.num_classes if v == case.options["ignore_index"] else v for v in case.labels[image].flatten().tolist()
-        ]
-        slot = row[int(np.ravel_multi_index(cell, features.shape[2:])) if cell else 0]
-        before = features[image, channel][tuple(cell)].item()
-        features[image, channel][tuple(cell)] = value
-        if slot < case.num_classes:
-            place = (image, slot, channel) if case.options["per_image"] else (slot, channel)
-            want[place] += value - before
-    with pytest.MonkeyPatch.context() as patch:
-        for name, number in WAYS[way].items():
-            patch.setattr(_pooling_ops, name, number)
-        pooled = case.pool(features)
-    near(pooled.sums, want.float(), 0)
-    assert torch.equal(pooled.mass, case.pool().mass)
 
 
 @given(cases(), st.integers(-5, 5), st.integers(-5, 5))

@@ -20,12 +20,14 @@ __all__ = ["hard_sums"]
 
 # Elements of half precision that are widened at a time, so that they stay in the cache.
 _BLOCK = 2**18
-# The CPU's ways meet here: docs/benchmarks.md has what each is worth. Up to so many elements, fewer steps are faster.
+# What fewer steps save on the CPU is worth more than their copy, up to so many elements.
 _SMALL = 2**17
-# Up to so many classes, neighbours are mostly of one class.
-_FEW = 256
-# Up to so many channels, sorting costs less than reading a class's sum again for each pixel.
+# To sort pixels by class costs less than to add them as they come, up to so many channels.
 _NARROW = 512
+# Four sums for each class cost less than to wait for one, up to so many classes.
+_TURNED = 256
+# Up to so many classes the kernels add in a fixed order.
+_FEW = 256
 
 
 def hard_sums(
@@ -43,7 +45,7 @@ def hard_sums(
 
 
 def _is_small(features: Tensor) -> bool:
-    # To copy a pixel's channels together costs more than to find them so.
+    # A pixel's channels that lie apart cost more to copy.
     return features.is_cpu and features.numel() <= (_SMALL if features.stride(1) == 1 else _SMALL // 2)
 
 
@@ -94,14 +96,17 @@ _spread_rows = torch.ops.semshift.spread_rows.default
 def _add_up(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
 ) -> tuple[Tensor, Tensor]:
-    """The definition: add the feature of each pixel to the row of its class."""
+    """The definition: add the feature of each pixel to the row of its class.
+
+    On the CPU the layout chooses the way, in the order of memory; docs/benchmarks.md has what each is worth.
+    """
     if _is_small(features):
         return _add_up_at_once(features, labels, num_classes, ignore_index, per_image)
     slots = class_slots(labels, num_classes, ignore_index, check=True)
     keys, num_rows = _keys(slots, num_classes, per_image)
     mass, pixels = _count(keys.flatten(), num_rows), features.movedim(1, -1)
     if features.stride(1) != 1:
-        sums = _by_channel(pixels, keys, num_rows, turns=4 if num_classes <= _FEW else 1)
+        sums = _by_channel(pixels, keys, num_rows, turns=4 if num_classes <= _TURNED else 1)
     elif _in_bags(pixels, num_rows):
         order = keys.flatten().to(torch.uint8).argsort(stable=True)
         sums = embedding_bag(order, pixels.flatten(0, -2), mass.cumsum(0) - mass, mode="sum")
@@ -156,7 +161,7 @@ def _count(keys: Tensor, rows: int) -> Tensor:
 
 
 def _in_bags(pixels: Tensor, num_rows: int) -> bool:
-    """Whether to sort the pixels by class, so that a sum stays at hand until it is whole: the keys are bytes then."""
+    """Whether to sort the pixels by class, which keeps a sum at hand until it is whole; the keys must fit in a byte."""
     few = pixels.shape[-1] <= _NARROW and num_rows <= 256
     return few and pixels.is_cpu and pixels.dtype == torch.float32 and pixels.is_contiguous()
 
