@@ -71,7 +71,7 @@ def getters():
 
 @pytest.mark.parametrize("settings", SWITCHES)
 def test_sums_are_float32_under_every_precision_switch(settings):
-    """Against float64, forward and backward; of the plain sums those sizes that a product would serve."""
+    """Against float64, forward and backward; without resampling, too, where a product could serve."""
     labels = torch.randint(0, 4, (2, 48, 64))
     features = torch.randn(2, 64, 24, 32)
     rows = torch.randn(4, 64)

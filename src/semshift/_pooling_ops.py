@@ -20,7 +20,7 @@ __all__ = ["hard_sums"]
 
 # Elements of half precision that are widened at a time, so that they stay in the cache.
 _BLOCK = 2**18
-# What fewer steps save on the CPU is worth more than their copy, up to so many elements.
+# On the CPU, fewer steps save more than a copy of the features costs, up to so many elements.
 _SMALL = 2**17
 # To sort pixels by class costs less than to add them as they come, up to so many channels.
 _NARROW = 512
@@ -98,12 +98,11 @@ def _add_up(
 ) -> tuple[Tensor, Tensor]:
     """The definition: add the feature of each pixel to the row of its class.
 
-    On the CPU the layout chooses the way, in the order of memory; docs/benchmarks.md has what each is worth.
+    Features are read as they lie in memory, by channel or by pixel; docs/benchmarks.md has what each way is worth.
     """
     if _is_small(features):
         return _add_up_at_once(features, labels, num_classes, ignore_index, per_image)
-    slots = class_slots(labels, num_classes, ignore_index, check=True)
-    keys, num_rows = _keys(slots, num_classes, per_image)
+    keys, num_rows = _keys(class_slots(labels, num_classes, ignore_index, check=True), num_classes, per_image)
     mass, pixels = _count(keys.flatten(), num_rows), features.movedim(1, -1)
     if features.stride(1) != 1:
         sums = _by_channel(pixels, keys, num_rows, turns=4 if num_classes <= _TURNED else 1)
