@@ -1,6 +1,5 @@
 """The ops under labels: the class of each pixel, label maps of another size, the share of each class in each cell."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from semshift._checks import fits
+from semshift._kernels import kernels
 from semshift._transforms import values_of
 
 __all__ = ["check_range", "class_slots", "label_shares", "resize"]
@@ -135,24 +135,14 @@ def _share_out(
     return shares.contiguous()
 
 
-@functools.lru_cache(maxsize=1)
-def _kernels() -> Any:
-    """Triton's kernel, imported where it is first needed; None without Triton."""
-    try:
-        from semshift import _label_triton
-    except ImportError:
-        return None
-    return _label_triton
-
-
 @torch.library.impl(_LIBRARY, "label_shares", "CUDA")
 def _share_out_on_cuda(labels: Tensor, height: int, width: int, num_classes: int, *options: Any) -> Tensor:
-    kernels = _kernels()
-    if kernels is None or not kernels.takes(labels, height, width, num_classes):
+    triton = kernels("label", labels.device)
+    if triton is None or not triton.takes(labels, height, width, num_classes):
         return _share_out(labels, height, width, num_classes, *options)
     # Triton launches on the current device, which may be another.
     with torch.cuda.device_of(labels):
-        shares: Tensor = kernels.share_out(labels, height, width, num_classes, *options)
+        shares: Tensor = triton.share_out(labels, height, width, num_classes, *options)
     return shares
 
 

@@ -4,7 +4,6 @@ A program takes neighbouring cells of one row and up to 32 classes, and reads th
 whole numbers, so sums are exact in any order; a weight of 1 is the `unit` of its axis.
 """
 
-import functools
 from typing import Optional
 
 import torch
@@ -22,17 +21,8 @@ _LANES = 32
 
 
 def takes(labels: Tensor, height: int, width: int, num_classes: int) -> bool:
-    """Whether the kernel serves such sizes on this device; the default body serves all others."""
-    small = max(*labels.shape[1:], height, width) <= _LARGEST and num_classes <= _MOST_CLASSES
-    return small and _usable(labels.device)
-
-
-@functools.cache
-def _usable(device: torch.device) -> bool:
-    # Triton's interpreter serves the CPU.
-    if device.type != "cuda":
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether the kernel serves such sizes; the default body serves all others."""
+    return max(*labels.shape[1:], height, width) <= _LARGEST and num_classes <= _MOST_CLASSES
 
 
 def share_out(

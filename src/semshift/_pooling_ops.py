@@ -3,7 +3,6 @@
 `semshift::class_sums` adds up by label, and `semshift::spread_rows` is its adjoint.
 """
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any, Optional
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from semshift._kernels import kernels
 from semshift._label_ops import class_slots
 from semshift._soft_ops import sum_dtype
 from semshift._transforms import transformed
@@ -26,8 +26,6 @@ _SMALL = 2**17
 _NARROW = 512
 # Four sums for each class cost less than to wait for one, up to so many classes.
 _TURNED = 256
-# Up to so many classes the kernels add in a fixed order.
-_FEW = 256
 
 
 def hard_sums(
@@ -205,31 +203,25 @@ def _runs(pixels: Tensor, keys: Tensor, dtype: torch.dtype) -> Iterator[tuple[Te
     yield from zip(rows.split(block), flat.split(block))
 
 
-@functools.lru_cache(maxsize=1)
-def _kernels() -> Any:
-    """Triton's kernels, imported where they are first needed; None without Triton."""
-    try:
-        from semshift import _pooling_triton
-    except ImportError:
-        return None
-    return _pooling_triton
-
-
 @torch.library.impl(_LIBRARY, "class_sums", "CUDA")
-def _(features: Tensor, labels: Tensor, num_classes: int, *options: Any) -> tuple[Tensor, Tensor]:
-    kernels = _kernels()
+def _add_up_on_cuda(features: Tensor, labels: Tensor, num_classes: int, *options: Any) -> tuple[Tensor, Tensor]:
+    triton, pooled = kernels("pooling", features.device), None
     # Sums of many classes are scattered in no fixed order.
-    settled = num_classes <= _FEW or not torch.are_deterministic_algorithms_enabled()
-    body = kernels.add_up if kernels and settled and kernels.takes(features) else _add_up
-    sums, mass = body(features, labels, num_classes, *options)
+    if triton and (num_classes <= triton.FEW or not torch.are_deterministic_algorithms_enabled()):
+        # Triton launches on the current device, which may be another.
+        with torch.cuda.device_of(features):
+            pooled = triton.add_up(features, labels, num_classes, *options)
+    sums, mass = _add_up(features, labels, num_classes, *options) if pooled is None else pooled
     return sums, mass
 
 
 @torch.library.impl(_LIBRARY, "spread_rows", "CUDA")
-def _(rows: Tensor, *arguments: Any) -> Tensor:
-    kernels = _kernels()
-    body = kernels.spread if kernels and rows.dtype != torch.float64 else _spread
-    spread: Tensor = body(rows, *arguments)
+def _spread_on_cuda(rows: Tensor, labels: Tensor, *options: Any) -> Tensor:
+    triton = kernels("pooling", rows.device)
+    if triton is None or rows.dtype == torch.float64:
+        return _spread(rows, labels, *options)
+    with torch.cuda.device_of(rows):
+        spread: Tensor = triton.spread(rows, labels, *options)
     return spread
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from semshift._kernels import kernels
 from semshift._transforms import transformed
 
 __all__ = ["rounds_products", "soft_sums", "sum_dtype"]
@@ -58,6 +59,16 @@ def _add_up(features: Tensor, weights: Tensor) -> Tensor:
             # A second look: in a product, a place that no class weighs still gives 0 * inf.
             multiply(by, torch.where((by != 0).any(1, keepdim=True), wide, 0), pooled)
     return sums
+
+
+@torch.library.impl(_LIBRARY, "soft_class_sums", "CUDA")
+def _add_up_on_cuda(features: Tensor, weights: Tensor) -> Tensor:
+    triton, pooled = kernels("pooling", features.device), None
+    if triton:
+        # Triton launches on the current device, which may be another.
+        with torch.cuda.device_of(features):
+            pooled = triton.multiply(features, weights)
+    return _add_up(features, weights) if pooled is None else pooled
 
 
 def _multiply(weights: Tensor, features: Tensor, out: Tensor) -> None:

@@ -1,0 +1,399 @@
+"""Features times one-hot labels or weights on CUDA, added up over the pixels, and the kernel of this product.
+
+A program reads a span of pixels once and multiplies it by 64 classes at most; the last program of a column to finish
+adds the partial sums in a fixed order: the same bits on every run.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple, Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["Plane", "find_class", "multiprocessors", "next_power", "plane_of", "product"]
+
+# Of a program at least: fewer pixels are not worth its partial sums.
+_PIXELS = 256
+# Up to so many partial sums are added by one program, more by several first.
+_ADDED = 16
+# Of the H100; what the interpreter is told.
+_MULTIPROCESSORS = 132
+
+
+class Plane(NamedTuple):
+    """Where the features of each image lie: pixels in one dimension, or in two of which the inner has `width`."""
+
+    images: int
+    pixels: int
+    width: int
+    image_stride: int
+    row_stride: int
+    pixel_stride: int
+    channel_stride: int
+
+    @property
+    def flat(self) -> bool:
+        return self.pixels == self.width
+
+
+def plane_of(features: Tensor, per_image: bool) -> Optional[Plane]:
+    """Features `[B, C, *S]` as images of one or two dimensions, as few as the strides allow; None if it takes more."""
+    sizes, strides = features.shape, features.stride()
+    merged: list[tuple[int, int]] = []
+    for axis in (0, *range(2, len(sizes))):
+        size, stride = sizes[axis], strides[axis]
+        if (axis == 0 and per_image) or size == 1:
+            continue
+        if merged and merged[-1][1] == stride * size:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    images = (sizes[0], strides[0]) if per_image else (1, 0)
+    if not per_image and len(merged) > 1:
+        images, *merged = merged
+    if len(merged) > 2:
+        return None
+    (height, row), (width, column) = [(1, 0)] * (2 - len(merged)) + merged
+    # Pixels are counted in 32 bits.
+    if height * width >= 2**31 - 2**16:
+        return None
+    return Plane(images[0], height * width, width, images[1], row, column, strides[1])
+
+
+def next_power(number: int) -> int:
+    return 1 << (number - 1).bit_length() if number > 1 else 1
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def product(
+    features: Tensor, by: Tensor, plane: Plane, rows: tuple[int, ...], per_image: bool, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Sums `[*rows, C]`, and counts if `by` is labels; `by` is weights `[B, K, N]` if it is floating point."""
+    soft = by.is_floating_point()
+    channels, num_classes = features.shape[1], rows[-1]
+    vector, step, lead = 16 // features.element_size(), 1, 0
+    # Pixels or channels lie side by side, or else every element is loaded for itself.
+    by_plane = plane.flat and plane.pixel_stride == 1
+    aligned = plane.flat and features.data_ptr() % 16 == 0
+    if by_plane and aligned:
+        # Every so many channels lie alike to the borders of vectors: a program takes those.
+        step = vector // math.gcd(plane.channel_stride, vector)
+        aligned = step <= channels
+        step = step if aligned else 1
+        lead = vector if aligned and (step > 1 or plane.image_stride % vector) else 0
+    elif aligned:
+        aligned = plane.channel_stride == 1 and plane.pixel_stride % vector == plane.image_stride % vector == 0
+    # Pieces of weights take more registers than one-hot labels.
+    groups = -(-num_classes // (32 if soft else 64))
+    wide_k = max(16, next_power(-(-num_classes // groups)))
+    block_c = min(64, max(16, next_power(-(-channels // step))))
+    block_n = 64 if features.dtype == torch.float32 or wide_k > 32 or soft else 128
+    # What is read element by element, or as several pieces of either factor, takes more registers.
+    block_n = block_n if plane.flat and not soft else block_n // 2
+    tiles = step * -(-channels // (step * block_c))
+    columns = tiles * groups
+    # As many as run at once, so that none is left to run alone at the end.
+    programs = multiprocessors(features.device) * (4 if block_c <= 32 else 2)
+    pixels = plane.pixels + lead
+    spans = max(1, min(round(programs / (columns * plane.images)), pixels // _PIXELS))
+    span = -(-pixels // (spans * block_n)) * block_n
+    spans = -(-pixels // span)
+    # The partial sums of a table of prototypes: a heap is added by one program, and what the heaps leave by another.
+    tables, total = (len(features), spans) if per_image else (1, plane.images * spans)
+    heap = total if total <= _ADDED else math.ceil(math.sqrt(total))
+    heaps = -(-total // heap)
+    size = (tables * (total + heaps), columns, wide_k, block_c)
+    partial = features.new_empty(size, dtype=torch.float32)
+    sums = features.new_empty((*rows, channels), dtype=torch.float32)
+    # Counts and arrivals, in one piece to be filled once.
+    counted = 0 if soft else math.prod(rows)
+    tallies = torch.zeros(counted + tables * columns * (heaps + 1), dtype=torch.int64, device=features.device)
+    _product_kernel[(plane.images * spans * groups, tiles if soft else tiles + 1)](
+        features,
+        by,
+        partial,
+        sums,
+        tallies,
+        counted,
+        *plane[1:],
+        channels,
+        spans,
+        span,
+        tiles,
+        total,
+        heap,
+        **{"ignore_index": -1, "IGNORED": False, **options},
+        SOFT=soft,
+        GROUPS=groups,
+        FLAT=plane.flat,
+        BY_PLANE=by_plane,
+        STEP=step,
+        VECTOR=vector if aligned else 1,
+        EVEN=channels % (step * block_c) == 0,
+        WIDE_K=wide_k,
+        BLOCK_C=block_c,
+        BLOCK_N=block_n,
+        INTERPRETED=not isinstance(_product_kernel, triton.JITFunction),
+        num_warps=2 if block_c <= 32 else 4,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )
+    return sums, tallies[:counted].view(rows if counted else (0,))
+
+
+@triton.jit
+def find_class(labels, at, inside, num_classes, ignore_index, IGNORED: tl.constexpr, MASKED: tl.constexpr):
+    """Class of each pixel, -1 where it has none."""
+    label = tl.load(labels + at, mask=inside, other=0) if MASKED else tl.load(labels + at)
+    # Unsigned, a negative label is a large one.
+    if label.dtype == tl.int64:
+        known = label.to(tl.uint64, bitcast=True) < num_classes
+        key = label.to(tl.int32)
+    else:
+        key = label.to(tl.int32)
+        known = key.to(tl.uint32, bitcast=True) < num_classes
+    if IGNORED:
+        known &= key != ignore_index
+    if MASKED:
+        known &= inside
+    return tl.where(known, key, -1)
+
+
+@triton.jit
+def _split(x):
+    """Three float32 of eight bits each that add up to a finite one; cut, not rounded, so that none overflows."""
+    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    rest = x - high
+    middle = (rest.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high, middle, rest - middle
+
+
+@triton.jit
+def _dot(x, by, sums, INTERPRETED: tl.constexpr):
+    """A product of what bfloat16 or float16 hold exactly, added up in float32."""
+    if INTERPRETED:
+        # Triton's interpreter would multiply the bit patterns of bfloat16.
+        return tl.dot(x.to(tl.float32), by.to(tl.float32), sums)
+    return tl.dot(_narrow(x), by.to(x.dtype if x.dtype == tl.float16 else tl.bfloat16), sums)
+
+
+@triton.jit
+def _narrow(x):
+    """The bfloat16 that a piece of `_split` is; all else as it came."""
+    if x.dtype == tl.float32:
+        return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
+def _add(x, by, high, middle, low, SOFT: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Adds x times one-hot labels or weights; the sums are those of the three, smallest pieces last."""
+    if SOFT and x.dtype == tl.bfloat16:
+        by_high, by_middle, by_low = _split(by)
+        high, middle = _dot(x, by_high, high, INTERPRETED), _dot(x, by_middle, middle, INTERPRETED)
+        low = _dot(x, by_low, low, INTERPRETED)
+    elif SOFT:
+        by_high, by_middle, by_low = _split(by)
+        a, b, c = _split(x.to(tl.float32))
+        high = _dot(a, by_high, high, INTERPRETED)
+        middle = _dot(b, by_high, _dot(a, by_middle, middle, INTERPRETED), INTERPRETED)
+        low = _dot(b, by_middle, _dot(a, by_low, low, INTERPRETED), INTERPRETED)
+        low = _dot(b, by_low, low, INTERPRETED)
+        low = _dot(c, by_middle, _dot(c, by_high, low, INTERPRETED), INTERPRETED)
+    elif x.dtype == tl.float32:
+        # An accumulator for each: chained to one, some releases of Triton get them wrong on sm_103.
+        a, b, c = _split(x)
+        high, middle = _dot(a, by, high, INTERPRETED), _dot(b, by, middle, INTERPRETED)
+        low = _dot(c, by, low, INTERPRETED)
+    else:
+        high = _dot(x, by, high, INTERPRETED)
+    return high, middle, low
+
+
+@triton.jit
+def _read(
+    features, by, n, inside, k, c_inside, pixels, width, row_stride, pixel_stride, num_classes, ignore_index,
+    IGNORED: tl.constexpr, SOFT: tl.constexpr, FLAT: tl.constexpr, BY_PLANE: tl.constexpr, VECTOR: tl.constexpr,
+    EVEN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Features `[BLOCK_C, len(n)]` of the pixels n, and their one-hot labels or weights `[len(n), WIDE_K]`."""
+    if not FLAT:
+        at = (n // width).to(tl.int64) * row_stride + (n % width).to(tl.int64) * pixel_stride
+    elif BY_PLANE:
+        at = n
+    else:
+        at = tl.multiple_of(n.to(tl.int64) * pixel_stride, VECTOR)
+    if MASKED:
+        x = tl.load(features + at[None, :], mask=c_inside[:, None] & inside[None, :], other=0.0)
+    elif EVEN:
+        x = tl.load(features + at[None, :])
+    else:
+        x = tl.load(features + at[None, :], mask=c_inside[:, None], other=0.0)
+    if SOFT:
+        at_by = k.to(tl.int64)[None, :] * pixels + n[:, None]
+        return x, tl.load(by + at_by, mask=(k < num_classes)[None, :] & inside[:, None], other=0.0)
+    else:
+        key = find_class(by, n, inside, num_classes, ignore_index, IGNORED, MASKED)
+        # Selected, not converted from a bool, which is slower.
+        return x, tl.where(key[:, None] == k[None, :], 1.0, 0.0)
+
+
+@triton.jit
+def _piece(x, turn):
+    """Of finite x the piece `turn`; from 3 on, which x are inf, -inf or nan."""
+    finite = tl.abs(x) < float("inf")
+    high, middle, low = _split(tl.where(finite, x, 0.0))
+    piece = tl.where(turn == 0, high, tl.where(turn == 1, middle, low))
+    mark = tl.where(turn == 3, x == float("inf"), tl.where(turn == 4, x == float("-inf"), x != x))
+    return tl.where(turn < 3, piece, mark.to(tl.float32))
+
+
+@triton.jit
+def _gather(partial, tile, apart, count):
+    """So many partial sums, in their order; from the second-level cache, into which other programs wrote them."""
+    sums = tl.zeros(tile.shape, dtype=tl.float32)
+    # Four at a time, so that one load need not wait for another.
+    for _ in range(0, count // 4):
+        for _ in tl.static_range(4):
+            sums += tl.load(partial + tile, cache_modifier=".cg")
+            partial += apart
+    for _ in range(0, count % 4):
+        sums += tl.load(partial + tile, cache_modifier=".cg")
+        partial += apart
+    return sums
+
+
+@triton.jit
+def _product_kernel(
+    features, by, partial, sums, tallies, counted,
+    pixels, width, image_stride, row_stride, pixel_stride, channel_stride, channels,
+    spans, span, tiles, total, heap, num_classes, ignore_index,
+    IGNORED: tl.constexpr, SOFT: tl.constexpr, GROUPS: tl.constexpr, FLAT: tl.constexpr, BY_PLANE: tl.constexpr,
+    STEP: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr, WIDE_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0) // GROUPS
+    group = tl.program_id(0) % GROUPS
+    tile = tl.program_id(1)
+    image = (program // spans).to(tl.int64)
+    start = (program % spans) * span
+    k = group * WIDE_K + tl.arange(0, WIDE_K)
+    columns = tiles * GROUPS
+    table = (program // total).to(tl.int64)
+    if SOFT:
+        by += image * num_classes * pixels
+    else:
+        by += image * pixels
+        if tile == tiles:
+            # These programs count.
+            stop = tl.minimum(start + span, pixels)
+            count = tl.zeros((WIDE_K, BLOCK_N), dtype=tl.int32)
+            for first in range(start, stop, BLOCK_N):
+                n = first + tl.arange(0, BLOCK_N)
+                key = find_class(by, n, n < stop, num_classes, ignore_index, IGNORED, True)
+                count += (key[None, :] == k[:, None]).to(tl.int32)
+            # Integers, whose sum no order changes.
+            to = tallies + table * num_classes + k
+            tl.atomic_add(to, tl.sum(count, 1).to(tl.int64), mask=k < num_classes, sem="relaxed")
+            return
+    i = tile // STEP * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = tile % STEP + i * STEP
+    c_inside = c < channels
+    offset = image * image_stride + (tile % STEP).to(tl.int64) * channel_stride
+    rows = i.to(tl.int64) * (channel_stride * STEP)
+    lead = 0
+    if BY_PLANE and VECTOR > 1:
+        # All channels of this program lie alike to a vector's border: begin where it is.
+        lead = (offset % VECTOR).to(tl.int32)
+        offset = tl.multiple_of(offset - lead, VECTOR)
+        rows = tl.multiple_of(rows, VECTOR)
+        by -= lead
+    features += offset + rows[:, None]
+    stop = tl.maximum(tl.minimum(start + span, pixels + lead), start)
+    # Whole vectors, of which whole blocks need no mask. In front and behind, less than a vector is left.
+    first_whole, last_whole = start, stop
+    if BY_PLANE and VECTOR > 1:
+        first_whole = tl.multiple_of(tl.where(lead > start, VECTOR, start), VECTOR)
+        last_whole = tl.multiple_of(tl.maximum(stop // VECTOR * VECTOR, first_whole), VECTOR)
+    unmasked = first_whole
+    high = tl.zeros((BLOCK_C, WIDE_K), dtype=tl.float32)
+    middle = tl.zeros((BLOCK_C, WIDE_K), dtype=tl.float32)
+    low = tl.zeros((BLOCK_C, WIDE_K), dtype=tl.float32)
+    if FLAT:
+        unmasked += (last_whole - first_whole) // BLOCK_N * BLOCK_N
+        for first in range(first_whole, unmasked, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            x, hot = _read(
+                features, by, n, n >= 0, k, c_inside, pixels, width, row_stride, pixel_stride, num_classes,
+                ignore_index, IGNORED, SOFT, FLAT, BY_PLANE, VECTOR, EVEN, False,
+            )  # fmt: skip
+            high, middle, low = _add(x, hot, high, middle, low, SOFT, INTERPRETED)
+    for first in tl.range(unmasked, last_whole, BLOCK_N, num_stages=1):
+        n = first + tl.arange(0, BLOCK_N)
+        x, hot = _read(
+            features, by, n, n < last_whole, k, c_inside, pixels, width, row_stride, pixel_stride, num_classes,
+            ignore_index, IGNORED, SOFT, FLAT, BY_PLANE, VECTOR, EVEN, True,
+        )  # fmt: skip
+        high, middle, low = _add(x, hot, high, middle, low, SOFT, INTERPRETED)
+    if BY_PLANE and VECTOR > 1:
+        j = tl.arange(0, 16)
+        n = tl.where(j < 8, start + j, last_whole + j - 8)
+        inside = (n >= lead) & (n < stop) & ((j < 8) == (n < first_whole))
+        x, hot = _read(
+            features, by, n, inside, k, c_inside, pixels, width, row_stride, pixel_stride, num_classes, ignore_index,
+            IGNORED, SOFT, FLAT, BY_PLANE, VECTOR, EVEN, True,
+        )  # fmt: skip
+        high, middle, low = _add(x, hot, high, middle, low, SOFT, INTERPRETED)
+    added = high + (middle + low)
+    if not SOFT:  # noqa: SIM102 - only what is known at compile time may be joined
+        if tl.max((tl.abs(added) < float("inf")).to(tl.int32) ^ 1) > 0:
+            # In a product, 0 * inf reaches every class: add the three pieces again without such values, then find the
+            # classes of inf, -inf and nan. One turn for each, since few registers are left.
+            added = tl.zeros((BLOCK_C, WIDE_K), dtype=tl.float32)
+            for turn in tl.range(0, 6, num_stages=1):
+                found = tl.zeros((BLOCK_C, WIDE_K), dtype=tl.float32)
+                for first in tl.range(start, stop, 16, num_stages=1):
+                    n = first + tl.arange(0, 16)
+                    x, hot = _read(
+                        features, by, n, (n >= lead) & (n < stop), k, c_inside, pixels, width, row_stride, pixel_stride,
+                        num_classes, ignore_index, IGNORED, SOFT, FLAT, BY_PLANE, VECTOR, EVEN, True,
+                    )  # fmt: skip
+                    found = _dot(_piece(x.to(tl.float32), turn), hot, found, INTERPRETED)
+                value = tl.where(turn == 3, float("inf"), tl.where(turn == 4, float("-inf"), float("nan")))
+                added += tl.where(turn < 3, found, tl.where(found > 0, value, 0.0))
+    # A tile of partial sums is whole and lies dense, so it needs no mask.
+    dense = tl.arange(0, BLOCK_C)[:, None] + tl.arange(0, WIDE_K)[None, :] * BLOCK_C
+    inside = c_inside[:, None] & (k < num_classes)[None, :]
+    column = tile * GROUPS + group
+    partial += column * (BLOCK_C * WIDE_K)
+    apart = columns.to(tl.int64) * (BLOCK_C * WIDE_K)
+    heaps = tl.cdiv(total, heap)
+    mine = program % total // heap
+    first_of_heap = program - program % total % heap
+    members = tl.minimum(heap, total - mine * heap)
+    arrivals = tallies + counted + (table * columns + column) * (heaps + 1)
+    sums += table * num_classes * channels
+    to = k[None, :] * channels + c[:, None]
+    tl.store(partial + program * apart + dense, added)
+    # Every store of this program before its arrival; the last to arrive sees those of all others.
+    tl.debug_barrier()
+    if tl.atomic_add(arrivals + mine, 1, sem="acq_rel", scope="gpu") == members - 1:
+        added = _gather(partial + first_of_heap * apart, dense, apart, members)
+        if heaps == 1:
+            tl.store(sums + to, added, mask=inside)
+        else:
+            partial += (tl.num_programs(0) // GROUPS + table * heaps) * apart
+            tl.store(partial + mine * apart + dense, added)
+            tl.debug_barrier()
+            if tl.atomic_add(arrivals + heaps, 1, sem="acq_rel", scope="gpu") == heaps - 1:
+                tl.store(sums + to, _gather(partial, dense, apart, heaps), mask=inside)
