@@ -218,7 +218,8 @@ def _add_up_on_cuda(features: Tensor, labels: Tensor, num_classes: int, *options
 @torch.library.impl(_LIBRARY, "spread_rows", "CUDA")
 def _spread_on_cuda(rows: Tensor, labels: Tensor, *options: Any) -> Tensor:
     triton = kernels("pooling", rows.device)
-    if triton is None or rows.dtype == torch.float64:
+    # Pixels are counted in 32 bits.
+    if triton is None or rows.dtype == torch.float64 or labels.numel() >= 2**31 - 2**16:
         return _spread(rows, labels, *options)
     with torch.cuda.device_of(rows):
         spread: Tensor = triton.spread(rows, labels, *options)

@@ -6,7 +6,7 @@ bits on every run. With more classes the time must not grow with them, so sums a
 """
 
 import math
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import triton
@@ -33,9 +33,7 @@ def add_up(
     if plane.images * plane.pixels == 0 or channels == 0:
         return features.new_zeros((*rows, channels), dtype=torch.float32), labels.new_zeros(rows, dtype=torch.int64)
     labels = labels.contiguous()
-    # Elsewhere an ignored label is out of range already.
-    ignored = ignore_index is not None and 0 <= ignore_index < num_classes
-    pixels = {"num_classes": num_classes, "ignore_index": ignore_index if ignored else -1, "IGNORED": ignored}
+    labelling = _labelling(num_classes, ignore_index)
     if num_classes > FEW:
         sums = features.new_zeros((*rows, channels), dtype=torch.float32)
         counts = labels.new_zeros(rows, dtype=torch.int64)
@@ -50,14 +48,14 @@ def add_up(
             channels,
             blocks,
             num_classes if per_image else 0,
-            **pixels,
+            **labelling,
             FLAT=plane.flat,
             BLOCK_C=block_c,
             BLOCK_N=block_n,
             enable_fp_fusion=True,
         )
         return sums, counts
-    return product(features, labels, plane, rows, per_image, pixels)
+    return product(features, labels, plane, rows, per_image, labelling)
 
 
 def multiply(features: Tensor, weights: Tensor) -> Optional[Tensor]:
@@ -72,7 +70,7 @@ def multiply(features: Tensor, weights: Tensor) -> Optional[Tensor]:
     if features.is_cuda and torch.cuda.get_device_capability(features.device) >= (10, 0):
         return None
     rows = (len(features), num_classes)
-    sums, _ = product(features, weights.float().contiguous(), plane, rows, True, {"num_classes": num_classes})
+    sums, _ = product(features, weights.float().contiguous(), plane, rows, True, _labelling(num_classes, None))
     return sums
 
 
@@ -88,8 +86,7 @@ def spread(
     if result.numel() == 0:
         return result
     pixels = result[0, 0].numel()
-    ignored = ignore_index is not None and 0 <= ignore_index < num_classes
-    options = {"num_classes": num_classes, "ignore_index": ignore_index if ignored else -1, "IGNORED": ignored}
+    labelling = _labelling(num_classes, ignore_index)
     if channels_last:
         if not per_image:
             images, pixels = 1, images * pixels
@@ -102,7 +99,7 @@ def spread(
             pixels,
             channels,
             blocks,
-            **options,
+            **labelling,
             BLOCK_C=block_c,
             BLOCK_N=block_n,
             enable_fp_fusion=True,
@@ -126,7 +123,7 @@ def spread(
         blocks,
         table[0].numel() if per_image else 0,
         a_program,
-        **options,
+        **labelling,
         NOWHERE=table.shape[-1] - 1,
         STEP=step,
         VECTOR=vector,
@@ -134,6 +131,12 @@ def spread(
         enable_fp_fusion=True,
     )
     return result
+
+
+def _labelling(num_classes: int, ignore_index: Optional[int]) -> dict[str, Any]:
+    # An ignored label that is no class is out of range anyway.
+    ignored = ignore_index is not None and 0 <= ignore_index < num_classes
+    return {"num_classes": num_classes, "ignore_index": ignore_index if ignored else -1, "IGNORED": ignored}
 
 
 @triton.jit

@@ -78,76 +78,87 @@ def product(
     features: Tensor, by: Tensor, plane: Plane, rows: tuple[int, ...], per_image: bool, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Sums `[*rows, C]`, and counts if `by` is labels; `by` is weights `[B, K, N]` if it is floating point."""
-    soft = by.is_floating_point()
-    channels, num_classes = features.shape[1], rows[-1]
-    vector, step, lead = 16 // features.element_size(), 1, 0
-    # Pixels or channels lie side by side, or else every element is loaded for itself.
-    by_plane = plane.flat and plane.pixel_stride == 1
-    aligned = plane.flat and features.data_ptr() % 16 == 0
-    if by_plane and aligned:
-        # Every so many channels lie alike to the borders of vectors: a program takes those.
-        step = vector // math.gcd(plane.channel_stride, vector)
-        aligned = step <= channels
-        step = step if aligned else 1
-        lead = vector if aligned and (step > 1 or plane.image_stride % vector) else 0
-    elif aligned:
-        aligned = plane.channel_stride == 1 and plane.pixel_stride % vector == plane.image_stride % vector == 0
-    # Pieces of weights take more registers than one-hot labels.
-    groups = -(-num_classes // (32 if soft else 64))
-    wide_k = max(16, next_power(-(-num_classes // groups)))
-    block_c = min(64, max(16, next_power(-(-channels // step))))
-    block_n = 64 if features.dtype == torch.float32 or wide_k > 32 or soft else 128
-    # What is read element by element, or as several pieces of either factor, takes more registers.
-    block_n = block_n if plane.flat and not soft else block_n // 2
-    tiles = step * -(-channels // (step * block_c))
-    columns = tiles * groups
-    # As many as run at once, so that none is left to run alone at the end.
-    programs = multiprocessors(features.device) * (4 if block_c <= 32 else 2)
-    pixels = plane.pixels + lead
-    spans = max(1, min(round(programs / (columns * plane.images)), pixels // _PIXELS))
-    span = -(-pixels // (spans * block_n)) * block_n
-    spans = -(-pixels // span)
-    # The partial sums of a table of prototypes: a heap is added by one program, and what the heaps leave by another.
-    tables, total = (len(features), spans) if per_image else (1, plane.images * spans)
-    heap = total if total <= _ADDED else math.ceil(math.sqrt(total))
-    heaps = -(-total // heap)
-    size = (tables * (total + heaps), columns, wide_k, block_c)
+    soft, aligned, channels = by.is_floating_point(), features.data_ptr() % 16 == 0, features.shape[1]
+    vector = 16 // features.element_size()
+    grid, size, arrivals, sizes = _plan(
+        plane, channels, rows[-1], per_image, soft, vector if aligned else 1, features.dtype, features.device
+    )
     partial = features.new_empty(size, dtype=torch.float32)
     sums = features.new_empty((*rows, channels), dtype=torch.float32)
     # Counts and arrivals, in one piece to be filled once.
     counted = 0 if soft else math.prod(rows)
-    tallies = torch.zeros(counted + tables * columns * (heaps + 1), dtype=torch.int64, device=features.device)
-    _product_kernel[(plane.images * spans * groups, tiles if soft else tiles + 1)](
-        features,
-        by,
-        partial,
-        sums,
-        tallies,
-        counted,
-        *plane[1:],
-        channels,
-        spans,
-        span,
-        tiles,
-        total,
-        heap,
-        **{"ignore_index": -1, "IGNORED": False, **options},
-        SOFT=soft,
-        GROUPS=groups,
-        FLAT=plane.flat,
-        BY_PLANE=by_plane,
-        STEP=step,
-        VECTOR=vector if aligned else 1,
-        EVEN=channels % (step * block_c) == 0,
-        WIDE_K=wide_k,
-        BLOCK_C=block_c,
-        BLOCK_N=block_n,
-        INTERPRETED=not isinstance(_product_kernel, triton.JITFunction),
-        num_warps=2 if block_c <= 32 else 4,
-        num_stages=3,
-        enable_fp_fusion=True,
-    )
+    tallies = torch.zeros(counted + arrivals, dtype=torch.int64, device=features.device)
+    _product_kernel[grid](features, by, partial, sums, tallies, counted, *plane[1:], channels, **sizes, **options)
     return sums, tallies[:counted].view(rows if counted else (0,))
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    plane: Plane,
+    channels: int,
+    num_classes: int,
+    per_image: bool,
+    soft: bool,
+    vector: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[tuple[int, int], int, int, dict[str, Any]]:
+    """The grid, how many partial sums and arrivals there are, and the kernel's sizes: all that follows from shapes.
+
+    `vector` is how many features 128 bits hold, 1 where the first ones do not begin at a multiple of these.
+    """
+    step, lead = 1, 0
+    # Pixels or channels lie side by side, or else every element is loaded for itself.
+    by_plane = plane.flat and plane.pixel_stride == 1
+    if by_plane:
+        # Every so many channels lie alike to the borders of vectors: a program takes those.
+        step = vector // math.gcd(plane.channel_stride, vector)
+        vector, step = (vector, step) if step <= channels else (1, 1)
+        lead = vector if step > 1 or plane.image_stride % vector else 0
+    elif plane.channel_stride != 1 or not plane.flat or plane.pixel_stride % vector or plane.image_stride % vector:
+        vector = 1
+    # Pieces of weights take more registers than one-hot labels.
+    groups = -(-num_classes // (32 if soft else 64))
+    wide_k = max(16, next_power(-(-num_classes // groups)))
+    block_c = min(64, max(16, next_power(-(-channels // step))))
+    block_n = 64 if dtype == torch.float32 or wide_k > 32 or soft else 128
+    # What is read element by element, or as several pieces of either factor, takes more registers.
+    block_n = block_n if plane.flat and not soft else block_n // 2
+    tiles = step * -(-channels // (step * block_c))
+    # As many as run at once, so that none is left to run alone at the end.
+    programs = multiprocessors(device) * (4 if block_c <= 32 else 2)
+    pixels = plane.pixels + lead
+    spans = max(1, min(round(programs / (tiles * groups * plane.images)), pixels // _PIXELS))
+    span = -(-pixels // (spans * block_n)) * block_n
+    spans = -(-pixels // span)
+    # The partial sums of a table of prototypes: a heap is added by one program, and what the heaps leave by another.
+    tables, total = (plane.images, spans) if per_image else (1, plane.images * spans)
+    heap = total if total <= _ADDED else math.ceil(math.sqrt(total))
+    heaps = -(-total // heap)
+    sizes = {
+        "spans": spans,
+        "span": span,
+        "tiles": tiles,
+        "total": total,
+        "heap": heap,
+        "SOFT": soft,
+        "GROUPS": groups,
+        "FLAT": plane.flat,
+        "BY_PLANE": by_plane,
+        "STEP": step,
+        "VECTOR": vector,
+        "EVEN": channels % (step * block_c) == 0,
+        "WIDE_K": wide_k,
+        "BLOCK_C": block_c,
+        "BLOCK_N": block_n,
+        "INTERPRETED": not isinstance(_product_kernel, triton.JITFunction),
+        "num_warps": 2 if block_c <= 32 else 4,
+        "num_stages": 3,
+        "enable_fp_fusion": True,
+    }
+    grid = (plane.images * spans * groups, tiles if soft else tiles + 1)
+    partial = tables * (total + heaps) * tiles * groups * wide_k * block_c
+    return grid, partial, tables * tiles * groups * (heaps + 1), sizes
 
 
 @triton.jit
