@@ -115,7 +115,7 @@ def hard(shapes: list[tuple[int, ...]], args: argparse.Namespace) -> tuple[list[
         large |= ONE_HOT if num_classes * labels.numel() > MOST_ELEMENTS else set()
         given: dict[str, Any] = {"labels": labels, "num_classes": num_classes, "ignore_index": ignore}
         calls: dict[str, Call] = {
-            name: functools.partial(whole, way, **given) for name, way in WAYS.items() if name not in large
+            name: functools.partial(whole, WAYS[name], **given) for name in args.ways if name not in large
         }
         calls["ours"] = functools.partial(ours, **given)
         first = agree(calls, leaf, labels, grad, ignore)
@@ -279,6 +279,7 @@ def main() -> None:
     parser.add_argument("--labels", default="segments", choices=["segments", "random"])
     parts = ["hard", "small", "bilinear"]
     parser.add_argument("--only", nargs="+", default=parts, choices=parts)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="beside ours, in the main table")
     parser.add_argument("--shape", nargs=5, type=int, action="append", metavar=("B", "C", "h", "w", "K"))
     usual = [2048, 65, 129, 512, 1024, 19]
     parser.add_argument("--bilinear", nargs=6, type=int, default=usual, metavar=("C", "h", "w", "H", "W", "K"))
