@@ -29,3 +29,18 @@ def few_or_many(request):
         if request.param == "many":
             patch.setattr("semshift._pooling_ops._SMALL", 0)
         yield
+
+
+@pytest.fixture(scope="module")
+def multiples_are_checked():
+    """Kernels tell the compiler what is a multiple of how many, for wide loads; the interpreter takes no notice."""
+    handle = pytest.importorskip("triton.runtime.interpreter", reason="because it needs Triton").TensorHandle
+    set_attr = handle.set_attr
+
+    def check(self, key, value):
+        assert key != "tt.divisibility" or not (self.data % value).any(), f"{self.data} told to be multiples of {value}"
+        return set_attr(self, key, value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(handle, "set_attr", check)
+        yield

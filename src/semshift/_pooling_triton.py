@@ -25,12 +25,11 @@ def add_up(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
 ) -> Optional[tuple[Tensor, Tensor]]:
     """Sums `[(B,) K, C]` float32 and counts `[(B,) K]` int64; None for features of a dtype or strides not served."""
-    plane = plane_of(features, per_image)
-    if plane is None or features.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    plane, channels = plane_of(features, per_image), features.shape[1]
+    if plane is None or channels == 0 or features.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return None
-    channels = features.shape[1]
     rows = (len(features), num_classes) if per_image else (num_classes,)
-    if plane.images * plane.pixels == 0 or channels == 0:
+    if plane.images * plane.pixels == 0:
         return features.new_zeros((*rows, channels), dtype=torch.float32), labels.new_zeros(rows, dtype=torch.int64)
     labels = labels.contiguous()
     labelling = _labelling(num_classes, ignore_index)
