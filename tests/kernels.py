@@ -17,7 +17,16 @@ HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 LAYOUTS = [
-    *("contiguous", "channels-last", "crop", "every-second", "transposed", "offset", "channels-of-more", "images-apart"),
+    *(
+        "contiguous",
+        "channels-last",
+        "crop",
+        "every-second",
+        "transposed",
+        "offset",
+        "channels-of-more",
+        "images-apart",
+    ),
 ]
 # Compiled against NumPy 1, those interpreters read the sizes of NumPy 2's dtypes wrongly, and with them other memory.
 MISREADS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 2) and int(numpy.__version__.split(".")[0]) > 1
@@ -66,7 +75,7 @@ def shapes(draw):
     if draw(st.booleans()):
         size = draw(st.lists(st.sampled_from([5, 13, 2, 1, 0]), max_size=2))
         return images, draw(st.sampled_from([3, 17, 1, 16, 65, 0])), *size
-    # Lines whose channels lie alike to the borders of vectors every 1, 2, 4 or 8 channels, or in too few of them.
+    # In lines of which every 1, 2, 4 or 8 channels lie alike to the borders of vectors, or too few channels do.
     return images, draw(st.sampled_from([20, 9, 64, 140, 3])), draw(st.sampled_from([65, 63, 131, 7, 68, 128, 62, 300]))
 
 
@@ -94,7 +103,10 @@ def definition(features: Tensor, labels: Tensor, num_classes: int, ignore_index:
     sums = torch.zeros(2, images if per_image else 1, num_classes, channels, dtype=torch.float64)
     counts = torch.zeros(sums.shape[1:3], dtype=torch.int64)
     for image in range(images):
-        x, marks = features[image].double().cpu().reshape(channels, labels[image].numel()), labels[image].flatten().cpu()
+        x, marks = (
+            features[image].double().cpu().reshape(channels, labels[image].numel()),
+            labels[image].flatten().cpu(),
+        )
         for label in set(marks.tolist()) & set(range(num_classes)) - {ignore_index}:
             group, mine = image if per_image else 0, x[:, marks == label]
             sums[:, group, label] += torch.stack([mine.sum(1), mine.abs().sum(1)])

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from fractions import Fraction
 
-import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,24 +16,14 @@ from torch import Tensor
 
 import semshift
 from semshift import _label_ops as ops
+from tests.kernels import DEVICE, GPU, INTEGERS, needs_gpu, runs_kernels
 
-pytest.importorskip("triton", reason="because the kernel needs Triton")
-import triton
-
-from semshift import _label_triton as kernels
+# Below, since it needs Triton, without which the import above skips this file.
+from semshift import _label_triton as kernels  # isort: skip
 
 # Of NumPy 1, to the interpreter of Triton 3.0 and 3.1.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 MODES = [("area", False), ("bilinear", False), ("bilinear", True)]
-# Compiled against NumPy 1, those interpreters read the sizes of NumPy 2's dtypes wrongly, and with them other memory.
-MISREADS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 2) and int(numpy.__version__.split(".")[0]) > 1
-runs_kernels = pytest.mark.skipif(
-    not GPU and MISREADS, reason="because Triton's interpreter before 3.2 needs NumPy 1 (pip install 'numpy<2')"
-)
-needs_gpu = pytest.mark.skipif(not GPU, reason="because it needs a CUDA device")
 
 
 def pairs(pixels: int, cells: int, resample: str, align_corners: bool):
@@ -207,15 +196,6 @@ def test_larger_sizes_are_left_to_the_default_body():
     assert not kernels.takes(labels[:, 1:], 4, 4, 2**21)
 
 
-@pytest.mark.parametrize(
-    ("hip", "capability", "usable"), [(None, (7, 5), False), (None, (8, 0), True), ("6.2", (9, 4), False)]
-)
-def test_old_devices_and_those_of_rocm_are_left_to_the_default_body(monkeypatch, hip, capability, usable):
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert kernels._usable.__wrapped__(torch.device("cuda", 0)) == usable
-
-
 @runs_kernels
 def test_the_op_uses_the_kernel_on_cuda_where_that_serves(monkeypatch):
     labels = torch.randint(0, 3, (2, 7, 9), device=DEVICE)
@@ -230,7 +210,7 @@ def test_the_op_uses_the_kernel_on_cuda_where_that_serves(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(kernels, name, 2)
             torch.testing.assert_close(ops._share_out_on_cuda(labels, *options), want)
-    monkeypatch.setattr(ops, "_kernels", lambda: None)
+    monkeypatch.setattr(ops, "kernels", lambda *_: None)
     torch.testing.assert_close(ops._share_out_on_cuda(labels, *options), want)
 
 

@@ -82,14 +82,23 @@ def test_the_parts_do_not_know_what_is_composed_of_them(path):
     assert not {name for name in of_semshift(path) if name.split(".")[1:2] in (["alignment"], ["_adversarial"])}
 
 
-@pytest.mark.parametrize(("kernels", "ops"), [("_label_triton", "_label_ops"), ("_pooling_triton", "_pooling_ops")])
-def test_kernels_are_imported_by_their_ops_alone_and_on_their_first_call(kernels, ops):
-    importing = {path.stem for path in FILES if any(kernels in name for name in of_semshift(path))}
-    assert importing == {ops}
-    tree = ast.parse((SOURCE / f"{ops}.py").read_text())
-    for function in [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda))]:
-        function.body = []
-    assert not any(kernels in name for name, _ in imports(tree, SOURCE / f"{ops}.py"))
+@in_file([path for path in FILES if not path.stem.endswith("_triton")])
+def test_kernels_are_imported_by_kernels_alone(path):
+    """Elsewhere `kernels` imports them by their name, on the first call of an op."""
+    assert not {name for name in of_semshift(path) if name.split(".")[1].endswith("_triton")}
+    named = {
+        f"_{node.args[0].value}_triton"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "kernels"
+    }
+    assert named <= MODULES
+
+
+def test_every_kernel_is_imported_somewhere():
+    text = "".join(path.read_text() for path in FILES)
+    for path in (path for path in FILES if path.stem.endswith("_triton")):
+        called = path.stem.removeprefix("_").removesuffix("_triton")
+        assert f'kernels("{called}"' in text or f"from semshift.{path.stem} import" in text
 
 
 @in_file([*FILES, SOURCE / "__init__.py"])

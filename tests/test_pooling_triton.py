@@ -15,7 +15,6 @@ from tests.kernels import (
     DEVICE,
     FLOATS,
     GPU,
-    HALF,
     QUIET,
     cases,
     definition,

@@ -1,0 +1,184 @@
+"""Weighted sums on CUDA against a float64 product, on a GPU where there is one, else interpreted; extra memory."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import semshift
+from semshift import _soft_ops as ops
+from tests.kernels import DEVICE, FLOATS, LAYOUTS, QUIET, laid_out, near, needs_gpu, runs_kernels
+
+# Below, since they need Triton, without which the import above skips this file.
+from semshift import _pooling_triton as kernels  # isort: skip
+from semshift import _product_triton as product  # isort: skip
+
+pytestmark = [*QUIET, pytest.mark.usefixtures("multiples_are_checked")]
+
+CLASSES = (19, 1, 33, 2, 150)
+
+
+@st.composite
+def cases(draw, num_classes=CLASSES):
+    """Features `[B, C, N]` and weights `[B, K, N]`, four pixels at least for each class."""
+    images, classes = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from(num_classes))
+    # The interpreter takes long for many of all.
+    channels = draw(st.sampled_from([20, 3, 17, 1, 64, 65, 140] if classes < 150 else [3, 20]))
+    lines = [n for n in (131, 128, 7, 65, 63, 4) if n >= 4 * classes]
+    pixels = draw(st.sampled_from(lines or [601, 608]))
+    dtype, of_weights = draw(st.sampled_from(FLOATS)), draw(st.sampled_from(FLOATS))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    features = torch.randn(images, channels, pixels, generator=generator).to(dtype).to(DEVICE)
+    weights = torch.randn(images, classes, pixels, generator=generator).to(of_weights).to(DEVICE)
+    weights[torch.rand(weights.shape, generator=generator) < 0.3] = 0
+    features = laid_out(features, draw(st.sampled_from(LAYOUTS)))
+    return features, laid_out(weights, draw(st.sampled_from(["contiguous", "channels-last", "offset"])))
+
+
+def definition(features: Tensor, weights: Tensor):
+    """Sums `[B, K, C]` and sums of absolutes, in float64, class by class."""
+    x, by = features.double().cpu(), weights.double().cpu()
+    sums = torch.zeros(2, len(x), by.shape[1], x.shape[1], dtype=torch.float64)
+    for k in range(by.shape[1]):
+        weighted = x * by[:, k, None]
+        sums[:, :, k] = torch.stack([weighted.sum(2), weighted.abs().sum(2)])
+    return sums.unbind()
+
+
+@runs_kernels
+@settings(max_examples=30)
+@given(cases(), st.sampled_from([16, 1, 2]), st.sampled_from([256, 16]))
+def test_weighted_sums_equal_the_definition(case, added, pixels):
+    """The bound is that of any order of summation, n * eps * sum|x * w|, n being 4 at least.
+
+    A product of two float32 in three pieces of eight bits lacks the last of its nine parts, below 2^-30 of it, and
+    every part is exact. The first accumulator adds n parts; what the other two add is below 2^-6 of sum|x * w|, and
+    so rounded by so much less. With the two additions that join them, that is less than n * eps, where eps is twice
+    what an addition rounds by.
+    """
+    features, weights = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(product, "_ADDED", added)
+        patch.setattr(product, "_PIXELS", pixels)
+        sums = kernels.multiply(features, weights)
+    near(sums, *definition(features, weights), features.shape[2])
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_weighted_sums_of_several_spans_and_heaps(dtype):
+    features, weights = torch.randn(2, 3, 4397).to(dtype).to(DEVICE), torch.rand(2, 2, 4397).to(DEVICE)
+    near(kernels.multiply(features, weights), *definition(features, weights), 4397)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_all_bits_of_both_factors_come_through(dtype):
+    """A pixel for each class, as `(1 + 2^-p) * (1 + 2^-q)`: without any one piece of either, a sum is off."""
+    bits = {torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}[dtype]
+    features = (1 + 2.0 ** -torch.arange(1, bits + 1)).view(1, 1, -1).to(dtype).to(DEVICE)
+    features = torch.cat([features, features.new_zeros(1, 1, 3 * bits)], 2)
+    for of_weights in range(1, 24):
+        weights = torch.zeros(1, bits, 4 * bits, device=DEVICE)
+        weights[0, torch.arange(bits), torch.arange(bits)] = 1 + 2.0**-of_weights
+        want, _ = definition(features, weights)
+        # Of two roundings to float32, in the joining of the accumulators.
+        torch.testing.assert_close(kernels.multiply(features, weights).double().cpu(), want, rtol=2**-23, atol=0)
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("features", "weights"),
+    [
+        (torch.randn(2, 3, 80).double(), torch.randn(2, 19, 80)),
+        (torch.randn(2, 3, 80), torch.randn(2, 19, 80).double()),
+        (torch.randn(2, 3, 75), torch.randn(2, 19, 75)),
+        (torch.randn(1, 3, 1028), torch.randn(1, 257, 1028)),
+        (torch.randn(2, 3, 80), torch.randn(2, 0, 80)),
+        (torch.randn(2, 0, 80), torch.randn(2, 19, 80)),
+        (torch.randn(0, 3, 80), torch.randn(0, 19, 80)),
+        (torch.randn(2, 3, 0), torch.randn(2, 19, 0)),
+    ],
+    ids=[
+        *("float64", "float64 weights", "few pixels", "many classes"),
+        *("no classes", "no channels", "no images", "no pixels"),
+    ],
+)
+def test_what_the_kernel_does_not_serve_is_left_to_the_default_body(features, weights):
+    features, weights = features.to(DEVICE), weights.to(DEVICE)
+    assert kernels.multiply(features, weights) is None
+    near(ops._add_up_on_cuda(features, weights).float(), *definition(features, weights), features.shape[2])
+
+
+class OnCuda(Tensor):
+    is_cuda = True
+
+
+@runs_kernels
+@pytest.mark.parametrize(("capability", "served"), [((9, 0), True), ((10, 0), False), ((12, 1), False)])
+def test_weights_are_left_to_the_default_body_on_later_devices(monkeypatch, capability, served):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(kernels, "product", lambda *_: ("served", None))
+    features = torch.randn(1, 3, 80).as_subclass(OnCuda)
+    assert (kernels.multiply(features, torch.randn(1, 19, 80)) == "served") == served
+
+
+@runs_kernels
+def test_the_op_uses_the_kernel_on_cuda(monkeypatch):
+    features, weights = torch.randn(2, 3, 80, device=DEVICE), torch.rand(2, 19, 80, device=DEVICE)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("semshift::soft_class_sums", "CUDA")
+    monkeypatch.setattr(ops, "_add_up", None)
+    assert torch.equal(ops._add_up_on_cuda(features, weights), kernels.multiply(features, weights))
+
+
+class Recorder:
+    """Stands for the kernel: keeps the arguments of a launch, and runs nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **_: setattr(self, "arguments", arguments)
+
+
+# Those of docs/benchmarks.md of 16 MB and more.
+SHAPES = [
+    *((4, 2048, 128, 129), (8, 256, 256, 256), (8, 64, 512, 512), (8, 19, 512, 1024), (8, 512, 129, 257)),
+    *((2, 2048, 65, 129), (2, 256, 128, 256), (2, 19, 512, 1024), (2, 512, 65, 129)),
+]
+
+
+def extra(shape, dtype, layout, num_classes, per_image, monkeypatch):
+    """Bytes of a call beside its results, and those of the features, none of which are made."""
+    recorder = Recorder()
+    monkeypatch.setattr(product, "_product_kernel", recorder)
+    features = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=layout)
+    labels = torch.empty((shape[0], *shape[2:]), dtype=torch.int64, device="meta")
+    kernels.add_up(features, labels, num_classes, 255, per_image)
+    _, _, partial, _, tallies = recorder.arguments[:5]
+    return partial.nbytes + tallies.nbytes, features.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_up_to_32_classes_need_a_sixteenth_of_the_features(shape, layout, dtype, monkeypatch):
+    """Or 3 MiB, if that is more: a tile of partial sums for each program that the device runs at once."""
+    for num_classes, per_image in itertools.product((1, 19, 32), (False, True)):
+        nbytes, of_features = extra(shape, dtype, layout, num_classes, per_image, monkeypatch)
+        assert nbytes <= max(of_features / 16, 3 * 2**20)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extra_memory_is_the_output_and_a_sixteenth_of_the_features(dtype):
+    features = torch.randn(2, 2048, 65, 129, device="cuda").to(dtype)
+    labels = torch.randint(0, 19, (2, 65, 129), device="cuda")
+    semshift.class_sums(features, labels, 19)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    sums = semshift.class_sums(features, labels, 19).sums
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= sums.nbytes + features.nbytes / 16
