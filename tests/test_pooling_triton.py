@@ -50,6 +50,20 @@ def test_sums_equal_the_definition(case, added, pixels):
 
 
 @runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "offset", "channels-of-more", "images-apart"])
+@pytest.mark.parametrize("pixels", [127, 128, 129])
+def test_planes_that_fill_a_span(pixels, layout, dtype):
+    """From where a vector begins, a plane may need one more span than from its first pixel."""
+    features = laid_out(torch.randn(3, 11, pixels).to(dtype).to(DEVICE), layout)
+    labels = torch.randint(0, 2, (3, pixels), device=DEVICE)
+    sums, counts = kernels.add_up(features, labels, 2, None, True)
+    want, of_absolutes, want_counts = definition(features, labels, 2, None, True)
+    assert torch.equal(counts.cpu(), want_counts)
+    near(sums, want, of_absolutes, pixels)
+
+
+@runs_kernels
 @settings(max_examples=40)
 @given(
     cases(num_classes=(19, 2, 65, 300)),
