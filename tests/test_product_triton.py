@@ -77,8 +77,8 @@ def test_weighted_sums_of_several_spans_and_heaps(dtype):
 @runs_kernels
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_piece_of_both_factors_comes_through(dtype):
-    """Of factors whose first, second or third eight bits are ones, the other bits being zeros but for the first."""
-    ones = 1 + torch.tensor([1 - 2**-7, 2**-7 - 2**-15, 2**-15 - 2**-23])
+    """Of factors whose first eight bits are ones, or the second eight, or these and the third eight."""
+    ones = 1 + torch.tensor([1 - 2**-7, 2**-7 - 2**-15, 2**-7 - 2**-23])
     features, weights = torch.zeros(1, 3, 12), torch.zeros(1, 3, 12)
     features[0, :, 0] = weights[0, :, 0] = ones
     features, weights = features.to(dtype).to(DEVICE), weights.to(DEVICE)
