@@ -10,7 +10,7 @@ from torch import Tensor
 
 import semshift
 from semshift import _soft_ops as ops
-from tests.kernels import DEVICE, FLOATS, LAYOUTS, QUIET, laid_out, near, needs_gpu, runs_kernels
+from tests.kernels import DEVICE, FLOATS, GPU, LAYOUTS, QUIET, laid_out, near, needs_gpu, runs_kernels
 
 # Below, since they need Triton, without which the import above skips this file.
 from semshift import _pooling_triton as kernels  # isort: skip
@@ -133,10 +133,33 @@ def test_the_op_uses_the_kernel_on_cuda(monkeypatch):
 
 
 class Recorder:
-    """Stands for the kernel: keeps the arguments of a launch, and runs nothing."""
+    """Stands for the kernel: keeps the arguments of a launch, and runs `kernel` if there is one."""
+
+    def __init__(self, kernel=None):
+        self.kernel = kernel
 
     def __getitem__(self, grid):
-        return lambda *arguments, **_: setattr(self, "arguments", arguments)
+        def launch(*arguments, **options):
+            self.arguments = arguments
+            if self.kernel:
+                self.kernel[grid](*arguments, **options)
+
+        return launch
+
+
+@runs_kernels
+@pytest.mark.skipif(GPU, reason="because memory of a GPU is not filled with NaN")
+@pytest.mark.parametrize("num_classes", [3, 150])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_every_partial_sum_lies_in_the_memory_that_is_theirs(num_classes, per_image, monkeypatch):
+    """With several heaps all of it is written to: one that was stored behind it would leave NaN within."""
+    recorder = Recorder(product._product_kernel)
+    monkeypatch.setattr(product, "_product_kernel", recorder)
+    monkeypatch.setattr(product, "_ADDED", 2)
+    monkeypatch.setattr(product, "_PIXELS", 16)
+    labels = torch.randint(0, num_classes, (3, 300))
+    kernels.add_up(torch.randn(3, 20, 300), labels, num_classes, None, per_image)
+    assert recorder.arguments[2].isfinite().all()
 
 
 # Those of docs/benchmarks.md of 16 MB and more.
