@@ -79,6 +79,10 @@ def cases(capability):
     yield Case("add_up", (2, 3, *odd, 19))
     yield Case("add_up", (2, 256, *odd, 19), "fp16")
     yield Case("spread", (2, 256, *even, 19), "fp16")
+    # Triton itself knows multiples of 16, and sees 1 as a constant.
+    yield Case("spread", (2, 256, 65, 136, 19), "bf16")
+    yield Case("spread", (2, 256, 1, 1, 19), "bf16")
+    yield Case("add_up", (1, 16, 1, 1, 2))
     yield Case("bilinear", (2, 256, *odd, 3), labels="uint8")
 
 

@@ -180,7 +180,7 @@ def _spread_rows_kernel(
     tl.store(result + (image * pixels + n)[:, None] * channels + c[None, :], x, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _spread_planes_kernel(
     table, labels, result, pixels, channels, blocks, table_apart, a_program, num_classes, ignore_index,
     IGNORED: tl.constexpr, NOWHERE: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -193,24 +193,37 @@ def _spread_planes_kernel(
     offset = image * channels * pixels + residue.to(tl.int64) * pixels
     lead = (offset % VECTOR).to(tl.int32)
     offset = tl.multiple_of(offset - lead, VECTOR)
-    apart = tl.multiple_of(pixels.to(tl.int64) * STEP, VECTOR)
+    # Divided and multiplied, which changes nothing, so that Triton sees a multiple.
+    apart = pixels.to(tl.int64) * STEP // VECTOR * VECTOR
+    labels += image * pixels - lead
+    stop = pixels + lead
     n = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (n >= lead) & (n < pixels + lead)
-    key = find_class(labels + image * pixels - lead, n, inside, num_classes, ignore_index, IGNORED, True)
+    key = find_class(labels, n, (n >= lead) & (n < stop), num_classes, ignore_index, IGNORED, True)
     key = tl.where(key < 0, NOWHERE, key)
     first = part * a_program
-    last = tl.minimum(first + a_program, tl.cdiv(channels - residue, STEP))
-    from_ = table + image * table_apart + (residue + first.to(tl.int64) * STEP) * (NOWHERE + 1) + key
-    to = result + offset + first * apart + n
-    whole = first
-    if ((program % blocks) * BLOCK_N >= lead) & ((program % blocks + 1) * BLOCK_N <= pixels + lead):
-        whole = tl.maximum(first, first + (last - first) // 8 * 8)
-        for _ in range(first, whole, 8):
-            for i in tl.static_range(8):
-                tl.store(to, tl.load(from_ + i * STEP * (NOWHERE + 1)))
-                to += apart
-            from_ += 8 * STEP * (NOWHERE + 1)
-    for _ in range(whole, last):
-        tl.store(to, tl.load(from_, mask=inside, other=0.0), mask=inside)
-        to += apart
-        from_ += STEP * (NOWHERE + 1)
+    count = tl.minimum(a_program, tl.cdiv(channels - residue, STEP) - first)
+    # No address for each pixel: keys are brought to the threads that store them before the loop, addresses within it.
+    from_ = table + image * table_apart + (residue + first.to(tl.int64) * STEP) * (NOWHERE + 1)
+    to = result + offset + first * apart
+    # Whole vectors, whose pixels share a mask.
+    whole = (n // VECTOR >= tl.cdiv(lead, VECTOR)) & (n // VECTOR < stop // VECTOR)
+    line = to + n
+    for i in range(0, count // 8 * 8, 8):
+        for j in tl.static_range(8):
+            tl.store(line, tl.load(from_ + (i + j) * STEP * (NOWHERE + 1) + key), mask=whole)
+            line += apart
+    for i in range(count // 8 * 8, count):
+        tl.store(line, tl.load(from_ + i * STEP * (NOWHERE + 1) + key), mask=whole)
+        line += apart
+    if (program % blocks == blocks - 1) & ((lead > 0) | (stop % VECTOR > 0)):
+        # In front and behind, less than a vector is left.
+        side = tl.arange(0, 2 * VECTOR)
+        m = tl.where(side < VECTOR, side, stop // VECTOR * VECTOR + side - VECTOR)
+        left = (m >= lead) & (m < stop) & ((side < VECTOR) == (m < tl.cdiv(lead, VECTOR) * VECTOR))
+        its_key = find_class(labels, m, left, num_classes, ignore_index, IGNORED, True)
+        its_key = tl.where(its_key < 0, NOWHERE, its_key)
+        for i in range(0, count, 16):
+            row = (i + tl.arange(0, 16))[:, None]
+            inside = (row < count) & left[None, :]
+            x = tl.load(from_ + row * STEP * (NOWHERE + 1) + its_key[None, :], mask=inside, other=0.0)
+            tl.store(to + row * apart + m[None, :], x, mask=inside)
