@@ -139,7 +139,7 @@ def test_spread_gives_each_pixel_the_row_of_its_class(case, channels_last):
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("pixels", [1027, 2048])
+@pytest.mark.parametrize("pixels", [3, 1027, 2048, 2104])
 def test_spread_over_several_blocks(dtype, pixels):
     """A plane of several programs, of which some write whole blocks without a mask, eight channels at a time."""
     labels = torch.randint(-1, 4, (2, pixels), device=DEVICE)

@@ -58,7 +58,7 @@ def plane_of(features: Tensor, per_image: bool) -> Optional[Plane]:
         return None
     (height, row), (width, column) = [(1, 0)] * (2 - len(merged)) + merged
     # Pixels are counted in 32 bits.
-    if height * width >= 2**31 - 2**16:
+    if height * width >= 2**31 - 2**18:
         return None
     return Plane(images[0], height * width, width, images[1], row, column, strides[1])
 
@@ -125,10 +125,9 @@ def _plan(
     # What is read element by element, or as several pieces of either factor, takes more registers.
     block_n = block_n if plane.flat and not soft else block_n // 2
     tiles = step * -(-channels // (step * block_c))
-    # As many as run at once, so that none is left to run alone at the end.
-    programs = multiprocessors(device) * (4 if block_c <= 32 else 2)
     pixels = plane.pixels + lead
-    spans = max(1, min(round(programs / (tiles * groups * plane.images)), pixels // _PIXELS))
+    at_once = multiprocessors(device) * (4 if block_c <= 32 else 2)
+    spans = _spans(tiles * groups * plane.images, at_once, max(1, pixels // _PIXELS))
     span = -(-pixels // (spans * block_n)) * block_n
     spans = -(-pixels // span)
     # The partial sums of a table of prototypes: a heap is added by one program, and what the heaps leave by another.
@@ -159,6 +158,17 @@ def _plan(
     grid = (plane.images * spans * groups, tiles if soft else tiles + 1)
     partial = tables * (total + heaps) * tiles * groups * wide_k * block_c
     return grid, partial, tables * tiles * groups * (heaps + 1), sizes
+
+
+def _spans(columns: int, at_once: int, most: int) -> int:
+    """How many spans of pixels each column is cut into, so that few programs are left to run alone at the end."""
+
+    def worth(spans: int) -> float:
+        waves = -(-spans * columns // at_once)
+        # How busy the device is; more partial sums must be worth a tenth for each wave.
+        return spans * columns / (waves * at_once) - waves / 10
+
+    return max((min(most, max(1, waves * at_once // columns)) for waves in range(1, 5)), key=worth)
 
 
 @triton.jit
@@ -306,22 +316,28 @@ def _product_kernel(
     else:
         by += image * pixels
         if tile == tiles:
-            # These programs count.
+            # These programs count: a number has a byte for each of four classes, enough for 255 turns.
+            fours = group * (WIDE_K // 4) + tl.arange(0, WIDE_K // 4)
             stop = tl.minimum(start + span, pixels)
-            count = tl.zeros((WIDE_K, BLOCK_N), dtype=tl.int32)
-            for first in range(start, stop, BLOCK_N):
-                n = first + tl.arange(0, BLOCK_N)
-                key = find_class(by, n, n < stop, num_classes, ignore_index, IGNORED, True)
-                count += (key[None, :] == k[:, None]).to(tl.int32)
-            # Integers, whose sum no order changes.
-            to = tallies + table * num_classes + k
-            tl.atomic_add(to, tl.sum(count, 1).to(tl.int64), mask=k < num_classes, sem="relaxed")
+            for first in range(start, stop, 255 * 4 * BLOCK_N):
+                last = tl.minimum(first + 255 * 4 * BLOCK_N, stop)
+                counts = tl.zeros((WIDE_K // 4, 4 * BLOCK_N), dtype=tl.int32)
+                for turn in range(first, last, 4 * BLOCK_N):
+                    n = turn + tl.arange(0, 4 * BLOCK_N)
+                    key = find_class(by, n, n < last, num_classes, ignore_index, IGNORED, True)
+                    one = tl.full((4 * BLOCK_N,), 1, dtype=tl.int32) << (key & 3) * 8
+                    counts += tl.where((key >> 2)[None, :] == fours[:, None], one[None, :], 0)
+                # Integers, whose sum no order changes.
+                for byte in tl.static_range(4):
+                    count, k_of_byte = tl.sum(counts >> byte * 8 & 255, 1).to(tl.int64), fours * 4 + byte
+                    to = tallies + table * num_classes + k_of_byte
+                    tl.atomic_add(to, count, mask=k_of_byte < num_classes, sem="relaxed")
             return
     i = tile // STEP * BLOCK_C + tl.arange(0, BLOCK_C)
     c = tile % STEP + i * STEP
     c_inside = c < channels
     offset = image * image_stride + (tile % STEP).to(tl.int64) * channel_stride
-    rows = i.to(tl.int64) * (channel_stride * STEP)
+    rows = i.to(tl.int64) * STEP * channel_stride
     lead = 0
     if BY_PLANE and VECTOR > 1:
         # All channels of this program lie alike to a vector's border: begin where it is.
