@@ -8,6 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from semshift import _planes
+
 pytest.importorskip("triton", reason="because the kernels need Triton")
 import triton
 
@@ -16,18 +18,10 @@ DEVICE = "cuda" if GPU else "cpu"
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-LAYOUTS = [
-    *(
-        "contiguous",
-        "channels-last",
-        "crop",
-        "every-second",
-        "transposed",
-        "offset",
-        "channels-of-more",
-        "images-apart",
-    ),
-]
+LAYOUTS = (
+    *("contiguous", "channels-last", "crop", "every-second", "transposed", "offset"),
+    *("channels-of-more", "images-apart"),
+)
 # Compiled against NumPy 1, those interpreters read the sizes of NumPy 2's dtypes wrongly, and with them other memory.
 MISREADS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 2) and int(numpy.__version__.split(".")[0]) > 1
 runs_kernels = pytest.mark.skipif(
@@ -121,3 +115,11 @@ def near(sums: Tensor, want: Tensor, of_absolutes: Tensor, terms: int) -> None:
     bound = terms * torch.finfo(torch.float32).eps * of_absolutes
     # Also false of NaN.
     assert ((sums.double().cpu() - want).abs() <= bound).all()
+
+
+def cut_small(patch: pytest.MonkeyPatch, added: int, pixels: int) -> None:
+    """Let so few partial sums be a heap, and so few pixels a span; else it takes many pixels to have several."""
+    patch.setattr(_planes, "_ADDED", added)
+    patch.setattr(_planes, "_PIXELS", pixels)
+    # Without its cache.
+    patch.setattr("semshift._product_triton.plan", _planes.plan.__wrapped__)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import semshift
 from semshift import _soft_ops as ops
-from tests.kernels import DEVICE, FLOATS, GPU, LAYOUTS, QUIET, laid_out, near, needs_gpu, runs_kernels
+from tests.kernels import DEVICE, FLOATS, GPU, LAYOUTS, QUIET, cut_small, laid_out, near, needs_gpu, runs_kernels
 
 # Below, since they need Triton, without which the import above skips this file.
 from semshift import _pooling_triton as kernels  # isort: skip
@@ -61,8 +61,7 @@ def test_weighted_sums_equal_the_definition(case, added, pixels):
     """
     features, weights = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(product, "_ADDED", added)
-        patch.setattr(product, "_PIXELS", pixels)
+        cut_small(patch, added, pixels)
         sums = kernels.multiply(features, weights)
     near(sums, *definition(features, weights), features.shape[2])
 
@@ -155,11 +154,20 @@ def test_every_partial_sum_lies_in_the_memory_that_is_theirs(num_classes, per_im
     """With several heaps all of it is written to: one that was stored behind it would leave NaN within."""
     recorder = Recorder(product._product_kernel)
     monkeypatch.setattr(product, "_product_kernel", recorder)
-    monkeypatch.setattr(product, "_ADDED", 2)
-    monkeypatch.setattr(product, "_PIXELS", 16)
+    cut_small(monkeypatch, 2, 16)
     labels = torch.randint(0, num_classes, (3, 300))
     kernels.add_up(torch.randn(3, 20, 300), labels, num_classes, None, per_image)
     assert recorder.arguments[2].isfinite().all()
+
+
+@runs_kernels
+def test_one_program_counts_more_pixels_than_its_bytes_hold(monkeypatch):
+    cut_small(monkeypatch, 16, 2**20)
+    labels = torch.zeros(1, 66_001, dtype=torch.uint8, device=DEVICE)
+    labels[:, -1] = 3
+    sums, counts = kernels.add_up(labels[:, None] + 1.0, labels, 5, None, False)
+    assert counts.tolist() == [66_000, 0, 0, 1, 0]
+    assert sums.flatten().tolist() == [66_000, 0, 0, 4, 0]
 
 
 # Those of docs/benchmarks.md of 16 MB and more.

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from semshift._product_triton import find_class, multiprocessors, next_power, plane_of, product
+from semshift._planes import multiprocessors, next_power, plane_of
+from semshift._product_triton import find_class, product
 
 __all__ = ["FEW", "add_up", "multiply", "spread"]
 
