@@ -149,12 +149,12 @@ def _piece(x, turn):
 def _gather(partial, tile, apart, count):
     """So many partial sums, in their order; from the second-level cache, into which other programs wrote them."""
     sums = tl.zeros(tile.shape, dtype=tl.float32)
-    # Four at a time, so that one load need not wait for another.
-    for _ in range(0, count // 4):
-        for _ in tl.static_range(4):
+    # Four at a time, so that one load need not wait for another. Triton 3.0 takes no two loops of one variable.
+    for _four in range(0, count // 4):
+        for _one in tl.static_range(4):
             sums += tl.load(partial + tile, cache_modifier=".cg")
             partial += apart
-    for _ in range(0, count % 4):
+    for _left in range(0, count % 4):
         sums += tl.load(partial + tile, cache_modifier=".cg")
         partial += apart
     return sums
