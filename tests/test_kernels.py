@@ -48,6 +48,13 @@ def test_devices_of_rocm_have_none(device, name, monkeypatch):
     assert kernels.__wrapped__(name, device) is None
 
 
+@pytest.mark.parametrize(("version", "served"), [("3.1.0", False), ("3.2.0", True), ("3.10.0+git1", True)])
+def test_early_releases_of_triton_have_none_on_cuda(device, name, version, served, monkeypatch):
+    monkeypatch.setattr("triton.__version__", version)
+    assert (kernels.__wrapped__(name, device) is not None) == served
+    assert kernels.__wrapped__(name, torch.device("cpu")) is not None
+
+
 def test_without_triton_there_are_none(device, name, monkeypatch):
     for module in ("pooling", "product", "label"):
         monkeypatch.delitem(sys.modules, f"semshift._{module}_triton", raising=False)

@@ -15,9 +15,13 @@ def kernels(name: str, device: torch.device) -> Any:
 
     The CPU has them too, by Triton's interpreter: that is how they are tested.
     """
-    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
+    on_cuda = device.type == "cuda"
+    if on_cuda and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
         return None
     try:
-        return importlib.import_module(f"semshift._{name}_triton")
+        version = importlib.import_module("triton").__version__
+        module = importlib.import_module(f"semshift._{name}_triton")
     except ImportError:
         return None
+    # Earlier compilers end the process where a product of bfloat16 takes its factor from a shift.
+    return None if on_cuda and tuple(map(int, version.split(".")[:2])) < (3, 2) else module

@@ -219,7 +219,7 @@ def _add_up_on_cuda(features: Tensor, labels: Tensor, num_classes: int, *options
 def _spread_on_cuda(rows: Tensor, labels: Tensor, *options: Any) -> Tensor:
     triton = kernels("pooling", rows.device)
     # Pixels are counted in 32 bits.
-    if triton is None or rows.dtype == torch.float64 or labels.numel() >= 2**31 - 2**16:
+    if triton is None or rows.dtype == torch.float64 or labels.numel() >= 2**31 - 2**18:
         return _spread(rows, labels, *options)
     with torch.cuda.device_of(rows):
         spread: Tensor = triton.spread(rows, labels, *options)

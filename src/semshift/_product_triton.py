@@ -84,7 +84,7 @@ def _narrow(x):
 
 @triton.jit
 def _add(x, by, high, middle, low, SOFT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Adds x times one-hot labels or weights; the sums are those of the three, smallest pieces last."""
+    """Adds x times one-hot labels or weights to three accumulators, whose sum is the result."""
     if SOFT and x.dtype == tl.bfloat16:
         by_high, by_middle, by_low = _split(by)
         high, middle = _dot(x, by_high, high, INTERPRETED), _dot(x, by_middle, middle, INTERPRETED)
