@@ -64,7 +64,7 @@ def test_planes_that_fill_a_span(pixels, layout, dtype):
 
 
 @runs_kernels
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     cases(num_classes=(19, 2, 65, 300)),
     st.lists(st.tuples(st.sampled_from(NON_FINITE), st.sampled_from([0.0, 1.0, 0.5])), min_size=1, max_size=4),

@@ -49,7 +49,7 @@ def definition(features: Tensor, weights: Tensor):
 
 
 @runs_kernels
-@settings(max_examples=30)
+@settings(max_examples=24)
 @given(cases(), st.sampled_from([16, 1, 2]), st.sampled_from([256, 16]))
 def test_weighted_sums_equal_the_definition(case, added, pixels):
     """The bound is that of any order of summation, n * eps * sum|x * w|, n being 4 at least.
