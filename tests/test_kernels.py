@@ -11,6 +11,7 @@ from semshift import _label_ops, _pooling_ops, _soft_ops
 from semshift._kernels import kernels
 from tests.kernels import DEVICE, runs_kernels
 
+pytest.importorskip("triton", reason="because the kernels need Triton")
 CUDA = torch.device("cuda", 1)
 
 

@@ -16,8 +16,8 @@ import semshift
 from semshift import _label_ops as ops
 from tests.kernels import DEVICE, GPU, INTEGERS, needs_gpu, runs_kernels
 
-# Below, since it needs Triton, without which the import above skips this file.
-from semshift import _label_triton as kernels  # isort: skip
+pytest.importorskip("triton", reason="because the kernels need Triton")
+from semshift import _label_triton as kernels
 
 # Of NumPy 1, to the interpreter of Triton 3.0 and 3.1.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")

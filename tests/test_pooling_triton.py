@@ -25,8 +25,8 @@ from tests.kernels import (
     runs_kernels,
 )
 
-# Below, since it needs Triton, without which the import above skips this file.
-from semshift import _pooling_triton as kernels  # isort: skip
+pytest.importorskip("triton", reason="because the kernels need Triton")
+from semshift import _pooling_triton as kernels
 
 pytestmark = [*QUIET, pytest.mark.usefixtures("multiples_are_checked")]
 

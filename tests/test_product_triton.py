@@ -12,9 +12,9 @@ import semshift
 from semshift import _soft_ops as ops
 from tests.kernels import DEVICE, FLOATS, GPU, LAYOUTS, QUIET, cut_small, laid_out, near, needs_gpu, runs_kernels
 
-# Below, since they need Triton, without which the import above skips this file.
-from semshift import _pooling_triton as kernels  # isort: skip
-from semshift import _product_triton as product  # isort: skip
+pytest.importorskip("triton", reason="because the kernels need Triton")
+from semshift import _pooling_triton as kernels
+from semshift import _product_triton as product
 
 pytestmark = [*QUIET, pytest.mark.usefixtures("multiples_are_checked")]
 

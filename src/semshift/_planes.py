@@ -131,7 +131,7 @@ def plan(
         "enable_fp_fusion": True,
     }
     grid = (plane.images * spans * groups, tiles if soft else tiles + 1)
-    partial = tables * (total + heaps) * tiles * groups * wide_k * block_c
+    partial = tables * (total + heaps if heaps > 1 else total) * tiles * groups * wide_k * block_c
     return grid, partial, tables * tiles * groups * (heaps + 1), sizes
 
 
