@@ -77,6 +77,7 @@ def cases(capability):
         yield Case("add_up", (2, 256, *even, 19), dtype)
         yield Case("add_up", (2, 256, *even, 19), dtype, "crop", per_image=True)
     yield Case("add_up", (2, 3, *odd, 19))
+    yield Case("add_up", (2, 24, *odd, 19), "bf16", "channels-last")
     yield Case("add_up", (2, 256, *odd, 19), "fp16")
     yield Case("spread", (2, 256, *even, 19), "fp16")
     # Triton itself knows multiples of 16, and sees 1 as a constant.

@@ -91,7 +91,11 @@ def plan(
         step = vector // math.gcd(plane.channel_stride, vector)
         vector, step = (vector, step) if step <= channels else (1, 1)
         lead = vector if step > 1 or plane.image_stride % vector else 0
-    elif plane.channel_stride != 1 or not plane.flat or plane.pixel_stride % vector or plane.image_stride % vector:
+    elif (
+        plane.channel_stride != 1
+        or not plane.flat
+        or any(of % vector for of in (channels, plane.pixel_stride, plane.image_stride))
+    ):
         vector = 1
     # Pieces of weights take more registers than one-hot labels.
     groups = -(-num_classes // (32 if soft else 64))

@@ -139,7 +139,11 @@ def _labelling(num_classes: int, ignore_index: Optional[int]) -> dict[str, Any]:
     return {"num_classes": num_classes, "ignore_index": ignore_index if ignored else -1, "IGNORED": ignored}
 
 
-@triton.jit
+# One compiled kernel serves all sizes but those that decide how wide a load may be.
+_SIZES = ["pixels", "blocks", "num_classes", "ignore_index"]
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "width", "image_stride", "row_stride", "rows_apart"])
 def _scatter_kernel(
     features, labels, sums, counts,
     pixels, width, image_stride, row_stride, pixel_stride, channel_stride, channels,
@@ -165,7 +169,7 @@ def _scatter_kernel(
         tl.atomic_add(counts + row, tl.full((BLOCK_N,), 1, dtype=tl.int64), mask=key >= 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _spread_rows_kernel(
     rows, labels, result, pixels, channels, blocks, num_classes, ignore_index,
     IGNORED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -181,7 +185,7 @@ def _spread_rows_kernel(
     tl.store(result + (image * pixels + n)[:, None] * channels + c[None, :], x, mask=inside)
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@triton.jit(do_not_specialize=[*_SIZES, "channels", "table_apart", "a_program"])
 def _spread_planes_kernel(
     table, labels, result, pixels, channels, blocks, table_apart, a_program, num_classes, ignore_index,
     IGNORED: tl.constexpr, NOWHERE: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr,

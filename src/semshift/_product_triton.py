@@ -119,7 +119,7 @@ def _read(
     elif BY_PLANE:
         at = n
     else:
-        at = tl.multiple_of(n.to(tl.int64) * pixel_stride, VECTOR)
+        at = n.to(tl.int64) * (pixel_stride // VECTOR * VECTOR)
     if MASKED:
         x = tl.load(features + at[None, :], mask=c_inside[:, None] & inside[None, :], other=0.0)
     elif EVEN:
@@ -160,7 +160,14 @@ def _gather(partial, tile, apart, count):
     return sums
 
 
-@triton.jit
+# One compiled kernel serves all sizes; what decides how wide a load may be is told to it below.
+_SIZES = [
+    *("counted", "pixels", "width", "image_stride", "row_stride", "pixel_stride"),
+    *("spans", "span", "tiles", "total", "heap", "num_classes", "ignore_index"),
+]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _product_kernel(
     features, by, partial, sums, tallies, counted,
     pixels, width, image_stride, row_stride, pixel_stride, channel_stride, channels,
@@ -201,16 +208,17 @@ def _product_kernel(
             return
     i = tile // STEP * BLOCK_C + tl.arange(0, BLOCK_C)
     c = tile % STEP + i * STEP
-    c_inside = c < channels
+    # Divided and multiplied, which changes nothing, so that Triton sees a multiple: here, in `offset` and in `_read`.
+    c_inside = c < (channels if BY_PLANE else channels // VECTOR * VECTOR)
     offset = image * image_stride + (tile % STEP).to(tl.int64) * channel_stride
     rows = i.to(tl.int64) * STEP * channel_stride
     lead = 0
     if BY_PLANE and VECTOR > 1:
         # All channels of this program lie alike to a vector's border: begin where it is.
         lead = (offset % VECTOR).to(tl.int32)
-        offset = tl.multiple_of(offset - lead, VECTOR)
         rows = tl.multiple_of(rows, VECTOR)
         by -= lead
+    offset = (offset - lead) // VECTOR * VECTOR
     features += offset + rows[:, None]
     stop = tl.maximum(tl.minimum(start + span, pixels + lead), start)
     # Whole vectors, of which whole blocks need no mask. In front and behind, less than a vector is left.
