@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import math
+import mmap
 
 import numpy
 import pytest
@@ -27,6 +28,17 @@ TRITON = importlib.metadata.version("triton") if importlib.util.find_spec("trito
 MISREADS = [int(number) for number in TRITON.split(".")[:2]] < [3, 2] and int(numpy.__version__.split(".")[0]) > 1
 runs_kernels = pytest.mark.skipif(
     not GPU and MISREADS, reason="because Triton's interpreter before 3.2 needs NumPy 1 (pip install 'numpy<2')"
+)
+# Labels at the ends of each dtype; the lower halves of the last ones are classes.
+of_all_bits = pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        (torch.uint8, [0, 128, 254, 255]),
+        (torch.int8, [0, 127, -128, -1]),
+        (torch.int16, [1, 2**15 - 1, -(2**15), -1, 257]),
+        (torch.int32, [1, 2**31 - 1, -(2**31), -1, 2**16 + 1]),
+        (torch.int64, [1, 2**63 - 1, -(2**63), -1, 2**32 + 1, -(2**32) + 1, 2**40]),
+    ],
 )
 needs_gpu = pytest.mark.skipif(not GPU, reason="because it needs a CUDA device")
 # The interpreter computes in NumPy, which warns of the arithmetic that non-finite features ask for.
@@ -124,3 +136,9 @@ def cut_small(patch: pytest.MonkeyPatch, added: int, pixels: int) -> None:
     patch.setattr(_planes, "_PIXELS", pixels)
     # Without its cache.
     patch.setattr("semshift._product_triton.plan", _planes.plan.__wrapped__)
+
+
+def mapped(nbytes: int) -> mmap.mmap:
+    """Zeros, of which only the touched pages take memory."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    return mmap.mmap(-1, nbytes, flags=flags)

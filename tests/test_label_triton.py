@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import mmap
 import sys
 from fractions import Fraction
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 import semshift
 from semshift import _label_ops as ops
-from tests.kernels import DEVICE, GPU, INTEGERS, needs_gpu, runs_kernels
+from tests.kernels import DEVICE, GPU, INTEGERS, mapped, needs_gpu, of_all_bits, runs_kernels
 
 pytest.importorskip("triton", reason="because the kernels need Triton")
 from semshift import _label_triton as kernels
@@ -121,17 +120,7 @@ def test_all_pixels_are_shared_out(resample, align_corners):
 
 
 @runs_kernels
-@pytest.mark.parametrize(
-    ("dtype", "values"),
-    [
-        (torch.uint8, [0, 128, 254, 255]),
-        (torch.int8, [0, 127, -128, -1]),
-        (torch.int16, [1, 2**15 - 1, -(2**15), -1, 257]),
-        (torch.int32, [1, 2**31 - 1, -(2**31), -1, 2**16 + 1]),
-        # Their lower halves are classes.
-        (torch.int64, [1, 2**63 - 1, -(2**63), -1, 2**32 + 1, -(2**32) + 1, 2**40]),
-    ],
-)
+@of_all_bits
 @pytest.mark.parametrize("num_classes", [19, 300])
 @pytest.mark.parametrize("ignore_index", [None, 1, 255, -1, 2**32 + 1, -(2**63)])
 def test_labels_are_compared_in_all_their_bits(dtype, values, num_classes, ignore_index):
@@ -215,8 +204,7 @@ def test_the_op_uses_the_kernel_on_cuda_where_that_serves(monkeypatch):
 @pytest.fixture(scope="module")
 def vast():
     """Eight GiB of zeros, of which only the touched pages take memory."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    return torch.frombuffer(mmap.mmap(-1, 2**33, flags=flags), dtype=torch.uint8)
+    return torch.frombuffer(mapped(2**33), dtype=torch.uint8)
 
 
 @runs_kernels

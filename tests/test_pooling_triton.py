@@ -1,7 +1,6 @@
 """Sums by label and their adjoint on CUDA, against the definition: on a GPU where there is one, else interpreted."""
 
 import math
-import mmap
 import sys
 
 import pytest
@@ -20,8 +19,10 @@ from tests.kernels import (
     cut_small,
     definition,
     laid_out,
+    mapped,
     near,
     needs_gpu,
+    of_all_bits,
     runs_kernels,
 )
 
@@ -176,17 +177,7 @@ def test_float32_is_not_rounded_to_fewer_bits():
 
 
 @runs_kernels
-@pytest.mark.parametrize(
-    ("dtype", "values"),
-    [
-        (torch.uint8, [0, 128, 254, 255]),
-        (torch.int8, [0, 127, -128, -1]),
-        (torch.int16, [1, 2**15 - 1, -(2**15), -1, 257]),
-        (torch.int32, [1, 2**31 - 1, -(2**31), -1, 2**16 + 1]),
-        # Their lower halves are classes.
-        (torch.int64, [1, 2**63 - 1, -(2**63), -1, 2**32 + 1, -(2**32) + 1, 2**40]),
-    ],
-)
+@of_all_bits
 @pytest.mark.parametrize("num_classes", [19, 300])
 @pytest.mark.parametrize("ignore_index", [None, 1, 255, -1, 2**32 + 1, -(2**63)])
 def test_labels_are_compared_in_all_their_bits(dtype, values, num_classes, ignore_index):
@@ -205,8 +196,7 @@ def test_labels_are_compared_in_all_their_bits(dtype, values, num_classes, ignor
 @pytest.fixture(scope="module")
 def vast():
     """Eight GiB of zeros in float16, of which only the touched pages take memory."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    return torch.frombuffer(mmap.mmap(-1, 2**33 + 2**20, flags=flags), dtype=torch.float16)
+    return torch.frombuffer(mapped(2**33 + 2**20), dtype=torch.float16)
 
 
 @runs_kernels

@@ -11,13 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["share_out", "takes"]
+__all__ = ["class_of", "ignored_class", "share_out", "takes"]
 
 # Up to here no product of a place and a scale exceeds 32 bits, nor the weights of a line.
 _LARGEST = 32_000
 _MOST_CLASSES = 2**20
 # A warp is one line of lanes: some cells, each of which some lanes share.
 _LANES = 32
+
+
+def ignored_class(num_classes: int, ignore_index: Optional[int]) -> int:
+    """The class that is ignored; -1 if none is, since an id that is no class is out of range anyway."""
+    return ignore_index if ignore_index is not None and 0 <= ignore_index < num_classes else -1
 
 
 def takes(labels: Tensor, height: int, width: int, num_classes: int) -> bool:
@@ -58,8 +63,7 @@ def share_out(
         width,
         blocks,
         num_classes,
-        # One that is no class is out of range anyway.
-        ignore_index if ignore_index is not None and 0 <= ignore_index < num_classes else -1,
+        ignored_class(num_classes, ignore_index),
         *_axis(lines, height, area, align_corners),
         *_axis(pixels, width, area, align_corners),
         AREA=area,
@@ -101,11 +105,11 @@ def _weight(pixel, cell, cells, scale, shift, unit, AREA: tl.constexpr):
 
 
 @triton.jit
-def _keys(label, num_classes, ignored):
-    """Class of each pixel, `num_classes` where it has none; as unsigned, labels below 0 are large ones."""
+def class_of(label, num_classes, ignored, nowhere):
+    """The class of each label, `nowhere` where it is out of range or ignored; unsigned, labels below 0 are large."""
     narrow = label.to(tl.int32)
     known = label.to(tl.uint64) < num_classes if label.dtype == tl.int64 else narrow.to(tl.uint32) < num_classes
-    return tl.where(known & (narrow != ignored), narrow, num_classes)
+    return tl.where(known & (narrow != ignored), narrow, nowhere)
 
 
 # One compiled kernel serves all sizes.
@@ -158,7 +162,7 @@ def _shares_kernel(
         for y in range(top, bottom):
             label = tl.load(from_ + y * line_stride.to(tl.int64), mask=x < stop, other=0)
             weight = _weight(y, row, height, scale_y, shift_y, unit_y, AREA)
-            sums += tl.where(k[:, None] == _keys(label, num_classes, ignored)[None, :], weight, 0)
+            sums += tl.where(k[:, None] == class_of(label, num_classes, ignored, num_classes)[None, :], weight, 0)
         weight = tl.where(x < stop, _weight(x, cell, width, scale_x, shift_x, unit_x, AREA), 0)
         # No sum is below 0; as unsigned, one instruction multiplies and adds.
         total += sums.to(tl.uint32).to(tl.int64) * weight[None, :]

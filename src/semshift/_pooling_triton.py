@@ -6,13 +6,14 @@ bits on every run. With more classes the time must not grow with them, so sums a
 """
 
 import math
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from semshift._label_triton import ignored_class
 from semshift._planes import multiprocessors, next_power, plane_of
 from semshift._product_triton import find_class, product
 
@@ -33,11 +34,12 @@ def add_up(
     if plane.images * plane.pixels == 0:
         return features.new_zeros((*rows, channels), dtype=torch.float32), labels.new_zeros(rows, dtype=torch.int64)
     labels = labels.contiguous()
-    labelling = _labelling(num_classes, ignore_index)
+    labelling = {"num_classes": num_classes, "ignored": ignored_class(num_classes, ignore_index)}
     if num_classes > FEW:
         sums = features.new_zeros((*rows, channels), dtype=torch.float32)
         counts = labels.new_zeros(rows, dtype=torch.int64)
-        block_c, block_n = min(64, next_power(channels)), 64
+        # Where pixels lie side by side, a tile is turned round in registers, of which a larger one takes too many.
+        block_c, block_n = min(64, next_power(channels)), 64 if plane.channel_stride == 1 else 32
         blocks = -(-plane.pixels // block_n)
         _scatter_kernel[(plane.images * blocks, -(-channels // block_c))](
             features,
@@ -70,7 +72,8 @@ def multiply(features: Tensor, weights: Tensor) -> Optional[Tensor]:
     if features.is_cuda and torch.cuda.get_device_capability(features.device) >= (10, 0):
         return None
     rows = (len(features), num_classes)
-    sums, _ = product(features, weights.float().contiguous(), plane, rows, True, _labelling(num_classes, None))
+    labelling = {"num_classes": num_classes, "ignored": -1}
+    sums, _ = product(features, weights.float().contiguous(), plane, rows, True, labelling)
     return sums
 
 
@@ -86,7 +89,7 @@ def spread(
     if result.numel() == 0:
         return result
     pixels = result[0, 0].numel()
-    labelling = _labelling(num_classes, ignore_index)
+    labelling = {"num_classes": num_classes, "ignored": ignored_class(num_classes, ignore_index)}
     if channels_last:
         if not per_image:
             images, pixels = 1, images * pixels
@@ -133,22 +136,16 @@ def spread(
     return result
 
 
-def _labelling(num_classes: int, ignore_index: Optional[int]) -> dict[str, Any]:
-    # An ignored label that is no class is out of range anyway.
-    ignored = ignore_index is not None and 0 <= ignore_index < num_classes
-    return {"num_classes": num_classes, "ignore_index": ignore_index if ignored else -1, "IGNORED": ignored}
-
-
 # One compiled kernel serves all sizes but those that decide how wide a load may be.
-_SIZES = ["pixels", "blocks", "num_classes", "ignore_index"]
+_SIZES = ["pixels", "blocks", "num_classes", "ignored"]
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "width", "image_stride", "row_stride", "rows_apart"])
 def _scatter_kernel(
     features, labels, sums, counts,
     pixels, width, image_stride, row_stride, pixel_stride, channel_stride, channels,
-    blocks, rows_apart, num_classes, ignore_index,
-    IGNORED: tl.constexpr, FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    blocks, rows_apart, num_classes, ignored,
+    FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     image = (program // blocks).to(tl.int64)
@@ -158,7 +155,7 @@ def _scatter_kernel(
         at = n.to(tl.int64) * pixel_stride
     else:
         at = (n // width).to(tl.int64) * row_stride + (n % width).to(tl.int64) * pixel_stride
-    key = find_class(labels + image * pixels, n, n < pixels, num_classes, ignore_index, IGNORED, True)
+    key = find_class(labels + image * pixels, n, n < pixels, num_classes, ignored, True)
     row = image * rows_apart + key
     from_ = features + image * image_stride + c.to(tl.int64)[:, None] * channel_stride + at[None, :]
     x = tl.load(from_, mask=(c < channels)[:, None] & (n < pixels)[None, :], other=0.0).to(tl.float32)
@@ -171,14 +168,14 @@ def _scatter_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _spread_rows_kernel(
-    rows, labels, result, pixels, channels, blocks, num_classes, ignore_index,
-    IGNORED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    rows, labels, result, pixels, channels, blocks, num_classes, ignored,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     image = (program // blocks).to(tl.int64)
     n = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    key = find_class(labels + image * pixels, n, n < pixels, num_classes, ignore_index, IGNORED, True)
+    key = find_class(labels + image * pixels, n, n < pixels, num_classes, ignored, True)
     inside = (c < channels)[None, :] & (n < pixels)[:, None]
     from_ = rows + (image * num_classes + key)[:, None] * channels + c[None, :]
     x = tl.load(from_, mask=inside & (key >= 0)[:, None], other=0.0)
@@ -187,8 +184,8 @@ def _spread_rows_kernel(
 
 @triton.jit(do_not_specialize=[*_SIZES, "channels", "table_apart", "a_program"])
 def _spread_planes_kernel(
-    table, labels, result, pixels, channels, blocks, table_apart, a_program, num_classes, ignore_index,
-    IGNORED: tl.constexpr, NOWHERE: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr,
+    table, labels, result, pixels, channels, blocks, table_apart, a_program, num_classes, ignored,
+    NOWHERE: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """`table` is `[(B,) C, NOWHERE + 1]`; its last column is that of pixels without a class."""
     program = tl.program_id(0)
@@ -203,7 +200,7 @@ def _spread_planes_kernel(
     labels += image * pixels - lead
     stop = pixels + lead
     n = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    key = find_class(labels, n, (n >= lead) & (n < stop), num_classes, ignore_index, IGNORED, True)
+    key = find_class(labels, n, (n >= lead) & (n < stop), num_classes, ignored, True)
     key = tl.where(key < 0, NOWHERE, key)
     first = part * a_program
     count = tl.minimum(a_program, tl.cdiv(channels - residue, STEP) - first)
@@ -225,7 +222,7 @@ def _spread_planes_kernel(
         side = tl.arange(0, 2 * VECTOR)
         m = tl.where(side < VECTOR, side, stop // VECTOR * VECTOR + side - VECTOR)
         left = (m >= lead) & (m < stop) & ((side < VECTOR) == (m < tl.cdiv(lead, VECTOR) * VECTOR))
-        its_key = find_class(labels, m, left, num_classes, ignore_index, IGNORED, True)
+        its_key = find_class(labels, m, left, num_classes, ignored, True)
         its_key = tl.where(its_key < 0, NOWHERE, its_key)
         for i in range(0, count, 16):
             row = (i + tl.arange(0, 16))[:, None]

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from semshift._label_triton import class_of
 from semshift._planes import Plane, plan
 
 __all__ = ["find_class", "product"]
@@ -38,21 +39,13 @@ def product(
 
 
 @triton.jit
-def find_class(labels, at, inside, num_classes, ignore_index, IGNORED: tl.constexpr, MASKED: tl.constexpr):
+def find_class(labels, at, inside, num_classes, ignored, MASKED: tl.constexpr):
     """Class of each pixel, -1 where it has none."""
-    label = tl.load(labels + at, mask=inside, other=0) if MASKED else tl.load(labels + at)
-    # Unsigned, a negative label is a large one.
-    if label.dtype == tl.int64:
-        known = label.to(tl.uint64, bitcast=True) < num_classes
-        key = label.to(tl.int32)
-    else:
-        key = label.to(tl.int32)
-        known = key.to(tl.uint32, bitcast=True) < num_classes
-    if IGNORED:
-        known &= key != ignore_index
     if MASKED:
-        known &= inside
-    return tl.where(known, key, -1)
+        key = class_of(tl.load(labels + at, mask=inside, other=0), num_classes, ignored, -1)
+        return tl.where(inside, key, -1)
+    else:
+        return class_of(tl.load(labels + at), num_classes, ignored, -1)
 
 
 @triton.jit
@@ -109,8 +102,8 @@ def _add(x, by, high, middle, low, SOFT: tl.constexpr, INTERPRETED: tl.constexpr
 
 @triton.jit
 def _read(
-    features, by, n, inside, k, c_inside, pixels, width, row_stride, pixel_stride, num_classes, ignore_index,
-    IGNORED: tl.constexpr, SOFT: tl.constexpr, FLAT: tl.constexpr, BY_PLANE: tl.constexpr, VECTOR: tl.constexpr,
+    features, by, n, inside, k, c_inside, pixels, width, row_stride, pixel_stride, num_classes, ignored,
+    SOFT: tl.constexpr, FLAT: tl.constexpr, BY_PLANE: tl.constexpr, VECTOR: tl.constexpr,
     EVEN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Features `[BLOCK_C, len(n)]` of the pixels n, and their one-hot labels or weights `[len(n), WIDE_K]`."""
@@ -130,7 +123,7 @@ def _read(
         at_by = k.to(tl.int64)[None, :] * pixels + n[:, None]
         return x, tl.load(by + at_by, mask=(k < num_classes)[None, :] & inside[:, None], other=0.0)
     else:
-        key = find_class(by, n, inside, num_classes, ignore_index, IGNORED, MASKED)
+        key = find_class(by, n, inside, num_classes, ignored, MASKED)
         # Selected, not converted from a bool, which is slower.
         return x, tl.where(key[:, None] == k[None, :], 1.0, 0.0)
 
@@ -163,7 +156,7 @@ def _gather(partial, tile, apart, count):
 # One compiled kernel serves all sizes; what decides how wide a load may be is told to it below.
 _SIZES = [
     *("counted", "pixels", "width", "image_stride", "row_stride", "pixel_stride"),
-    *("spans", "span", "tiles", "total", "heap", "num_classes", "ignore_index"),
+    *("spans", "span", "tiles", "total", "heap", "num_classes", "ignored"),
 ]
 
 
@@ -171,8 +164,8 @@ _SIZES = [
 def _product_kernel(
     features, by, partial, sums, tallies, counted,
     pixels, width, image_stride, row_stride, pixel_stride, channel_stride, channels,
-    spans, span, tiles, total, heap, num_classes, ignore_index,
-    IGNORED: tl.constexpr, SOFT: tl.constexpr, GROUPS: tl.constexpr, FLAT: tl.constexpr, BY_PLANE: tl.constexpr,
+    spans, span, tiles, total, heap, num_classes, ignored,
+    SOFT: tl.constexpr, GROUPS: tl.constexpr, FLAT: tl.constexpr, BY_PLANE: tl.constexpr,
     STEP: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr, WIDE_K: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +190,7 @@ def _product_kernel(
                 counts = tl.zeros((WIDE_K // 4, 4 * BLOCK_N), dtype=tl.int32)
                 for turn in range(first, last, 4 * BLOCK_N):
                     n = turn + tl.arange(0, 4 * BLOCK_N)
-                    key = find_class(by, n, n < last, num_classes, ignore_index, IGNORED, True)
+                    key = find_class(by, n, n < last, num_classes, ignored, True)
                     one = tl.full((4 * BLOCK_N,), 1, dtype=tl.int32) << (key & 3) * 8
                     counts += tl.where((key >> 2)[None, :] == fours[:, None], one[None, :], 0)
                 # Integers, whose sum no order changes.
@@ -236,14 +229,14 @@ def _product_kernel(
             n = first + tl.arange(0, BLOCK_N)
             x, hot = _read(
                 features, by, n, n >= 0, k, c_inside, pixels, width, row_stride, pixel_stride, num_classes,
-                ignore_index, IGNORED, SOFT, FLAT, BY_PLANE, VECTOR, EVEN, False,
+                ignored, SOFT, FLAT, BY_PLANE, VECTOR, EVEN, False,
             )  # fmt: skip
             high, middle, low = _add(x, hot, high, middle, low, SOFT, INTERPRETED)
     for first in tl.range(unmasked, last_whole, BLOCK_N, num_stages=1):
         n = first + tl.arange(0, BLOCK_N)
         x, hot = _read(
             features, by, n, n < last_whole, k, c_inside, pixels, width, row_stride, pixel_stride, num_classes,
-            ignore_index, IGNORED, SOFT, FLAT, BY_PLANE, VECTOR, EVEN, True,
+            ignored, SOFT, FLAT, BY_PLANE, VECTOR, EVEN, True,
         )  # fmt: skip
         high, middle, low = _add(x, hot, high, middle, low, SOFT, INTERPRETED)
     if BY_PLANE and VECTOR > 1:
@@ -251,8 +244,8 @@ def _product_kernel(
         n = tl.where(j < 8, start + j, last_whole + j - 8)
         inside = (n >= lead) & (n < stop) & ((j < 8) == (n < first_whole))
         x, hot = _read(
-            features, by, n, inside, k, c_inside, pixels, width, row_stride, pixel_stride, num_classes, ignore_index,
-            IGNORED, SOFT, FLAT, BY_PLANE, VECTOR, EVEN, True,
+            features, by, n, inside, k, c_inside, pixels, width, row_stride, pixel_stride, num_classes, ignored,
+            SOFT, FLAT, BY_PLANE, VECTOR, EVEN, True,
         )  # fmt: skip
         high, middle, low = _add(x, hot, high, middle, low, SOFT, INTERPRETED)
     added = high + (middle + low)
@@ -267,7 +260,7 @@ def _product_kernel(
                     n = first + tl.arange(0, 16)
                     x, hot = _read(
                         features, by, n, (n >= lead) & (n < stop), k, c_inside, pixels, width, row_stride, pixel_stride,
-                        num_classes, ignore_index, IGNORED, SOFT, FLAT, BY_PLANE, VECTOR, EVEN, True,
+                        num_classes, ignored, SOFT, FLAT, BY_PLANE, VECTOR, EVEN, True,
                     )  # fmt: skip
                     found = _dot(_piece(x.to(tl.float32), turn), hot, found, INTERPRETED)
                 value = tl.where(turn == 3, float("inf"), tl.where(turn == 4, float("-inf"), float("nan")))
