@@ -146,6 +146,15 @@ def test_one_kernel():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("height", "layout"), [(65, "channels-last"), (64, "nchw")])
+def test_many_classes_are_read_in_wide_loads(height, layout):
+    """Where pixels lie side by side, if their number allows it."""
+    (reading,) = run([Case("add_up", (2, 256, height, 128 + height % 2, 300), "bf16", layout)], 90)
+    assert set(reading["everywhere"]["load features"]) == {"128"}
+    assert set(reading["everywhere"]["atomic sums"]) == {"128"}
+
+
+@pytest.mark.slow
 def test_spills_and_narrow_loads_are_seen():
     case = Case("add_up", (2, 256, 64, 128, 19), "bf16")
     (squeezed,) = run([case], 80, maxnreg=48)

@@ -137,10 +137,10 @@ def spread(
 
 
 # One compiled kernel serves all sizes but those that decide how wide a load may be.
-_SIZES = ["pixels", "blocks", "num_classes", "ignored"]
+_SIZES = ["blocks", "num_classes", "ignored"]
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "width", "image_stride", "row_stride", "rows_apart"])
+@triton.jit(do_not_specialize=[*_SIZES, "width", "row_stride", "rows_apart"])
 def _scatter_kernel(
     features, labels, sums, counts,
     pixels, width, image_stride, row_stride, pixel_stride, channel_stride, channels,
@@ -166,7 +166,7 @@ def _scatter_kernel(
         tl.atomic_add(counts + row, tl.full((BLOCK_N,), 1, dtype=tl.int64), mask=key >= 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=[*_SIZES, "pixels"])
 def _spread_rows_kernel(
     rows, labels, result, pixels, channels, blocks, num_classes, ignored,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -182,7 +182,7 @@ def _spread_rows_kernel(
     tl.store(result + (image * pixels + n)[:, None] * channels + c[None, :], x, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "channels", "table_apart", "a_program"])
+@triton.jit(do_not_specialize=[*_SIZES, "pixels", "channels", "table_apart", "a_program"])
 def _spread_planes_kernel(
     table, labels, result, pixels, channels, blocks, table_apart, a_program, num_classes, ignored,
     NOWHERE: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr,
