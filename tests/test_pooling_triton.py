@@ -168,6 +168,20 @@ def test_several_spans_of_several_blocks(dtype, num_classes):
 
 
 @runs_kernels
+@pytest.mark.parametrize(("image_stride", "pixel_stride"), [(16 * 70 + 3, 16), (18 * 70, 18), (24 * 70, 24)])
+def test_channels_last_with_gaps(image_stride, pixel_stride):
+    """Vectors of channels begin at a multiple of their length only where both strides are one."""
+    around = torch.full((2 * image_stride,), math.nan, device=DEVICE)
+    features = around.as_strided((2, 16, 70), (image_stride, 1, pixel_stride))
+    features.copy_(torch.randn(2, 16, 70))
+    labels = torch.randint(0, 3, (2, 70), device=DEVICE)
+    for per_image in (False, True):
+        sums, _ = kernels.add_up(features, labels, 3, None, per_image)
+        want, of_absolutes, _ = definition(features, labels, 3, None, per_image)
+        near(sums, want, of_absolutes, labels.numel())
+
+
+@runs_kernels
 def test_float32_is_not_rounded_to_fewer_bits():
     """A product of TF32 keeps 11 bits, one of bfloat16 eight: all 24 are to come through."""
     features = (1 + 2.0**-7 - torch.arange(1, 65) * 2.0**-23).view(1, 1, 64).to(DEVICE)
