@@ -9,9 +9,10 @@ import torch
 
 from semshift import _label_ops, _pooling_ops, _soft_ops
 from semshift._kernels import kernels
-from tests.kernels import DEVICE, runs_kernels
+from tests.kernels import DEVICE, QUIET, runs_kernels
 
 pytest.importorskip("triton", reason="because the kernels need Triton")
+pytestmark = QUIET
 CUDA = torch.device("cuda", 1)
 
 
@@ -24,6 +25,7 @@ def name(request):
 def device(monkeypatch):
     """What torch says of a device that may not be there: NVIDIA's, of capability 8.0."""
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr("triton.__version__", "3.6.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {CUDA: (8, 0)}[device])
     return CUDA
 
