@@ -8,7 +8,7 @@ from torch import Tensor
 from semshift._kernels import kernels
 from semshift._transforms import transformed
 
-__all__ = ["rounds_products", "soft_sums", "sum_dtype"]
+__all__ = ["soft_sums", "sum_dtype"]
 
 # Elements that are widened at a time.
 _BLOCK = 2**18
