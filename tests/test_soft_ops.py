@@ -97,16 +97,16 @@ def test_products_avoid_the_switch_where_it_rounds(settings):
     """This CPU may have no products in bfloat16: of float64 products only the last bit is rounded."""
     features, weights = torch.randn(2, 64, 3000), torch.rand(2, 3, 3000)
     exact = torch.bmm(weights.double(), features.double().mT)
-    assert not _soft_ops.rounds_products(torch.device("cpu"))
+    assert not _soft_ops._rounds_products(torch.device("cpu"))
     with switched(*settings):
-        assert _soft_ops.rounds_products(torch.device("cpu"))
-        assert _soft_ops.rounds_products(torch.device("cuda")) == (settings == OLD)
+        assert _soft_ops._rounds_products(torch.device("cpu"))
+        assert _soft_ops._rounds_products(torch.device("cuda")) == (settings == OLD)
         torch.testing.assert_close(_soft_ops.soft_sums(features, weights), exact.float(), rtol=2**-23, atol=0)
 
 
 @newer
 def test_a_switch_of_cuda_costs_the_cpu_nothing():
     with switched((backends.cuda.matmul, "fp32_precision", "tf32")):
-        assert not _soft_ops.rounds_products(torch.device("cpu"))
-        assert _soft_ops.rounds_products(torch.device("cuda"))
-        assert not _soft_ops.rounds_products(torch.device("mps"))
+        assert not _soft_ops._rounds_products(torch.device("cpu"))
+        assert _soft_ops._rounds_products(torch.device("cuda"))
+        assert not _soft_ops._rounds_products(torch.device("mps"))

@@ -26,7 +26,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rounds_products(device: torch.device) -> bool:
+def _rounds_products(device: torch.device) -> bool:
     """Whether torch may multiply float32 in less precision, by its older switch or by its newer ones."""
     backend = {"cpu": torch.backends.mkldnn, "xpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(device.type)
     if backend is None:
@@ -49,7 +49,7 @@ _soft_class_sums = torch.ops.semshift.soft_class_sums.default
 def _add_up(features: Tensor, weights: Tensor) -> Tensor:
     dtype = _soft_dtype(features, weights)
     sums = features.new_empty((features.shape[0], weights.shape[1], features.shape[1]), dtype=dtype)
-    multiply = _multiply_exactly if dtype == torch.float32 and rounds_products(features.device) else _multiply
+    multiply = _multiply_exactly if dtype == torch.float32 and _rounds_products(features.device) else _multiply
     # Small images together, others one by one: what is widened to float32 is never more than one.
     some = max(1, len(features)) if features.numel() <= _BLOCK else 1
     for pooled, feature, weight in zip(sums.split(some), features.split(some), weights.split(some)):
