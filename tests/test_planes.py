@@ -1,5 +1,7 @@
 """What follows from shapes: where features lie, and how the work is cut into programs."""
 
+import itertools
+
 import torch
 
 from semshift import _planes
@@ -27,3 +29,11 @@ def test_programs_fill_the_device():
     assert spans(48, 264, 1000) == 5
     # Columns enough, or pixels for no more than one.
     assert spans(1000, 264, 1000) == spans(4, 264, 1) == 1
+
+
+def test_channels_need_no_mask_only_where_they_fill_all_tiles():
+    """Else a program would read behind the features, which memcheck alone would see."""
+    for channels, size in itertools.product((16, 19, 64, 65, 128, 512), ((8, 8), (5, 13))):
+        plane = _planes.plane_of(torch.empty(2, channels, *size), False)
+        *_, sizes = _planes.plan(plane, channels, 19, False, False, 4, torch.float32, torch.device("cpu"))
+        assert sizes["EVEN"] == (sizes["tiles"] * sizes["BLOCK_C"] == channels)

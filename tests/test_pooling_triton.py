@@ -182,6 +182,24 @@ def test_channels_last_with_gaps(image_stride, pixel_stride):
 
 
 @runs_kernels
+@pytest.mark.parametrize("num_classes", [3, 300])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_crops_in_both_dimensions(dtype, channels_last, num_classes):
+    around = torch.full((2, 17, 9, 12), math.nan, dtype=dtype, device=DEVICE)
+    if channels_last:
+        around = around.contiguous(memory_format=torch.channels_last)
+    features = around[:, :, 1:7, 2:11]
+    features.copy_(torch.randn(2, 17, 6, 9))
+    labels = torch.randint(0, 3, (2, 6, 9), device=DEVICE)
+    for per_image in (False, True):
+        sums, counts = kernels.add_up(features, labels, num_classes, None, per_image)
+        want, of_absolutes, want_counts = definition(features, labels, num_classes, None, per_image)
+        assert torch.equal(counts.cpu(), want_counts)
+        near(sums, want, of_absolutes, labels.numel())
+
+
+@runs_kernels
 def test_float32_is_not_rounded_to_fewer_bits():
     """A product of TF32 keeps 11 bits, one of bfloat16 eight: all 24 are to come through."""
     features = (1 + 2.0**-7 - torch.arange(1, 65) * 2.0**-23).view(1, 1, 64).to(DEVICE)
