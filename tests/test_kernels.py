@@ -7,8 +7,7 @@ import sys
 import pytest
 import torch
 
-from semshift import _label_ops, _pooling_ops, _soft_ops
-from semshift._kernels import kernels
+from semshift import _kernels, _label_ops, _pooling_ops, _soft_ops
 from tests.kernels import DEVICE, QUIET, runs_kernels
 
 pytest.importorskip("triton", reason="because the kernels need Triton")
@@ -31,48 +30,48 @@ def device(monkeypatch):
 
 
 def test_nvidia_devices_of_capability_8_have_kernels(device, name):
-    module = kernels.__wrapped__(name, device)
+    module = _kernels._kernels.__wrapped__(name, device)
     assert module is importlib.import_module(f"semshift._{name}_triton")
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 3), (12, 0)])
 def test_so_have_later_ones(device, name, capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert kernels.__wrapped__(name, device) is not None
+    assert _kernels._kernels.__wrapped__(name, device) is not None
 
 
 def test_older_devices_have_none(device, name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert kernels.__wrapped__(name, device) is None
+    assert _kernels._kernels.__wrapped__(name, device) is None
 
 
 def test_devices_of_rocm_have_none(device, name, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.2")
-    assert kernels.__wrapped__(name, device) is None
+    assert _kernels._kernels.__wrapped__(name, device) is None
 
 
 @pytest.mark.parametrize(("version", "served"), [("3.1.0", False), ("3.2.0", True), ("3.10.0+git1", True)])
 def test_early_releases_of_triton_have_none_on_cuda(device, name, version, served, monkeypatch):
     monkeypatch.setattr("triton.__version__", version)
-    assert (kernels.__wrapped__(name, device) is not None) == served
-    assert kernels.__wrapped__(name, torch.device("cpu")) is not None
+    assert (_kernels._kernels.__wrapped__(name, device) is not None) == served
+    assert _kernels._kernels.__wrapped__(name, torch.device("cpu")) is not None
 
 
 def test_without_triton_there_are_none(device, name, monkeypatch):
     for module in ("pooling", "product", "label"):
         monkeypatch.delitem(sys.modules, f"semshift._{module}_triton", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert kernels.__wrapped__(name, device) is None
-    assert kernels.__wrapped__(name, torch.device("cpu")) is None
+    assert _kernels._kernels.__wrapped__(name, device) is None
+    assert _kernels._kernels.__wrapped__(name, torch.device("cpu")) is None
 
 
 def test_a_device_is_asked_once(device, name, monkeypatch):
     """To ask costs as long as to launch."""
-    kernels.cache_clear()
-    first = kernels(name, device)
+    _kernels._kernels.cache_clear()
+    first = _kernels._kernels(name, device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", None)
-    assert kernels(name, device) is first
-    kernels.cache_clear()
+    assert _kernels._kernels(name, device) is first
+    _kernels._kernels.cache_clear()
 
 
 LABELS = torch.randint(0, 3, (2, 4, 5), device=DEVICE)
@@ -114,7 +113,6 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(op, monkeypatch):
 @pytest.mark.parametrize("op", BODIES)
 def test_without_kernels_the_default_body_serves_cuda(op, monkeypatch):
     body, _, arguments = BODIES[op]
-    for module in (_label_ops, _pooling_ops, _soft_ops):
-        monkeypatch.setattr(module, "kernels", lambda *_: None)
+    monkeypatch.setattr(_kernels, "_kernels", lambda *_: None)
     found, want = body(*arguments), getattr(torch.ops.semshift, op).default(*arguments)
     torch.testing.assert_close(found, want, rtol=0, atol=0)

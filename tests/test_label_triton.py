@@ -192,12 +192,12 @@ def test_the_op_uses_the_kernel_on_cuda_where_that_serves(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ops, "_share_out", None)
         assert torch.equal(ops._share_out_on_cuda(labels, *options), want)
-    monkeypatch.setattr(kernels, "share_out", None)
+    monkeypatch.setattr(kernels, "_shares_kernel", None)
     for name in ("_LARGEST", "_MOST_CLASSES"):
         with monkeypatch.context() as patch:
             patch.setattr(kernels, name, 2)
             torch.testing.assert_close(ops._share_out_on_cuda(labels, *options), want)
-    monkeypatch.setattr(ops, "kernels", lambda *_: None)
+    monkeypatch.setattr("semshift._kernels._kernels", lambda *_: None)
     torch.testing.assert_close(ops._share_out_on_cuda(labels, *options), want)
 
 

@@ -84,12 +84,12 @@ def test_the_parts_do_not_know_what_is_composed_of_them(path):
 
 @in_file([path for path in FILES if not path.stem.endswith("_triton")])
 def test_kernels_are_imported_by_kernels_alone(path):
-    """Elsewhere `kernels` imports them by their name, on the first call of an op."""
+    """Elsewhere `launched` imports them by their name, on the first call of an op."""
     assert not {name for name in of_semshift(path) if name.split(".")[1].endswith("_triton")}
     named = {
         f"_{node.args[0].value}_triton"
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "kernels"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "launched"
     }
     assert named <= MODULES
 
@@ -98,7 +98,7 @@ def test_every_kernel_is_imported_somewhere():
     text = "".join(path.read_text() for path in FILES)
     for path in (path for path in FILES if path.stem.endswith("_triton")):
         called = path.stem.removeprefix("_").removesuffix("_triton")
-        assert f'kernels("{called}"' in text or f"from semshift.{path.stem} import" in text
+        assert f'launched("{called}"' in text or f"from semshift.{path.stem} import" in text
 
 
 @in_file([*FILES, SOURCE / "__init__.py"])

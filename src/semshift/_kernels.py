@@ -5,12 +5,13 @@ import importlib
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["kernels"]
+__all__ = ["launched"]
 
 
 @functools.cache
-def kernels(name: str, device: torch.device) -> Any:
+def _kernels(name: str, device: torch.device) -> Any:
     """The module of kernels of this name, for NVIDIA's devices from compute capability 8.0 on; None elsewhere.
 
     The CPU has them too, by Triton's interpreter: that is how they are tested.
@@ -25,3 +26,13 @@ def kernels(name: str, device: torch.device) -> Any:
         return None
     # Earlier compilers end the process where a product of bfloat16 takes its factor from a shift.
     return None if on_cuda and tuple(map(int, version.split(".")[:2])) < (3, 2) else module
+
+
+def launched(name: str, launcher: str, first: Tensor, *arguments: Any) -> Any:
+    """What a launcher returns; None where its kernels do not run, or it does not serve such arguments."""
+    module = _kernels(name, first.device)
+    if module is None:
+        return None
+    # Triton launches on the current device, which may be another.
+    with torch.cuda.device_of(first):
+        return getattr(module, launcher)(first, *arguments)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from semshift._checks import fits
-from semshift._kernels import kernels
+from semshift._kernels import launched
 from semshift._transforms import values_of
 
 __all__ = ["check_range", "class_slots", "label_shares", "resize"]
@@ -136,14 +136,9 @@ def _share_out(
 
 
 @torch.library.impl(_LIBRARY, "label_shares", "CUDA")
-def _share_out_on_cuda(labels: Tensor, height: int, width: int, num_classes: int, *options: Any) -> Tensor:
-    triton = kernels("label", labels.device)
-    if triton is None or not triton.takes(labels, height, width, num_classes):
-        return _share_out(labels, height, width, num_classes, *options)
-    # Triton launches on the current device, which may be another.
-    with torch.cuda.device_of(labels):
-        shares: Tensor = triton.share_out(labels, height, width, num_classes, *options)
-    return shares
+def _share_out_on_cuda(labels: Tensor, *options: Any) -> Tensor:
+    shares: Optional[Tensor] = launched("label", "share_out", labels, *options)
+    return _share_out(labels, *options) if shares is None else shares
 
 
 @torch.library.register_fake("semshift::label_shares")

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from semshift._planes import next_power
+
 __all__ = ["class_of", "ignored_class", "share_out", "takes"]
 
 # Up to here no product of a place and a scale exceeds 32 bits, nor the weights of a line.
@@ -38,8 +40,10 @@ def share_out(
     resample: str,
     align_corners: bool,
     ignore_index: Optional[int],
-) -> Tensor:
-    """Weights `[B, K + 1, h, w]` in float64, the last row of ignored pixels; area in units of 1 / (h * w) pixels."""
+) -> Optional[Tensor]:
+    """Weights `[B, K + 1, h, w]` in float64, as the default body gives them; None for sizes not served."""
+    if not takes(labels, height, width, num_classes):
+        return None
     images, lines, pixels = labels.shape
     shape = (images, num_classes + 1, height, width)
     if labels.numel() == 0:
@@ -49,11 +53,11 @@ def share_out(
         return shares
     area = resample == "area"
     # A lane looks at about four pixels of a line, and its neighbours at those between.
-    reached = triton.cdiv(pixels if area else 2 * pixels, width)
-    parts = min(_LANES, triton.next_power_of_2(triton.cdiv(reached, 4)))
-    blocks = triton.cdiv(width, _LANES // parts)
-    wide_k = min(32, triton.next_power_of_2(num_classes + 1))
-    _shares_kernel[(images * height * blocks, triton.cdiv(num_classes + 1, wide_k))](
+    reached = -(-(pixels if area else 2 * pixels) // width)
+    parts = min(_LANES, next_power(-(-reached // 4)))
+    blocks = -(-width // (_LANES // parts))
+    wide_k = min(32, next_power(num_classes + 1))
+    _shares_kernel[(images * height * blocks, -(-(num_classes + 1) // wide_k))](
         labels,
         shares,
         *labels.stride(),

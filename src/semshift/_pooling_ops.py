@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from semshift._kernels import kernels
+from semshift._kernels import launched
 from semshift._label_ops import class_slots
+from semshift._planes import FEW
 from semshift._soft_ops import sum_dtype
 from semshift._transforms import transformed
 
@@ -205,25 +206,18 @@ def _runs(pixels: Tensor, keys: Tensor, dtype: torch.dtype) -> Iterator[tuple[Te
 
 @torch.library.impl(_LIBRARY, "class_sums", "CUDA")
 def _add_up_on_cuda(features: Tensor, labels: Tensor, num_classes: int, *options: Any) -> tuple[Tensor, Tensor]:
-    triton, pooled = kernels("pooling", features.device), None
+    pooled = None
     # Sums of many classes are scattered in no fixed order.
-    if triton and (num_classes <= triton.FEW or not torch.are_deterministic_algorithms_enabled()):
-        # Triton launches on the current device, which may be another.
-        with torch.cuda.device_of(features):
-            pooled = triton.add_up(features, labels, num_classes, *options)
+    if num_classes <= FEW or not torch.are_deterministic_algorithms_enabled():
+        pooled = launched("pooling", "add_up", features, labels, num_classes, *options)
     sums, mass = _add_up(features, labels, num_classes, *options) if pooled is None else pooled
     return sums, mass
 
 
 @torch.library.impl(_LIBRARY, "spread_rows", "CUDA")
 def _spread_on_cuda(rows: Tensor, labels: Tensor, *options: Any) -> Tensor:
-    triton = kernels("pooling", rows.device)
-    # Pixels are counted in 32 bits.
-    if triton is None or rows.dtype == torch.float64 or labels.numel() >= 2**31 - 2**18:
-        return _spread(rows, labels, *options)
-    with torch.cuda.device_of(rows):
-        spread: Tensor = triton.spread(rows, labels, *options)
-    return spread
+    spread: Optional[Tensor] = launched("pooling", "spread", rows, labels, *options)
+    return _spread(rows, labels, *options) if spread is None else spread
 
 
 @torch.library.register_fake("semshift::class_sums")

@@ -14,13 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from semshift._label_triton import ignored_class
-from semshift._planes import multiprocessors, next_power, plane_of
+from semshift._planes import FEW, MOST_PIXELS, multiprocessors, next_power, plane_of
 from semshift._product_triton import find_class, product
 
-__all__ = ["FEW", "add_up", "multiply", "spread"]
-
-# Up to so many classes are added in a fixed order.
-FEW = 256
+__all__ = ["add_up", "multiply", "spread"]
 
 
 def add_up(
@@ -79,8 +76,10 @@ def multiply(features: Tensor, weights: Tensor) -> Optional[Tensor]:
 
 def spread(
     rows: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool, channels_last: bool
-) -> Tensor:
-    """The row of each pixel's class, 0 where it has none; `[B, C, *S]`."""
+) -> Optional[Tensor]:
+    """The row of each pixel's class, 0 where it has none; `[B, C, *S]`. None for a dtype or size not served."""
+    if rows.dtype == torch.float64 or labels.numel() >= MOST_PIXELS:
+        return None
     images, channels = labels.shape[0], rows.shape[-1]
     if channels_last:
         result = rows.new_empty((*labels.shape, channels)).movedim(-1, 1)

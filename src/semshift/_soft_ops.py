@@ -1,11 +1,11 @@
 """The op under weighted sums, `semshift::soft_class_sums`: body, fake and backward. Arguments have been checked."""
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from semshift._kernels import kernels
+from semshift._kernels import launched
 from semshift._transforms import transformed
 
 __all__ = ["soft_sums", "sum_dtype"]
@@ -63,11 +63,7 @@ def _add_up(features: Tensor, weights: Tensor) -> Tensor:
 
 @torch.library.impl(_LIBRARY, "soft_class_sums", "CUDA")
 def _add_up_on_cuda(features: Tensor, weights: Tensor) -> Tensor:
-    triton, pooled = kernels("pooling", features.device), None
-    if triton:
-        # Triton launches on the current device, which may be another.
-        with torch.cuda.device_of(features):
-            pooled = triton.multiply(features, weights)
+    pooled: Optional[Tensor] = launched("pooling", "multiply", features, weights)
     return _add_up(features, weights) if pooled is None else pooled
 
 

@@ -328,11 +328,15 @@ def test_message(start):
     assert message.startswith(promised[1]) if promised[2] else message == promised[1]
 
 
+ON_CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="because it needs a CUDA device"),
+]
+
+
 @pytest.mark.parametrize(
     "start",
-    [pytest.param(start, marks=pytest.mark.gpu if start == "left bad label ids" else ()) for start in BEHAVIOUR],
+    [pytest.param(start, marks=ON_CUDA if start == "left bad label ids" else ()) for start in BEHAVIOUR],
 )
 def test_behaviour(start):
-    if start == "left bad label ids" and not torch.cuda.is_available():
-        pytest.skip("because there is no CUDA device")
     BEHAVIOUR[start]()

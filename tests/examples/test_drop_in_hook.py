@@ -152,7 +152,7 @@ def models_of(library, names):
         return [getattr(networks, name)(encoder, encoder_weights=None) for name in names for encoder in encoders]
     if library == "timm":
         return [pytest.importorskip("timm").create_model("resnet18", features_only=True, pretrained=False)]
-    pytest.skip(f"{library} has no clean install")
+    pytest.skip(f"because {library} cannot be installed beside a current PyTorch")
 
 
 @pytest.mark.slow
