@@ -283,6 +283,17 @@ def test_what_the_kernels_do_not_serve_is_left_to_the_default_body(features, num
     assert torch.equal(spread, ops._spread(rows, labels, *options, False))
 
 
+@runs_kernels
+def test_rows_that_spread_does_not_serve(monkeypatch):
+    labels, rows = torch.zeros(1, 6, dtype=torch.int64, device=DEVICE), torch.ones(2, 3, device=DEVICE)
+    options = (labels, 2, None, False, False)
+    assert kernels.spread(rows.double(), *options) is None
+    assert kernels.spread(rows, *options) is not None
+    # As many pixels as 32 bits do not count.
+    monkeypatch.setattr(kernels, "MOST_PIXELS", 6)
+    assert kernels.spread(rows, *options) is None
+
+
 def test_features_of_three_dimensions_are_served_where_they_lie_dense():
     features = cropped_voxels().contiguous()
     labels = torch.randint(0, 3, (2, *features.shape[2:]), device=DEVICE)
