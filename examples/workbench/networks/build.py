@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from examples.workbench.networks.deeplab import DeepLabV2, load_pretrained
+from examples.workbench.networks.efficientnet import EfficientNetLite0, load_efficientnet, packaged_weights
 from examples.workbench.networks.segformer import SegFormer, load_segformer
 from examples.workbench.networks.segmentation import Pretrained, Segmenter
 from examples.workbench.networks.small import SmallSegmenter
@@ -19,7 +20,7 @@ def dtype_of(settings: Settings) -> torch.dtype:
 
 
 def build_segmenter(settings: Settings, configuration: Path | None = None) -> Segmenter:
-    """The segmenter with random weights, which depend on the seed alone; `load_init` loads those of `network.init`.
+    """The segmenter with random weights, which depend on the seed alone; `load_init` loads trained ones.
 
     Args:
         settings: of the run.
@@ -29,6 +30,8 @@ def build_segmenter(settings: Settings, configuration: Path | None = None) -> Se
     network, classes = settings.network, len(settings.data.classes)
     if network.name == "small":
         return SmallSegmenter(classes, width=network.width, feature_layer=network.feature_layer)
+    if network.name == "efficientnet-lite0":
+        return EfficientNetLite0(classes, output_stride=network.output_stride, feature_layer=network.feature_layer)
     if network.name == "segformer":
         config = configuration or network.init or network.config
         return SegFormer(classes, config=Path(config) if config else None, feature_layer=network.feature_layer)
@@ -43,8 +46,10 @@ def build_segmenter(settings: Settings, configuration: Path | None = None) -> Se
 
 
 def load_init(settings: Settings, segmenter: Segmenter) -> Pretrained | None:
-    """Load `network.init` into the segmenter; None where the settings name no weights."""
+    """Load `network.init`, or the package's weights, into the segmenter; None where the settings name no weights."""
     network = settings.network
+    if isinstance(segmenter, EfficientNetLite0) and network.pretrained:
+        return load_efficientnet(segmenter, packaged_weights())
     if network.init is None:
         return None
     if isinstance(segmenter, SegFormer):

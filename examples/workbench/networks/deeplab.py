@@ -10,11 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.workbench.errors import InputError
-from examples.workbench.networks.segmentation import Pretrained, Segmentation, Segmenter
+from examples.workbench.networks.segmentation import (
+    Pretrained,
+    Segmentation,
+    Segmenter,
+    read_state_dict,
+    some,
+)
 
 __all__ = ["DeepLabV2", "load_pretrained"]
 
 _BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+_PREFIXES = ("module.Scale.", "module.", "Scale.", "")
 _BACKBONE = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")
 
 
@@ -160,16 +167,18 @@ def load_pretrained(model: DeepLabV2, file: Path, *, classifier: bool = True) ->
     no code in a file is run. Classifiers that the file lacks, or all with `classifier` false, and batch norm's unused
     `num_batches_tracked` stay as they are and are reported as missing.
     """
-    weights, prefix = _read_state_dict(file)
+    weights = read_state_dict(file)
+    prefix = next(prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in weights))
+    weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     own = model.state_dict()
     loaded = [name for name in own if name in weights and (classifier or name.startswith(_BACKBONE))]
     missing = [name for name in own if name not in loaded]
     left_over = [name for name in weights if name not in loaded]
     absent = [name for name in missing if name.startswith(_BACKBONE) and not name.endswith("num_batches_tracked")]
     if absent:
-        raise InputError(f"expected {file} to hold all of the backbone of depth {model.depth}, got no {_some(absent)}")
+        raise InputError(f"expected {file} to hold all of the backbone of depth {model.depth}, got no {some(absent)}")
     if unknown := [name for name in left_over if name.startswith(_BACKBONE)]:
-        raise InputError(f"expected {file} to hold no more layers than depth {model.depth} has, got {_some(unknown)}")
+        raise InputError(f"expected {file} to hold no more layers than depth {model.depth} has, got {some(unknown)}")
     for name in loaded:
         ours, theirs = list(own[name].shape), list(weights[name].shape)
         if ours != theirs:
@@ -178,29 +187,6 @@ def load_pretrained(model: DeepLabV2, file: Path, *, classifier: bool = True) ->
     for head in ("layer5", "layer6"):
         absent = [name for name in missing if name.startswith(head)]
         if absent and any(name.startswith(head) for name in loaded):
-            raise InputError(f"expected {file} to hold all of the classifier {head} or none, got no {_some(absent)}")
+            raise InputError(f"expected {file} to hold all of the classifier {head} or none, got no {some(absent)}")
     model.load_state_dict({name: weights[name] for name in loaded}, strict=False)
     return Pretrained(str(file), model.origin, prefix, tuple(loaded), tuple(missing), tuple(left_over))
-
-
-def _read_state_dict(file: Path) -> tuple[dict[str, Tensor], str]:
-    """A state dict, and the prefix that was removed from its keys."""
-    if not file.is_file():
-        raise InputError(f"expected network.init to be a file of weights, got no file {file}")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen types, for a damaged file and for one with code
-        raise InputError(f"expected {file} to hold weights and no code, got a file that PyTorch cannot load") from error
-    if not isinstance(state, dict):
-        raise InputError(f"expected {file} to be a state dict, got a {type(state).__name__}")
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise InputError(f"expected {file} to be a state dict, names to tensors, got a {kind} under {name!r}")
-    prefixes = ("module.Scale.", "module.", "Scale.", "")
-    prefix = next(prefix for prefix in prefixes if all(name.startswith(prefix) for name in state))
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}, prefix
-
-
-def _some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -1,16 +1,20 @@
 """What the segmenters share: base class, output, and the report of loading trained weights."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["FeatureLayer", "Origin", "Pretrained", "Segmentation", "Segmenter", "upsample"]
+from examples.workbench.errors import InputError
+
+__all__ = ["FeatureLayer", "Origin", "Pretrained", "Segmentation", "Segmenter", "some", "read_state_dict"]
+__all__ += ["upsample", "upsample_like"]
 
 FeatureLayer = Literal["encoder", "decoder"]
-Origin = Literal["torchvision", "caffe", "segformer"]
+Origin = Literal["torchvision", "caffe", "segformer", "efficientnet-lite0"]
 
 
 class Segmentation(NamedTuple):
@@ -42,7 +46,10 @@ class Segmenter(nn.Module):
         """Register `gain` and `offset`, which turn the input into images as weights of this origin need them."""
         mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         gain, offset = 0.25 / deviation, (0.5 - mean) / deviation
-        if origin == "caffe":
+        if origin == "efficientnet-lite0":
+            # (rgb - 127) / 128
+            gain, offset = torch.full_like(mean, 255 * 0.25 / 128), torch.full_like(mean, (255 * 0.5 - 127) / 128)
+        elif origin == "caffe":
             mean = torch.tensor([122.67891434, 116.66876762, 104.00698793])
             gain, offset = torch.full_like(mean, 255 * 0.25), 255 * 0.5 - mean
         self.register_buffer("gain", gain[:, None, None], persistent=False)
@@ -64,10 +71,11 @@ class Pretrained(NamedTuple):
     """In the file and not used."""
 
     def __str__(self) -> str:
-        how = {"torchvision": "RGB, stride in the 3x3", "caffe": "BGR, stride in the 1x1", "segformer": "RGB"}
+        known = {"torchvision": "RGB, stride in the 3x3", "caffe": "BGR, stride in the 1x1"}
+        how = known.get(self.origin, "RGB")
         prefix = f", without the prefix {self.prefix}" if self.prefix else ""
         return (
-            f"{self.file}: {len(self.loaded)} tensors loaded as {self.origin} weights ({how[self.origin]}){prefix}\n"
+            f"{self.file}: {len(self.loaded)} tensors loaded as {self.origin} weights ({how}){prefix}\n"
             f"missing: {_listed(self.missing)}\nleft over: {_listed(self.left_over)}"
         )
 
@@ -83,3 +91,30 @@ def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Logits `[B, K, *size]`, at least float32."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.interpolate(wide, size=list(size), mode="bilinear", align_corners=False)
+
+
+def upsample_like(x: Tensor, like: Tensor) -> Tensor:
+    """Feature maps at the size of others, in their own dtype."""
+    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def read_state_dict(file: Path) -> dict[str, Tensor]:
+    """Read a file of weights without running code in it."""
+    if not file.is_file():
+        raise InputError(f"expected network.init to be a file of weights, got no file {file}")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen types, for a damaged file and for one with code
+        raise InputError(f"expected {file} to hold weights and no code, got a file that PyTorch cannot load") from error
+    if not isinstance(state, dict):
+        raise InputError(f"expected {file} to be a state dict, got a {type(state).__name__}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise InputError(f"expected {file} to be a state dict, names to tensors, got a {kind} under {name!r}")
+    return state
+
+
+def some(names: Sequence[str]) -> str:
+    """The first name and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.workbench.networks.segmentation import FeatureLayer, Segmentation, Segmenter
+from examples.workbench.networks.segmentation import FeatureLayer, Segmentation, Segmenter, upsample_like
 
 __all__ = ["SmallSegmenter"]
 
@@ -42,8 +42,8 @@ class SmallSegmenter(Segmenter):
         at2 = self.stem(images)
         at4 = self.stage4(at2)
         at8 = self.stage8(at4)
-        decoded = self.up4(torch.cat([_upsample(at8, at4), at4], dim=1))
-        decoded = self.up2(torch.cat([_upsample(decoded, at2), at2], dim=1))
+        decoded = self.up4(torch.cat([upsample_like(at8, at4), at4], dim=1))
+        decoded = self.up2(torch.cat([upsample_like(decoded, at2), at2], dim=1))
         return Segmentation(at8 if self.feature_layer == "encoder" else decoded, self.classifier(decoded))
 
 
@@ -60,7 +60,3 @@ class _Residual(nn.Module):
 def _convolution(inputs: int, outputs: int, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
     return nn.Sequential(convolution, nn.GroupNorm(8, outputs), nn.ReLU())
-
-
-def _upsample(x: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)

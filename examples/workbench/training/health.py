@@ -105,8 +105,7 @@ def machine_figures(images: int, seconds: float, device: torch.device) -> dict[s
 def format_row(row: Row) -> str:
     """A row in one line: losses, accuracies on source and target, gradients relative to the segmentation loss's."""
     parts = [f"segmentation {row['loss/segmentation']:.2f}"]
-    if "loss/self-training" in row:
-        parts.append(f"self-training {row['loss/self-training']:.2f}")
+    parts += [f"{name} {row[f'loss/{name}']:.2f}" for name in ("self-training", "contrast") if f"loss/{name}" in row]
     for name in ("global", "auxiliary", "semantic"):
         if f"loss/{name}" in row:
             part = f"{name} {row[f'loss/{name}']:.2f}"

@@ -1,5 +1,6 @@
 """Everything that learns in a run: the segmenter, its teacher, the alignments, their optimisers and schedules."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,13 +43,15 @@ class ClassCounts(nn.Module):
 class Learners:
     """The state of a run beside its step; the dicts are keyed by `segmenter` and the names of the alignments.
 
-    `weights` has those of the alignments' confusion losses, of `self-training` and of the `source`'s cross-entropy.
+    `weights` has those of the alignments' confusion losses, of `self-training`, of `contrast` and of the `source`'s
+    cross-entropy; `prototypes` has a bank for each labelled domain, if there is a contrast.
     """
 
     segmenter: Segmenter
     teacher: AveragedModel | None
     alignments: dict[str, Alignment]
     class_counts: ClassCounts
+    prototypes: dict[str, semshift.PrototypeBank]
     optimisers: dict[str, torch.optim.Optimizer]
     learning_rates: dict[str, semshift.Schedule]
     weights: dict[str, semshift.Schedule]
@@ -61,6 +64,7 @@ class Learners:
         """What a checkpoint saves."""
         parts: dict[str, nn.Module | torch.optim.Optimizer] = {**self.networks(), "class counts": self.class_counts}
         parts |= {f"{name} alignment": alignment for name, alignment in self.alignments.items()}
+        parts |= {f"{name} prototypes": bank for name, bank in self.prototypes.items()}
         return parts | {f"{name} optimiser": optimiser for name, optimiser in self.optimisers.items()}
 
     def set_learning_rates(self, step: int) -> None:
@@ -85,12 +89,19 @@ def build_learners(settings: Settings, segmenter: Segmenter) -> Learners:
     weights = {name: weight_schedule(each, settings.steps) for name, each in how.items()}
     weights["source"] = source_schedule(settings)
     teacher: AveragedModel | None = None
+    prototypes: dict[str, semshift.PrototypeBank] = {}
+    k = len(settings.data.classes)
     if "self-training" in settings.parts:
         weights["self-training"] = weight_schedule(plus, settings.steps)
+        weights["contrast"] = weight_schedule(dataclasses.replace(plus, weight=plus.contrast_weight), settings.steps)
+        if plus.contrast_weight > 0:
+            for domain in ("source", "labelled"):
+                bank = semshift.PrototypeBank(segmenter.feature_channels, k, momentum=plus.contrast_momentum)
+                prototypes[domain] = bank.to(like)
         teacher = AveragedModel(segmenter, multi_avg_fn=get_ema_multi_avg_fn(plus.momentum))  # type: ignore[no-untyped-call]
         teacher.eval()
-    counts = ClassCounts(len(settings.data.classes)).to(like.device)
-    return Learners(segmenter, teacher, alignments, counts, optimisers, rates, weights)
+    counts = ClassCounts(k).to(like.device)
+    return Learners(segmenter, teacher, alignments, counts, prototypes, optimisers, rates, weights)
 
 
 def build_alignment(name: str, settings: Settings, feature_channels: int) -> Alignment:

@@ -5,14 +5,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import semshift
-from examples.workbench.networks.segmentation import upsample
+from examples.workbench.networks.segmentation import Segmentation, upsample
 from examples.workbench.settings import Settings
+from examples.workbench.training.learners import Learners
+from examples.workbench.training.strong_view import strengthen
 
-__all__ = ["Batch", "MixedImages", "mix_images", "self_training_loss"]
+__all__ = ["Batch", "MixedImages", "mix_images", "self_training_losses"]
 
 Batch = dict[str, dict[str, Tensor]]
 """Images and what belongs to them, by domain: see `step.learn`."""
@@ -21,31 +23,52 @@ Batch = dict[str, dict[str, Tensor]]
 class MixedImages(NamedTuple):
     """Images `[B, 3, H, W]`, labels `[B, H, W]` int64, and the weight of each pixel in the loss `[B, H, W]` in [0, 1].
 
-    The weight is 1 where a class of another image is pasted, and 0 outside the image.
+    The weight is 1 where a class of another image is pasted, and 0 outside the image. `sure [B, H, W]` bool: the
+    pasted pixels and those that the teacher is sure of.
     """
 
     image: Tensor
     label: Tensor
     weight: Tensor
+    sure: Tensor
 
 
-def self_training_loss(
-    step: int, batch: Batch, segmenter: nn.Module, teacher: nn.Module, settings: Settings, fabric: Fabric
-) -> Tensor | None:
-    """Weighted cross-entropy on the mixed images: its mean over the pixels of all ranks, also those of weight 0.
+def self_training_losses(
+    step: int, outputs: dict[str, Segmentation], batch: Batch, learners: Learners, settings: Settings, fabric: Fabric
+) -> dict[str, Tensor]:
+    """The losses of self-training by the names of their weights; those that are not yet or never used are left out.
 
-    None while its weight is 0.
+    `self-training`: weighted cross-entropy on the mixed images, its mean over the pixels of all ranks, also those of
+    weight 0. `contrast`: pixel-to-prototype contrast, the mean over source, labelled and mixed images.
     """
-    plus = settings.self_training
-    if plus.weight == 0 or step < round(plus.start * settings.steps):
-        return None
-    with torch.no_grad(), fabric.autocast():
-        teacher_logits = teacher(batch["unlabelled"]["image"]).logits
-    mixed = mix_images(batch, teacher_logits, settings, step, rank=fabric.global_rank)
-    with fabric.autocast():
-        logits = segmenter(mixed.image).logits
-    losses = F.cross_entropy(upsample(logits, mixed.label.shape[-2:]), mixed.label, reduction="none")
-    return semshift.all_gather((losses * mixed.weight).mean()).mean()
+    plus, losses = settings.self_training, {}
+    labelled = {domain: (outputs[domain].features, batch[domain]["label"]) for domain in ("source", "labelled")}
+    pixels = list(labelled.values())
+    if plus.weight > 0 and step >= round(plus.start * settings.steps):
+        assert learners.teacher is not None
+        with torch.no_grad(), fabric.autocast():
+            teacher_logits = learners.teacher(batch["unlabelled"]["image"]).logits
+        mixed = mix_images(batch, teacher_logits, settings, step, rank=fabric.global_rank)
+        with fabric.autocast():
+            output = learners.segmenter(mixed.image)
+        each = F.cross_entropy(upsample(output.logits, mixed.label.shape[-2:]), mixed.label, reduction="none")
+        losses["self-training"] = semshift.all_gather((each * mixed.weight).mean()).mean()
+        pixels.append((output.features, mixed.label.where(mixed.sure, settings.data.ignore_index)))
+    if plus.contrast_weight > 0:
+        ignore_index = settings.data.ignore_index
+        for domain, (features, labels) in labelled.items():
+            bank = learners.prototypes[domain]
+            pooled = semshift.class_sums(features.detach(), labels, bank.num_classes, ignore_index=ignore_index)
+            bank.update(pooled)
+        prototypes = torch.stack([bank.means for bank in learners.prototypes.values()])
+        each_domain = [
+            semshift.prototype_contrast_loss(
+                features, labels, prototypes, temperature=plus.contrast_temperature, ignore_index=ignore_index
+            )
+            for features, labels in pixels
+        ]
+        losses["contrast"] = torch.stack(each_domain).mean()
+    return losses
 
 
 def mix_images(batch: Batch, teacher_logits: Tensor, settings: Settings, step: int, *, rank: int = 0) -> MixedImages:
@@ -66,16 +89,35 @@ def mix_images(batch: Batch, teacher_logits: Tensor, settings: Settings, step: i
     # By pixel as in FixMatch (Sohn et al. 2020, arXiv 2001.07685): what a teacher is not sure of is often a rare class.
     share = sure.sum((1, 2), keepdim=True) / inside.sum((1, 2), keepdim=True).clamp(min=1)
     weight = sure.float() if how.weighted_by == "pixel" else share * inside
-    if how.mixed_from == "nothing":
-        return MixedImages(unlabelled["image"], labels, weight)
+    generator = torch.Generator().manual_seed(
+        int(np.random.SeedSequence((settings.seed, step)).generate_state(1, np.uint32)[0])
+    )
+    first, k = rank * len(labels), len(settings.data.classes)
+    keys = torch.rand(first + len(labels), k, generator=generator)[first:]
+    image = unlabelled["image"]
+    if how.mixed_from != "nothing":
+        donor_image, donor_label = _donors(batch, settings, size, first, len(labels))
+        mask = semshift.class_mix(donor_label, k, ignore_index=settings.data.ignore_index, keys=keys)
+        image = torch.where(mask[:, None], donor_image, image)
+        labels = torch.where(mask, donor_label, labels)
+        weight, sure = torch.where(mask, 1.0, weight), mask | sure
+    if how.strong > 0:
+        # Drawn in a row for all ranks, after the classes, so that a run without a strong view draws the same classes.
+        generator.manual_seed(generator.initial_seed() + 1)
+        image = strengthen(image, how.strong, torch.rand(first + len(labels), 6, generator=generator)[first:])
+    return MixedImages(image, labels, weight, sure)
+
+
+def _donors(batch: Batch, settings: Settings, size: tuple[int, int], first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Images and labels, resized, whose classes are pasted onto the unlabelled images from `first` on."""
+    how, k, ignore_index = settings.self_training, len(settings.data.classes), settings.data.ignore_index
     domains = ["source", "labelled"] if how.mixed_from == "both" else [how.mixed_from]
     donors = {
         domain: [semshift.all_gather(batch[domain][part]).flatten(0, 1) for part in ("image", "label")]
         for domain in domains
     }
-    first, chosen = rank * len(labels), []
-    k, ignore_index = len(settings.data.classes), settings.data.ignore_index
-    for i in range(first, first + len(labels)):
+    chosen = []
+    for i in range(first, first + count):
         images, masks = donors[domains[i % len(domains)]]
         j = i // len(domains) % len(images)
         image, label = images[j : j + 1], masks[j : j + 1]
@@ -83,13 +125,5 @@ def mix_images(batch: Batch, teacher_logits: Tensor, settings: Settings, step: i
             image = F.interpolate(image, size=size, mode="bilinear", align_corners=False)
             label = semshift.resize_labels(label, size, k, resample="nearest", ignore_index=ignore_index)
         chosen.append((image, label))
-    image, label = (torch.cat(parts) for parts in zip(*chosen))
-    seed = np.random.SeedSequence((settings.seed, step)).generate_state(1, np.uint32)
-    generator = torch.Generator().manual_seed(int(seed[0]))
-    keys = torch.rand(first + len(label), k, generator=generator)[first:]
-    mask = semshift.class_mix(label, k, ignore_index=ignore_index, keys=keys)
-    return MixedImages(
-        torch.where(mask[:, None], image, unlabelled["image"]),
-        torch.where(mask, label, labels),
-        torch.where(mask, 1.0, weight),
-    )
+    images, labels = (torch.cat(parts) for parts in zip(*chosen))
+    return images, labels

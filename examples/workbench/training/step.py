@@ -15,7 +15,7 @@ from examples.workbench.settings import Settings
 from examples.workbench.training.health import alignment_figures, feature_figures
 from examples.workbench.training.learners import Learners
 from examples.workbench.training.ranks import seed_step
-from examples.workbench.training.self_training import Batch, self_training_loss
+from examples.workbench.training.self_training import Batch, self_training_losses
 
 __all__ = ["learn"]
 
@@ -44,7 +44,7 @@ def learn(
     Raises:
         InputError: the loss is not finite; no network has learnt from it.
     """
-    segmenter, teacher, weights = learners.segmenter, learners.teacher, learners.weights
+    segmenter, weights = learners.segmenter, learners.weights
     learners.set_learning_rates(step)
     seed_step(settings.seed, step, fabric.global_rank)
     with fabric.autocast():
@@ -61,16 +61,19 @@ def learn(
             weight = weights["source"](step) if domain == "source" else 1.0
             segmentation = segmentation + weight * _supervised_loss(outputs[domain], part["label"], settings)
     alignments = _align(outputs, batch, learners, settings)
-    loss = segmentation
+    loss, applied = segmentation, {name: weights[name](step) for name in alignments}
+    if "semantic" in alignments and settings.semantic_alignment.balanced:
+        confusion, features = alignments["semantic"].confusion, outputs["labelled"].features
+        applied["semantic"] = float(semshift.balanced_weight(segmentation, confusion, features, applied["semantic"]))
     for name, losses in alignments.items():
-        loss = loss + weights[name](step) * losses.confusion
+        loss = loss + applied[name] * losses.confusion
 
-    # Beyond the paper: the teacher labels the unlabelled images.
-    self_training = None
-    if teacher is not None:
-        self_training = self_training_loss(step, batch, segmenter, teacher, settings, fabric)
-    if self_training is not None:
-        loss = loss + weights["self-training"](step) * self_training
+    # Beyond the paper: a teacher labels the unlabelled images, and pixels are drawn to the prototypes of their class.
+    self_training: dict[str, Tensor] = {}
+    if learners.teacher is not None:
+        self_training = self_training_losses(step, outputs, batch, learners, settings, fabric)
+    for name, value_of in self_training.items():
+        loss = loss + weights[name](step) * value_of
     value = float(loss.detach())
     if not math.isfinite(value):
         raise InputError(
@@ -80,12 +83,12 @@ def learn(
     row = {"step": step, "loss/segmentation": float(segmentation.detach())}
     if log:
         row |= feature_figures(outputs, batch, segmentation, settings, ranks=fabric.world_size)
-        if self_training is not None:
-            row["loss/self-training"] = float(self_training.detach())
-            row["weight/self-training"] = weights["self-training"](step)
+        for name, value_of in self_training.items():
+            row |= {f"loss/{name}": float(value_of.detach()), f"weight/{name}": weights[name](step)}
         for name, losses in alignments.items():
             reached = outputs["labelled" if name == "semantic" else "unlabelled"]
-            row |= alignment_figures(name, losses, weights[name](step), reached, ranks=fabric.world_size)
+            row |= alignment_figures(name, losses, applied[name], reached, ranks=fabric.world_size)
+            row[f"weight/{name}"] = weights[name](step)
 
     # The discriminators' losses, of those that learn at this step.
     learning = [name for name in alignments if step % settings.alignments[name].every == 0]

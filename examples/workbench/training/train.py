@@ -130,10 +130,9 @@ def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool
     segmenter = build_segmenter(settings, run_folder.network_file(out))
     synchronise_batch_norm(segmenter, fabric)
     # A resumed run has its weights in its checkpoint.
-    if settings.network.init is not None and not checkpoints.has_checkpoint(out):
-        loaded = load_init(settings, segmenter)
-        if first:
-            say(str(loaded))
+    loaded = None if checkpoints.has_checkpoint(out) else load_init(settings, segmenter)
+    if first and loaded is not None:
+        say(str(loaded))
 
     def prepare_folder() -> None:
         absent = _check_classes(settings, images)
