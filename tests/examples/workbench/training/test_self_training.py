@@ -1,15 +1,18 @@
 """Self-training: labels of the teacher, pasted classes, and runs of `ass-plus` with parts switched off."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning_fabric import Fabric
 from torch.nn import functional as F
 
+import semshift
 from examples.workbench.data.samples import Subset
 from examples.workbench.networks.segmentation import Segmentation
 from examples.workbench.training import checkpoints, learners, run_folder
 from examples.workbench.training import train as train_module
-from examples.workbench.training.self_training import mix_images, self_training_loss
+from examples.workbench.training.self_training import mix_images, self_training_losses
 from examples.workbench.training.train import train
 from tests.examples.workbench.tiny import checkpoint, equal, tiny
 
@@ -54,6 +57,7 @@ def test_without_mixing_the_labels_are_the_teachers(weighted_by):
     share = sure.mean((1, 2), keepdim=True)
     assert 0 < share.min() < share.max() < 1
     torch.testing.assert_close(images.weight[:, :, :28], sure if weighted_by == "pixel" else share.expand(3, 32, 28))
+    assert torch.equal(images.sure, F.pad(sure.bool(), (0, 4)))
 
 
 @pytest.mark.parametrize(
@@ -74,6 +78,7 @@ def test_pasted_classes_come_with_their_labels(mixed_from, donors):
         donor = batch[domain]["label"][place]
         assert torch.equal(images.label[i], torch.where(pasted, donor, bare.label[i]))
         assert torch.equal(images.weight[i], torch.where(pasted, 1.0, bare.weight[i]))
+        assert torch.equal(images.sure[i], pasted | bare.sure[i])
         # Whole classes, half of the donor's.
         classes = set(donor[pasted].tolist())
         assert len(classes) == K // 2
@@ -93,10 +98,53 @@ def test_the_loss_is_the_weighted_mean_over_all_pixels():
     teacher, segmenter = (lambda image, of=of: Segmentation(of, of) for of in (logits, answers))
     images = mix_images(batch, logits, settings, 0)
     expected = (F.cross_entropy(answers, images.label, reduction="none") * images.weight).sum() / images.label.numel()
-    fabric = Fabric(accelerator="cpu", devices=1)
-    torch.testing.assert_close(self_training_loss(0, batch, segmenter, teacher, settings, fabric), expected)
-    assert self_training_loss(0, batch, segmenter, teacher, plus(weight=0.0), fabric) is None
-    assert self_training_loss(2, batch, segmenter, teacher, plus(start=0.5), fabric) is None
+    outputs = {domain: segmenter(None) for domain in ("source", "labelled")}
+    parts = SimpleNamespace(teacher=teacher, segmenter=segmenter, prototypes={})
+
+    def losses(step, settings):
+        return self_training_losses(step, outputs, batch, parts, settings, Fabric(accelerator="cpu", devices=1))
+
+    assert losses(0, settings).keys() == {"self-training"}
+    torch.testing.assert_close(losses(0, settings)["self-training"], expected)
+    assert losses(0, plus(weight=0.0)) == losses(2, plus(start=0.5)) == {}
+
+
+def test_the_strong_view_changes_what_the_segmenter_sees_alone():
+    plain, strong, again, other = (
+        mixed(step=step, strong=value)[0] for step, value in ((3, 0.0), (3, 0.5), (3, 0.5), (4, 0.5))
+    )
+    assert all(torch.equal(plain[i], strong[i]) for i in (1, 2, 3))
+    assert not torch.equal(plain.image, strong.image)
+    assert torch.equal(strong.image, again.image)
+    assert not torch.equal(strong.image, other.image)
+
+
+def test_the_contrast_draws_on_both_banks():
+    """Equal to the loss over prototypes of the batch itself, which is the first that the banks see."""
+    generator = torch.Generator().manual_seed(2)
+    settings = plus(contrast_weight=1.0, contrast_temperature=0.5, threshold=0.8, weighted_by="pixel")
+    _, batch, logits = mixed(weighted_by="pixel")
+    features = {domain: torch.randn(n, 5, 8, 8, generator=generator) for domain, n in (("source", 2), ("labelled", 2))}
+    seen = torch.randn(3, 5, 8, 8, generator=generator)
+    banks = {domain: semshift.PrototypeBank(5, K) for domain in features}
+    parts = SimpleNamespace(
+        teacher=lambda image: Segmentation(logits, logits),
+        segmenter=lambda image: Segmentation(seen, logits),
+        prototypes=banks,
+    )
+    outputs = {domain: Segmentation(of, logits) for domain, of in features.items()}
+    found = self_training_losses(0, outputs, batch, parts, settings, Fabric(accelerator="cpu", devices=1))
+    means = torch.stack([semshift.class_sums(features[d], batch[d]["label"], K).means for d in features])
+    images = mix_images(batch, logits, settings, 0)
+    labels = [batch["source"]["label"], batch["labelled"]["label"], images.label.where(images.sure, 255)]
+    expected = [
+        semshift.prototype_contrast_loss(of, label, means, temperature=0.5)
+        for of, label in zip((*features.values(), seen), labels)
+    ]
+    torch.testing.assert_close(found["contrast"], torch.stack(expected).mean())
+    assert 0 < (labels[2] == 255).float().mean() < 1
+    for domain, bank in banks.items():
+        torch.testing.assert_close(bank.means, means[0 if domain == "source" else 1])
 
 
 def run(out, **changes):
@@ -133,6 +181,8 @@ def test_the_teacher_is_the_running_mean(whole):
         {"rare_classes": False},
         {"source_fade": 0.5},
         {"weighted_by": "pixel"},
+        {"strong": 0.5},
+        {"contrast_weight": 0.5},
     ],
     ids=lambda change: next(iter(change)),
 )
