@@ -64,6 +64,16 @@ def test_bad_options_are_named(arguments, words):
         (lambda: NetworkSettings(width=10), ("network.width", 8, 10)),
         (lambda: NetworkSettings(aspp_dilations=()), ("network.aspp_dilations",)),
         (lambda: NetworkSettings(init="x.pth"), ("network.init", "x.pth", "small")),
+        (
+            lambda: NetworkSettings(name="efficientnet-lite0", init="x.pth"),
+            ("network.init", "x.pth", "efficientnet-lite0"),
+        ),
+        (lambda: NetworkSettings(pretrained=False), ("network.pretrained", "efficientnet-lite0", False, "small")),
+        (
+            lambda: NetworkSettings(name="segformer", output_stride=8),
+            ("network.output_stride", "efficientnet-lite0", 8, "segformer"),
+        ),
+        (lambda: Data(crop_endings=["_l", ""]), ("data.crop_endings", ["_l", ""])),
         (lambda: NetworkSettings(name="segformer", auxiliary=True), ("network.auxiliary", "deeplab-v2", "segformer")),
         (lambda: NetworkSettings(config="c.json"), ("network.config", "segformer", "c.json", "small")),
         (

@@ -130,6 +130,20 @@ def test_a_name_that_is_no_file(own):
         open_own(own, "four")
 
 
+@pytest.mark.parametrize(("asked", "frames"), [(1, 1), (2, 2), (3, 3), (None, 3)])
+def test_crops_of_one_frame_are_labelled_together(tmp_path, asked, frames):
+    """Frames a (two crops), b (one) and c (one, without an ending that counts)."""
+    for name in ("a_l", "a_r", "b_l", "c"):
+        formats.save(np.zeros((8, 8, 3), np.uint8), tmp_path / f"t/img/{name}.png")
+        formats.save(np.zeros((8, 8), np.uint8), tmp_path / f"t/lbl/{name}.png")
+    data = Data(classes=["x", "y"], target=folder("t"), crop_endings=["_l", "_r"])
+    names = open_images(Settings(method="labelled-only", labelled=asked, data=data), tmp_path).labelled.names
+    assert len({name.split("_")[0] for name in names}) == frames
+    assert ("a_l" in names) == ("a_r" in names)
+    with refuses(InputError, "labelled", "frames", 3, 4):
+        open_images(Settings(method="labelled-only", labelled=4, data=data), tmp_path)
+
+
 def test_labelled_images_in_folders_of_their_own(own):
     images = open_own(own, target=Folder("t/img"), labelled=folder("few"))
     assert sorted(images.labelled.names) == ["e", "f"]

@@ -1,5 +1,6 @@
 """The presets, on small files in the formats of their data sets."""
 
+import dataclasses
 import json
 import re
 
@@ -118,3 +119,20 @@ def test_a_refused_run_leaves_no_folder(root, init, tmp_path, capsys):
     assert main(arguments("gta5-cityscapes", root / "cityscapes", *shared)) == 2
     mentions(capsys.readouterr().err, "error", root / "cityscapes/gta5/images")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("preset", ["kitti-camvid", "camvid-kitti", "idd-camvid", "airsim-camvid"])
+def test_presets_on_real_images_start_from_trained_weights(preset):
+    """They differ in their folders and classes only: nothing is chosen on the pairs that are reported."""
+    settings, _ = read_settings(["--preset", preset])
+    chosen, _ = read_settings(["--preset", "camvid-kitti"])
+    assert (settings.network.name, settings.network.pretrained, settings.labelled) == ("efficientnet-lite0", True, 10)
+    assert dataclasses.replace(settings, data=chosen.data) == chosen
+    source, target = preset.split("-")
+    data = settings.data
+    assert data.source.images.split("/")[0].split("_")[0] == source
+    assert {data.target.images, data.validation.images, data.test.images} == {
+        f"{target}/{split}/img" for split in ("train", "val", "test")
+    }
+    assert len(data.classes) == (11 if "kitti" in preset else 7)
+    assert data.crop_endings == (["_c", "_l", "_r"] if target == "kitti" else [])
