@@ -16,6 +16,7 @@ __all__ = [
     "INTEGERS",
     "check_bool",
     "check_device",
+    "check_features",
     "check_finite",
     "check_floating",
     "check_ignore_index",
@@ -24,6 +25,7 @@ __all__ = [
     "check_labelling",
     "check_number",
     "check_option",
+    "check_pooled",
     "check_tensor",
     "check_weight",
     "fits",
@@ -143,6 +145,61 @@ def check_labelling(labels: Tensor, num_classes: int, ignore_index: Optional[int
     check_label_dtype(labels)
     num_classes = check_int("num_classes", num_classes, 1)
     return num_classes, check_ignore_index(ignore_index, num_classes)
+
+
+def check_features(features: Tensor) -> None:
+    """Features `[B, C, *S]` of a type that pooling adds up."""
+    check_tensor("features", features)
+    if features.dtype not in FLOATS:
+        raise TypeError(f"expected features of dtype float16, bfloat16, float32 or float64, got {features.dtype}")
+    if features.dim() < 2:
+        raise ValueError(f"expected features [B, C, *S], got {list(features.shape)}")
+
+
+def check_pooled(features: Tensor, labels: Tensor, resample: Optional[str], align_corners: bool) -> None:
+    """Features and labels of the same images, and a way in which their sizes meet."""
+    check_features(features)
+    check_label_dtype(labels)
+    if labels.dim() != features.dim() - 1 or labels.shape[0] != features.shape[0]:
+        raise ValueError(
+            f"expected labels [B, {'H, W' if features.dim() == 4 else '*S'}] for features "
+            f"{list(features.shape)}, got {list(labels.shape)}"
+        )
+    check_device("features", features, "labels", labels)
+    check_option("resample", resample, ("bilinear", "nearest", "majority", "area", None))
+    check_bool("align_corners", align_corners)
+    if align_corners and resample != "bilinear":
+        raise ValueError(f"expected align_corners only with resample 'bilinear', got {resample!r}")
+    size = features.shape[2:]
+    if labels.shape[1:] == size:
+        return
+    if resample is None:
+        raise ValueError(
+            f"expected labels of the features' size {list(size)} with resample None (the default 'bilinear' takes "
+            f"any size), got labels {list(labels.shape)} for features {list(features.shape)}"
+        )
+    if features.dim() != 4:
+        raise ValueError(
+            f"expected features [B, C, h, w] and labels [B, H, W] for resample, got {list(features.shape)} "
+            f"and {list(labels.shape)}"
+        )
+    if 0 in size or 0 in labels.shape[1:]:
+        raise ValueError(
+            f"expected features and labels with pixels for resample, got {list(features.shape)} "
+            f"and {list(labels.shape)}"
+        )
+    _check_aspect(features, labels)
+
+
+def _check_aspect(features: Tensor, labels: Tensor) -> None:
+    """Refuse label maps that were transposed by mistake, which any resampling would stretch to fit."""
+    (height, width), (rows, columns) = features.shape[2:], labels.shape[1:]
+    # A few cells a side are no aspect ratio.
+    if min(height, width) >= 4 and (rows * width > 2 * columns * height or columns * height > 2 * rows * width):
+        raise ValueError(
+            f"expected labels with about the aspect ratio of the features, got labels {list(labels.shape)} for "
+            f"features {list(features.shape)}: are the labels transposed?"
+        )
 
 
 def fits(dtype: torch.dtype, value: int) -> bool:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
-from semshift._checks import FLOATS, check_bool, check_device, check_labelling, check_option, check_tensor
+from semshift._checks import (
+    FLOATS,
+    check_bool,
+    check_device,
+    check_features,
+    check_labelling,
+    check_pooled,
+    check_tensor,
+)
 from semshift._label_ops import label_shares
 from semshift._pooling_ops import hard_sums
 from semshift._soft_ops import soft_sums, sum_dtype
@@ -169,37 +177,11 @@ def class_sums(
         >>> semshift.class_sums(features, labels, 3).means.squeeze(-1)
         tensor([2., 5., 0.])
     """
-    _check_features(features)
+    check_pooled(features, labels, resample, align_corners)
     num_classes, ignore_index = check_labelling(labels, num_classes, ignore_index)
-    if labels.dim() != features.dim() - 1 or labels.shape[0] != features.shape[0]:
-        raise ValueError(
-            f"expected labels [B, {'H, W' if features.dim() == 4 else '*S'}] for features "
-            f"{list(features.shape)}, got {list(labels.shape)}"
-        )
-    check_device("features", features, "labels", labels)
-    check_option("resample", resample, ("bilinear", "nearest", "majority", "area", None))
-    check_bool("align_corners", align_corners)
     check_bool("per_image", per_image)
-    if align_corners and resample != "bilinear":
-        raise ValueError(f"expected align_corners only with resample 'bilinear', got {resample!r}")
     size = features.shape[2:]
-    if labels.shape[1:] != size:
-        if resample is None:
-            raise ValueError(
-                f"expected labels of the features' size {list(size)} with resample None (the default 'bilinear' takes "
-                f"any size), got labels {list(labels.shape)} for features {list(features.shape)}"
-            )
-        if features.dim() != 4:
-            raise ValueError(
-                f"expected features [B, C, h, w] and labels [B, H, W] for resample, got {list(features.shape)} "
-                f"and {list(labels.shape)}"
-            )
-        if 0 in size or 0 in labels.shape[1:]:
-            raise ValueError(
-                f"expected features and labels with pixels for resample, got {list(features.shape)} "
-                f"and {list(labels.shape)}"
-            )
-        _check_aspect(features, labels)
+    if resample is not None and labels.shape[1:] != size:
         if resample in ("nearest", "majority"):
             labels = resize_labels(
                 labels, (size[0], size[1]), num_classes, resample=resample, ignore_index=ignore_index
@@ -235,7 +217,7 @@ def weighted_class_sums(features: Tensor, weights: Tensor, *, per_image: bool = 
         >>> semshift.weighted_class_sums(torch.tensor([[[4.0, 8.0]]]), weights).means
         tensor([[7.]])
     """
-    _check_features(features)
+    check_features(features)
     check_tensor("weights", weights)
     check_bool("per_image", per_image)
     if weights.dtype not in FLOATS:
@@ -274,22 +256,3 @@ def _resampled(
     # Interpolation weights sum to one for each label pixel, so the mass is a count, and rounding makes it exact.
     mass = shares.sum((2, 3)).round().long()
     return ClassSums(pooled.sums, mass if per_image else mass.sum(0))
-
-
-def _check_features(features: Tensor) -> None:
-    check_tensor("features", features)
-    if features.dtype not in FLOATS:
-        raise TypeError(f"expected features of dtype float16, bfloat16, float32 or float64, got {features.dtype}")
-    if features.dim() < 2:
-        raise ValueError(f"expected features [B, C, *S], got {list(features.shape)}")
-
-
-def _check_aspect(features: Tensor, labels: Tensor) -> None:
-    """Refuse label maps that were transposed by mistake, which any resampling would stretch to fit."""
-    (height, width), (rows, columns) = features.shape[2:], labels.shape[1:]
-    # A few cells a side are no aspect ratio.
-    if min(height, width) >= 4 and (rows * width > 2 * columns * height or columns * height > 2 * rows * width):
-        raise ValueError(
-            f"expected labels with about the aspect ratio of the features, got labels {list(labels.shape)} for "
-            f"features {list(features.shape)}: are the labels transposed?"
-        )
