@@ -65,6 +65,8 @@ CALLS = {
     | {"resample": "bilinear", "align_corners": True},
     semshift.class_sums: {"features": FEATURES, "labels": LABELS, "num_classes": 3, "ignore_index": 9}
     | {"align_corners": True, "per_image": True},
+    semshift.prototype_contrast_loss: {"features": FEATURES, "labels": LABELS, "prototypes": torch.eye(3, 2)}
+    | {"temperature": 1, "ignore_index": 9, "align_corners": True},
     semshift.pseudo_labels: {"logits": LOGITS, "threshold": 1},
     semshift.r1_penalty: {"logits": SQUARES, "inputs": LEAF, "sample_dims": 2},
     semshift.rare_class_weights: {"class_counts": np.arange(6).reshape(3, 2), "temperature": 1, "min_pixels": 2},

@@ -28,7 +28,7 @@ torch.manual_seed(0)
 FEATURES, LABELS = torch.randn(2, 3, 8, 10), torch.tensor([0, 1, 3, 255])[torch.randint(0, 4, (2, 16, 21))]
 IDS = LABELS.where(LABELS != 255, 0)
 LOGITS, OTHER, WEIGHT = torch.randn(3, 4), torch.randn(3, 4), torch.rand(3, 4)
-MAPS, KEYS = torch.randn(2, 4, 32, 33), torch.rand(2, 4)
+MAPS, KEYS, PROTOTYPES = torch.randn(2, 4, 32, 33), torch.rand(2, 4), torch.randn(2, 4, 3)
 MASKS = {"source_weight": WEIGHT, "target_weight": WEIGHT > 0.5}
 CLASSES = {"source_classes": WEIGHT[:, :2], "target_classes": WEIGHT[:, 2:]}
 BANK, ALIGN, GLOBAL = semshift.PrototypeBank(3, 4), semshift.SemanticAlignment(3, 4), semshift.GlobalAlignment(4)
@@ -88,6 +88,10 @@ CALLS = {
     "gradient_norm": lambda: semshift.gradient_norm((a := leaf(LOGITS)).square().sum(), a),
     "balanced_weight": lambda: semshift.balanced_weight((a := leaf(LOGITS)).square().sum(), a.exp().sum(), a, 0.1),
     "prototype_distance": lambda: semshift.prototype_distance(LOGITS, OTHER, weight=WEIGHT[:, 0] > 0.1),
+    "prototype_contrast_loss": lambda: derived(
+        lambda f, p: semshift.prototype_contrast_loss(f, LABELS, p, resample="area"), FEATURES, PROTOTYPES
+    ),
+    "prototype_contrast_loss of half": lambda: semshift.prototype_contrast_loss(FEATURES.half(), LABELS, PROTOTYPES),
     "bank": bank,
     "discriminators": lambda: [net(x) for net, x in zip(DISCRIMINATORS, (MAPS, LOGITS.mT, FEATURES))],
     "frozen": lambda: derived(lambda a: semshift.frozen(DISCRIMINATORS[2])(a).square().sum(), FEATURES),

@@ -212,6 +212,7 @@ def without_values(device):
     yield semshift.r1_penalty(logits.square().sum(1), logits, weight=weight[:, 0])
     yield from semshift.domain_accuracy(logits, logits, **masks)
     yield semshift.prototype_distance(pooled.means, pooled.means, weight=pooled.present)
+    yield semshift.prototype_contrast_loss(image, labels, torch.stack([pooled.means, bank.means]))
     yield align(image.clone().requires_grad_(), labels, image.clone().requires_grad_(), labels).confusion
 
 

@@ -6,6 +6,7 @@ Every public name is `semshift.NAME`; the modules are where the code lives.
 import torch as _torch
 
 from semshift.alignment import AlignmentLosses, GlobalAlignment, SemanticAlignment, balanced_weight
+from semshift.contrast import prototype_contrast_loss
 from semshift.discriminators import ClassPixelDiscriminator, FCDiscriminator, PrototypeDiscriminator, frozen
 from semshift.distributed import all_gather, all_reduce_sum, average_gradients
 from semshift.health import (
@@ -75,6 +76,7 @@ __all__ = [
     "frozen",
     "gradient_norm",
     "health_warnings",
+    "prototype_contrast_loss",
     "prototype_distance",
     "pseudo_labels",
     "r1_penalty",

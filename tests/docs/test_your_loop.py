@@ -108,6 +108,14 @@ def test_a_mean_teacher():
         n["align"](n["features_s"], n["labels_s"], features, n["labels_s"])
 
 
+def test_contrast_with_prototypes():
+    n = names("Contrast with prototypes")
+    assert n["bank_s"].present.any()
+    assert n["bank_t"].present.any()
+    features, labels = n["network"](n["images_t"])[0], n["pseudo"].labels.where(n["pseudo"].sure, 255)
+    assert reached(semshift.prototype_contrast_loss(features, labels, n["prototypes"]), n["network"])
+
+
 def replica(module):
     """A copy as nn.DataParallel makes it, with the parameters themselves."""
     result = module._replicate_for_data_parallel()
