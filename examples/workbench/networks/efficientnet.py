@@ -23,8 +23,15 @@ from examples.workbench.networks.segmentation import (
 
 __all__ = ["EfficientNetLite0", "load_efficientnet", "packaged_weights"]
 
-_STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112))
-_STAGES += ((4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
+_STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
 """Of each stage: blocks, kernel, stride, expansion and output channels."""
 _SKIP = 2
 """The last block at stride 4."""
