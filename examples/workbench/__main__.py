@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,11 +19,9 @@ from examples.workbench.inference.trained import load_run
 from examples.workbench.networks.build import build_segmenter, load_init
 from examples.workbench.options import OneLineParser, read_settings
 from examples.workbench.reporting.scores import Scores, evaluate, score_table
-from examples.workbench.settings import METHODS, Settings
+from examples.workbench.settings import Settings
 from examples.workbench.spelling import did_you_mean
-from examples.workbench.studies.report import write_report
-from examples.workbench.studies.runs import run_study
-from examples.workbench.studies.study import STUDIES, read_records, read_study, study_of_methods
+from examples.workbench.studies.command import study_command
 from examples.workbench.training import signals
 from examples.workbench.training.ranks import check_accelerator
 from examples.workbench.training.train import train
@@ -50,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         0; 2 for wrong input, 3 for a failure of the machine, and 128 plus its number for a signal.
     """
-    commands = {"train": _train, "evaluate": _evaluate, "study": _study}
+    commands = {"train": _train, "evaluate": _evaluate, "study": study_command}
     commands |= {"predict": predict_command, "export": export_command}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -166,48 +163,6 @@ def _evaluate(arguments: Sequence[str]) -> None:
         absent = ", ".join(scores.unlabelled)
         print(f"warning: data.{options.split}: no labelled pixel of {absent} in {len(images)} images", file=sys.stderr)
     print(score_table(scores, subsets=data.subsets, only=options.subset))
-
-
-def _study(arguments: Sequence[str]) -> None:
-    names = sorted(path.stem for path in STUDIES.glob("*.yaml"))
-    epilog = f"NAME is {', '.join(names)} or a YAML file. With --methods, options of train hold for every run."
-    parser = OneLineParser("study [NAME]", epilog=epilog)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help="in place of NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of each method (default: 0 1 2)")
-    parser.add_argument("--data-root", metavar="DIR", type=Path, help="folder of the image folders")
-    parser.add_argument("--records", metavar="DIR", type=Path, help="(default: docs/results; with --methods, --out)")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/study"), help="(default: runs/study)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
-    parser.add_argument("--report-only", action="store_true", help="table and figures of the records; run nothing")
-    # Not left to argparse, which would take the value of an option of train for the name.
-    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    options, rest = parser.parse_known_args(arguments[1:] if named else arguments)
-    if min(options.jobs, options.threads) < 1:
-        raise InputError(f"expected --jobs and --threads of at least 1, got {options.jobs} and {options.threads}")
-    if (named is None) == (options.methods is None):
-        raise InputError(f"expected the name of a study or --methods, got {named or 'neither'}")
-    if named is None:
-        study, name = study_of_methods(options.methods, options.seeds or [0, 1, 2], rest), "methods"
-        records = options.records or options.out / name
-    elif rest or options.seeds:
-        raise InputError(f"expected {' '.join(rest) or '--seeds'} with --methods only, got it with {named}")
-    else:
-        path = STUDIES / f"{named}.yaml" if named in names else Path(named)
-        if not path.exists():
-            meant = did_you_mean(named, names)
-            raise InputError(f"expected a study, one of {', '.join(names)} or a YAML file, got {named}{meant}")
-        study, name, records = read_study(path), path.stem, options.records or Path("docs/results")
-    file = records / f"{name}.json"
-    if options.report_only:
-        results = read_records(study, file)
-    else:
-        out, root = options.out / name, options.data_root
-        results = run_study(study, records=file, out=out, data_root=root, jobs=options.jobs, threads=options.threads)
-    chosen = [named] if named else ["--methods", *options.methods]
-    command = shlex.join(["python", "-m", "examples.workbench", "study", *chosen])
-    print(write_report(study, results, file, command))
-    print(f"records: {file}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from examples.workbench.files import save_figure, write_whole
 from examples.workbench.reporting.style import STYLE, class_colours
 from examples.workbench.studies.study import Record, Study, as_arguments
 
-__all__ = ["draw_curves", "draw_study", "study_table", "write_report"]
+__all__ = ["count_classes", "draw_curves", "draw_study", "duration", "format_number", "format_spread", "study_table"]
+__all__ += ["tabulate", "write_report"]
 
 
 def write_report(study: Study, results: Sequence[Record], records: Path, command: str) -> str:
@@ -35,38 +36,36 @@ def write_report(study: Study, results: Sequence[Record], records: Path, command
 def study_table(study: Study, results: Sequence[Record]) -> str:
     """Tables in Markdown: mIoU of each row and seed, difference to the baseline, and IoU of each class."""
     common = " ".join(as_arguments(study.train))
-    miou, differences, iou = _tabulate(study, results)
+    miou, differences, iou = tabulate(study, results)
     # The method has a column of its own.
     own = {row: as_arguments({k: v for k, v in study.rows[row].items() if k != "method"}) for row in miou.index}
     table = pd.DataFrame(
         {
             "method": [study.settings[row].method for row in miou.index],
             "settings": [", ".join(text[2:].replace("=", " ", 1) for text in own[row]) for row in miou.index],
-            "mIoU": _spread(miou.mean(axis=1), miou.std(axis=1)),
-            "difference": _spread(differences.mean(axis=1), differences.sem(axis=1), sign="+"),
-            **{f"seed {seed}": miou[seed].map(_number) for seed in miou},
+            "mIoU": format_spread(miou.mean(axis=1), miou.std(axis=1)),
+            "difference": format_spread(differences.mean(axis=1), differences.sem(axis=1), sign="+"),
+            **{f"seed {seed}": miou[seed].map(format_number) for seed in miou},
         }
     )
     versions = pd.DataFrame([record["versions"] for record in results])
     found = ", ".join(f"{name} {' and '.join(versions[name].dropna().unique())}" for name in versions)
-    minutes, seconds = divmod(round(sum(record["seconds"] for record in results)), 60)
-    duration = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s"
     parts = [
         f"## {study.title}",
-        f"mIoU in percent on {study.split} images, over {_classes(study, results)}: mean ± sample standard deviation "
-        f"over the seeds. Difference to {study.baseline} with the same seed: mean ± standard error. Every run: `train "
-        f"{common}`.",
+        f"mIoU in percent on {study.split} images, over {count_classes(study, results)}: mean ± sample standard "
+        f"deviation over the seeds. Difference to {study.baseline} with the same seed: mean ± standard error. Every "
+        f"run: `train {common}`.",
         table.to_markdown(disable_numparse=True, colalign=["left"] * 3 + ["right"] * (len(table.columns) - 2)),
         "IoU of each class in percent, mean over the seeds.",
-        iou.map(_number).to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * len(iou.columns)),
-        f"{len(results)} runs, {duration} in all. Versions: {found}.",
+        iou.map(format_number).to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * len(iou.columns)),
+        f"{len(results)} runs, {duration(results)} in all. Versions: {found}.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def draw_study(path: Path, study: Study, results: Sequence[Record]) -> None:
     """Draw each run and the mean of each row, and beside them the differences to the baseline with the same seed."""
-    miou, differences, _ = _tabulate(study, results)
+    miou, differences, _ = tabulate(study, results)
     panels = [(miou, f"mIoU on the {study.split} images", "percent")]
     if differences.notna().any(axis=None):
         panels.append((differences, f"Difference to {study.baseline}, same seed", "points of mIoU"))
@@ -106,9 +105,9 @@ def draw_curves(path: Path, study: Study, results: Sequence[Record]) -> None:
         save_figure(figure, path)
 
 
-def _tabulate(study: Study, results: Sequence[Record]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def tabulate(study: Study, results: Sequence[Record]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Rows with runs, in percent: mIoU of each seed, its difference to the baseline's, and mean IoU of each class."""
-    scores = [record["validation"] if study.split == "validation" else record for record in results]
+    scores = [study.scores(record) for record in results]
     runs = pd.MultiIndex.from_tuples([(r["row"], r["seed"]) for r in results], names=["row", "seed"])
     iou = 100 * pd.DataFrame([of["iou"] for of in scores], runs, dtype=float)
     means = iou.groupby("row", sort=False).mean()
@@ -120,21 +119,30 @@ def _tabulate(study: Study, results: Sequence[Record]) -> tuple[pd.DataFrame, pd
     return miou, differences, means
 
 
-def _classes(study: Study, results: Sequence[Record]) -> str:
+def count_classes(study: Study, results: Sequence[Record]) -> str:
     """Over how many of how many classes the mIoU of the runs is."""
-    scores = [record["validation"] if study.split == "validation" else record for record in results]
+    scores = [study.scores(record) for record in results]
     counted = sorted({sum(value is not None for value in of["iou"].values()) for of in scores})
     return f"{' or '.join(map(str, counted))} of {' or '.join(sorted({str(len(of['iou'])) for of in scores}))} classes"
 
 
-def _number(value: float, sign: str = "") -> str:
+def duration(results: Sequence[Record]) -> str:
+    """The time of all runs together, such as `1 h 4 min`."""
+    minutes, seconds = divmod(round(sum(record["seconds"] for record in results)), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s"
+
+
+def format_number(value: float, sign: str = "") -> str:
+    """A number with one decimal, or a dash for none; `sign` is `+` where it is written."""
     # Adding 0.0 turns a -0.0 into 0.0.
     return "–" if math.isnan(value) else format(round(value, 1) + 0.0, f"{sign}.1f")
 
 
-def _spread(means: pd.Series, errors: pd.Series, sign: str = "") -> list[str]:
+def format_spread(means: pd.Series, errors: pd.Series, sign: str = "") -> list[str]:
+    """Means with their spreads or errors, such as `43.0 ± 3.6`."""
     return [
-        "–" if math.isnan(mean) else f"{_number(mean, sign)} ± {_number(error)}" for mean, error in zip(means, errors)
+        "–" if math.isnan(mean) else f"{format_number(mean, sign)} ± {format_number(error)}"
+        for mean, error in zip(means, errors)
     ]
 
 
@@ -150,7 +158,7 @@ def _draw_runs(axes: Axes, values: pd.DataFrame, *, sign: str) -> None:
     axes.vlines(means, lines - 0.18, lines + 0.32, color="#D55E00", linewidth=3, label="mean")
     for line, mean in zip(lines, means, strict=True):
         if not math.isnan(mean):
-            axes.text(mean, line - 0.22, _number(mean, sign), ha="center", va="bottom", fontsize=10)
+            axes.text(mean, line - 0.22, format_number(mean, sign), ha="center", va="bottom", fontsize=10)
     axes.set_yticks(lines, list(values.index))
     axes.set_ylim(len(values) - 0.4, -0.75)
     axes.margins(x=0.08)

@@ -1,12 +1,12 @@
 """The runs of a study: processes of their own, some at a time, with a folder and a log each."""
 
 import dataclasses
-import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from joblib import Parallel, delayed
 from examples.workbench.errors import InputError
 from examples.workbench.files import write_whole
 from examples.workbench.plain import as_plain, check_same_run
-from examples.workbench.progress import bar
+from examples.workbench.progress import bar, say, time_left
 from examples.workbench.settings import Settings
 from examples.workbench.studies.study import Record, Study, known_settings, read_records, write_record
 
@@ -35,10 +35,11 @@ class _Run(NamedTuple):
 def run_study(
     study: Study, *, records: Path, out: Path, data_root: Path | None = None, jobs: int = 2, threads: int = 1
 ) -> list[Record]:
-    """Run what has no record yet, record each run that ends, and return the study's records, row by row.
+    """Run what has no record yet, seed by seed, record each run that ends, and return the study's records, row by row.
 
     A finished run in `out` is recorded as it is, and an unfinished one resumes. If a run fails, or the study is
-    interrupted, the other runs are terminated; they keep their last checkpoints.
+    interrupted, the other runs are terminated; they keep their last checkpoints. Each run that ends is told of on
+    standard error.
 
     Args:
         study: what is run.
@@ -49,7 +50,7 @@ def run_study(
         threads: of each run.
     """
     recorded, due = {(record["row"], record["seed"]) for record in read_records(study, records)}, []
-    for row, seed in itertools.product(study.rows, study.seeds):
+    for row, seed in study.runs:
         if (row, seed) in recorded:
             continue
         run = _Run(row, dataclasses.replace(study.settings[row], seed=seed), out / f"{row}-seed{seed}")
@@ -57,13 +58,18 @@ def run_study(
             _record(study, run, records)
         else:
             due.append(run)
-    total, processes = len(study.rows) * len(study.seeds), _Processes()
+    total, processes, began = len(study.runs), _Processes(), time.monotonic()
     parallel = Parallel(n_jobs=jobs, prefer="threads", return_as="generator_unordered")
     with bar(total=total, initial=total - len(due), desc="study", unit="run") as shown:
         try:
-            for run in parallel(delayed(processes.train)(run, data_root, threads) for run in due):
-                _record(study, run, records)
+            ended = parallel(delayed(processes.train)(run, data_root, threads) for run in due)
+            for done, run in enumerate(ended, 1):
+                record, left = _record(study, run, records), len(due) - done
                 shown.update()
+                told = (
+                    f"{run.folder.name}: mIoU {100 * study.scores(record)['miou']:.1f}, run {total - left} of {total}"
+                )
+                say(f"{told}, {time_left((time.monotonic() - began) / done * left)}" if left else told)
         finally:
             processes.terminate()
     return read_records(study, records)
@@ -112,12 +118,18 @@ def _finished(run: _Run) -> bool:
     """Whether the folder holds the finished run; one with other settings is refused."""
     settings = run.folder / "settings.yaml"
     if settings.exists():
-        check_same_run(yaml.safe_load(settings.read_text(encoding="utf-8")), as_plain(run.settings), settings)
+        try:
+            check_same_run(yaml.safe_load(settings.read_text(encoding="utf-8")), as_plain(run.settings), settings)
+        except InputError as error:
+            raise InputError(
+                f"a study with other settings needs another --out, or {run.folder} deleted: {error}"
+            ) from error
     return settings.exists() and (run.folder / "metrics.json").exists()
 
 
-def _record(study: Study, run: _Run, records: Path) -> None:
+def _record(study: Study, run: _Run, records: Path) -> Record:
     metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
     options, settings = study.options(run.row), known_settings(run.settings)
-    record = {"row": run.row, "seed": run.settings.seed, "options": options, "settings": settings}
-    write_record(records, {**record, **metrics})
+    record = {"row": run.row, "seed": run.settings.seed, "options": options, "settings": settings, **metrics}
+    write_record(records, record)
+    return record

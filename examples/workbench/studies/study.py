@@ -5,7 +5,7 @@ import functools
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from examples.workbench.files import write_whole
 from examples.workbench.options import read_settings
 from examples.workbench.plain import MAY_CHANGE, as_plain, flatten
 from examples.workbench.settings import Settings
+from examples.workbench.spelling import did_you_mean, is_setting, setting_types
 
 __all__ = ["STUDIES", "Record", "Study", "as_arguments", "known_settings", "read_records", "read_study"]
 __all__ += ["study_of_methods", "write_record"]
@@ -37,6 +38,7 @@ class Study:
         seeds: of each row.
         train: options of `train` that all rows share.
         rows: a row's name to its own options.
+        fewer_seeds: a row's name to how many of the seeds it has, the first ones; a row that is not named has all.
     """
 
     title: str
@@ -45,16 +47,37 @@ class Study:
     seeds: list[int]
     train: dict[str, Any]
     rows: dict[str, dict[str, Any]]
+    fewer_seeds: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.baseline not in self.rows:
             raise InputError(f"expected baseline to be one of the rows {', '.join(self.rows)}, got {self.baseline}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise InputError(f"expected seeds to be different numbers of at least 0, got {self.seeds}")
+        for row, count in self.fewer_seeds.items():
+            if row not in self.rows:
+                meant = did_you_mean(row, self.rows)
+                raise InputError(f"expected fewer_seeds to name rows, {', '.join(self.rows)}, got {row}{meant}")
+            if not 1 <= count <= len(self.seeds):
+                raise InputError(f"expected fewer_seeds.{row} from 1 to the {len(self.seeds)} seeds, got {count}")
+
+    def seeds_of(self, row: str) -> list[int]:
+        """The seeds of a row."""
+        return self.seeds[: self.fewer_seeds.get(row)]
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        """Row and seed of every run, seed by seed: a study that is stopped has compared its rows over some seeds."""
+        return [(row, seed) for seed in self.seeds for row in self.rows if seed in self.seeds_of(row)]
 
     def options(self, row: str) -> dict[str, Any]:
         """The options of `train` for a row, without the seed."""
         return {**self.train, **self.rows[row]}
+
+    def scores(self, record: Record) -> dict[str, Any]:
+        """`miou` and `iou` of a run, on the images that the study reports."""
+        scores: dict[str, Any] = record["validation"] if self.split == "validation" else record
+        return scores
 
     @functools.cached_property
     def settings(self) -> dict[str, Settings]:
@@ -67,7 +90,9 @@ class Study:
                 raise InputError(f"row {row} of {self.title}: {error}") from error
             data = found[row].data
             if not data.uses_scenes and getattr(data, self.split) is None:
-                raise InputError(f"row {row} of {self.title} needs data.{self.split}, which it is scored on")
+                raise InputError(
+                    f"row {row} of {self.title} needs labelled images in data.{self.split} to be scored on, got none"
+                )
         return found
 
 
@@ -79,7 +104,8 @@ def read_study(path: Path) -> Study:
         return Study(**parser.parse_string(path.read_text(encoding="utf-8")).as_dict())
     except (OSError, argparse.ArgumentError, TypeError, ValueError) as error:
         parts = ", ".join(Study.__dataclass_fields__)
-        raise InputError(f"expected {path} to be a study with {parts}: {error}") from error
+        way = "a file of settings goes with --methods and --config"
+        raise InputError(f"expected {path} to be a study with {parts} ({way}): {error}") from error
 
 
 def study_of_methods(methods: Sequence[str], seeds: Sequence[int], train_arguments: Sequence[str]) -> Study:
@@ -94,7 +120,8 @@ def study_of_methods(methods: Sequence[str], seeds: Sequence[int], train_argumen
         raise InputError(f"expected options of train as --NAME VALUE, without --method and --seed, got {given}")
     options, rows = {name[2:]: value for name, value in train.items()}, {name: {"method": name} for name in methods}
     baseline = "joint" if "joint" in methods else methods[0]
-    return Study(", ".join(methods), "test", baseline, list(seeds), options, rows)
+    images = [Path(options[name]).stem for name in ("config", "preset") if name in options]
+    return Study(": ".join([*images, ", ".join(methods)]), "test", baseline, list(seeds), options, rows)
 
 
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
@@ -108,21 +135,26 @@ def known_settings(settings: Settings) -> dict[str, Any]:
 
 
 def read_records(study: Study, path: Path) -> list[Record]:
-    """The records of a study's runs, row by row; those whose settings are no longer the study's are left out."""
+    """The records of a study's runs, row by row; those whose settings are no longer the study's are left out.
+
+    A record with a setting that no longer exists is left out unless it was null. Only who removes a setting knows at
+    which value a run would be the same today; such records count again once the setting is deleted from them.
+    """
     records, found, changed, defaults = _load(path), [], [], known_settings(Settings())
     for row, settings in study.settings.items():
         now = known_settings(settings)
-        for record in (records[row, seed] for seed in study.seeds if (row, seed) in records):
+        for record in (records[row, seed] for seed in study.seeds_of(row) if (row, seed) in records):
             # A setting that the record lacks is new: the run had its present default.
             before = record["settings"]
             differing = [n for n in {**before, **now} if now.get(n) != before.get(n, defaults.get(n))]
             if differing:
-                changed.append(differing[0])
+                exists = is_setting(differing[0], setting_types(Settings))
+                changed.append(f"{differing[0]} {'differs' if exists else 'no longer exists'}")
             else:
                 found.append(record)
     if changed:
-        names = ", ".join(sorted(set(changed)))
-        print(f"{path}: {len(changed)} records are stale and left out, since {names} differs", file=sys.stderr)
+        reasons = ", ".join(sorted(set(changed)))
+        print(f"{path}: {len(changed)} records are stale and left out, since {reasons}", file=sys.stderr)
     return found
 
 

@@ -15,6 +15,7 @@ from examples.workbench.__main__ import main
 from examples.workbench.options import PRESETS
 from examples.workbench.settings import METHODS, Settings
 from examples.workbench.spelling import setting_types
+from examples.workbench.studies import command as study_module
 from examples.workbench.training import checkpoints
 from examples.workbench.training import train as train_module
 from examples.workbench.training.train import train
@@ -240,7 +241,7 @@ def test_bad_command_lines(arguments, words, capsys, tmp_path, monkeypatch):
 def test_a_study_is_named_or_made_of_methods(monkeypatch, tmp_path, capsys):
     """Options of train may follow in any order; their values are not taken for the study's name."""
     asked = []
-    monkeypatch.setattr(command_line, "run_study", lambda study, **how: asked.append((study, how)) or [])
+    monkeypatch.setattr(study_module, "run_study", lambda study, **how: asked.append((study, how)) or [])
     methods = ["study", "--steps", "10", "--methods", "joint", "ass", "--seeds", "3", "4", "--data.size", "[32,32]"]
     assert main([*methods, "--out", str(tmp_path), "--jobs", "1"]) == 2
     mentions(capsys.readouterr().err, "error", tmp_path / "methods" / "methods.json")

@@ -14,38 +14,10 @@ import pytest
 import yaml
 
 from examples.workbench.errors import InputError
-from examples.workbench.studies import runs
 from examples.workbench.studies.runs import run_study
 from examples.workbench.studies.study import STUDIES, Study, read_records, read_study, study_of_methods
 from tests.errors import mentions, refuses
 
-TRAINER = """
-import argparse, json, os, pathlib, shutil, sys, time, yaml
-parser = argparse.ArgumentParser()
-for name in ("config", "out", "data-root"):
-    parser.add_argument(f"--{name}")
-parser.add_argument("--resume", action="store_true")
-a = parser.parse_args()
-settings, out = yaml.safe_load(open(a.config)), pathlib.Path(a.out)
-out.mkdir(parents=True, exist_ok=a.resume)
-shutil.copy(a.config, out / "settings.yaml")
-(out / "pid").write_text(str(os.getpid()))
-with (out.parent / "started").open("a") as log:
-    log.write(f"{out.name} {os.environ['OMP_NUM_THREADS']} {a.data_root}\\n")
-while len(list(out.parent.glob("*/pid"))) < int(os.environ.get("GATHER", 0)):
-    time.sleep(0.01)
-if settings["method"] == os.environ.get("SLEEP"):
-    time.sleep(120)
-if settings["method"] == os.environ.get("FAIL"):
-    sys.exit("error: expected luck\\n")
-time.sleep(0.1)
-miou = 0.5 + 0.01 * settings["seed"] + settings["global_alignment"]["weight"]
-score = {"miou": miou, "iou": {"road": miou, "pole": None}}
-(out / "metrics.json").write_text(json.dumps({"method": settings["method"], "seed": settings["seed"], **score,
-    "validation": score, "seconds": 60.0, "versions": {"torch": "2.13.0"}}))
-with (out.parent / "started").open("a") as log:
-    log.write("ended - -\\n")
-"""
 STUDY = Study(
     title="A study",
     split="test",
@@ -54,14 +26,6 @@ STUDY = Study(
     train={"steps": 7},
     rows={"joint": {"method": "joint"}, "strong": {"method": "ass", "global_alignment.weight": 0.2}},
 )
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    program = tmp_path / "trainer.py"
-    program.write_text(TRAINER)
-    monkeypatch.setattr(runs, "_TRAIN", [sys.executable, str(program)])
-    return tmp_path
 
 
 def run(folder, study=STUDY, out="out", **options):
@@ -99,6 +63,23 @@ def test_every_row_runs_with_every_seed_and_is_recorded(folder):
     assert sorted(json.loads("".join(lines)), key=str) == sorted(results, key=str)
 
 
+def test_runs_go_seed_by_seed_and_some_rows_have_fewer(folder, capsys):
+    fewer = changed(fewer_seeds={"strong": 2})
+    results = run(folder, fewer, jobs=1)
+    lines = [line.split()[0] for line in (folder / "out" / "started").read_text().splitlines()]
+    order = ["joint-seed0", "strong-seed0", "joint-seed1", "strong-seed1", "joint-seed2"]
+    assert lines[::2] == order
+    assert [(r["row"], r["seed"]) for r in results] == [*(("joint", s) for s in range(3)), ("strong", 0), ("strong", 1)]
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 5
+    mentions(told[1], "strong-seed0", "70.0", "2 of 5", "left")
+    mentions(told[4], "joint-seed2", "55.0", "5 of 5")
+    # A row that has fewer seeds than before keeps its other records, which do not count.
+    run(folder)
+    assert read_records(fewer, folder / "study.json") == results
+    assert len(json.loads((folder / "study.json").read_text())) == 6
+
+
 def test_what_is_recorded_is_not_run_again(folder, capsys):
     results = run(folder, data_root=folder)
     (folder / "out" / "joint-seed0" / "metrics.json").unlink()
@@ -128,9 +109,20 @@ def test_changed_settings_make_a_record_stale_and_a_run_replaces_it(folder, caps
         (lambda settings: settings.pop("labelled"), None),
         (lambda settings: settings.pop("global_alignment.weight"), "global_alignment.weight"),
         (lambda settings: settings.update(labelled=5), "labelled"),
-        (lambda settings: settings.update({"self_training.gone": True}), "self_training.gone"),
+        (lambda settings: settings.update({"network.name": "small-2"}), "network.name differs"),
+        (lambda settings: settings.update({"data.source.images": "a"}), "data.source.images differs"),
+        (lambda settings: settings.update({"self_training.gone": False}), "self_training.gone no longer exists"),
+        (lambda settings: settings.update({"self_training.gone": None}), None),
     ],
-    ids=["a setting at its default is new", "a setting is new", "a default has changed", "a setting is gone"],
+    ids=[
+        "a setting at its default is new",
+        "a setting is new",
+        "a default has changed",
+        "a choice is gone",
+        "a folder is no longer named",
+        "a setting is gone, which may have been at its default",
+        "a setting is gone, which was null",
+    ],
 )
 def test_a_record_counts_while_its_settings_are_those_of_the_row(folder, capsys, edit, stale):
     (*_, record) = run(folder, changed(seeds=[0]))
@@ -138,14 +130,18 @@ def test_a_record_counts_while_its_settings_are_those_of_the_row(folder, capsys,
     (folder / "study.json").write_text(json.dumps([record]))
     capsys.readouterr()
     assert len(read_records(STUDY, folder / "study.json")) == (stale is None)
-    assert (stale is None) == (capsys.readouterr().err == "")
+    said = capsys.readouterr().err
+    assert (stale or "") in said
+    assert (stale is None) == (said == "")
     with_other_intervals = changed(train={"steps": 7, "log_every": 3, "save_every": 4})
     assert len(read_records(with_other_intervals, folder / "study.json")) == (stale is None)
 
 
 def test_a_folder_with_other_settings_is_refused(folder):
     run(folder, changed(seeds=[0]))
-    with refuses(InputError, folder / "out" / "strong-seed0" / "settings.yaml", "global_alignment.weight", 0.3, 0.2):
+    with refuses(
+        InputError, "--out", folder / "out" / "strong-seed0" / "settings.yaml", "global_alignment.weight", 0.3, 0.2
+    ):
         run(folder, stronger())
     assert len(started(folder)) == 2
 
@@ -225,9 +221,14 @@ def test_a_signal_to_the_study_terminates_its_runs(folder, signum):
         ({"seeds": [-1]}, ("seeds", [-1])),
         ({"rows": ["joint"]}, ('"rows"', ["joint"])),
         ({"train": None}, ("required: train",)),
+        ({"fewer_seeds": {"strng": 2}}, ("fewer_seeds", "strng", "did you mean strong?")),
+        ({"fewer_seeds": {"strong": 0}}, ("fewer_seeds.strong", 3, 0)),
+        ({"fewer_seeds": {"strong": 4}}, ("fewer_seeds.strong", 3, 4)),
+        ({"fewer_seeds": {"strong": 1.5}}, ("fewer_seeds", 1.5)),
         ({"colour": "red"}, ("title, split, baseline, seeds, train, rows", "'colour'")),
         ("[1, 2", ()),
         ("just words", ()),
+        ("steps: 20", ("--methods", "--config")),
     ],
 )
 def test_bad_studies(tmp_path, changes, words):
@@ -260,6 +261,13 @@ def test_methods_on_the_command_line_are_rows():
     assert [settings.method for settings in study.settings.values()] == ["ass", "joint"]
     assert study.settings["joint"].data.scenes.test == 5
     assert study_of_methods(["ass", "semantic"], [0], []).baseline == "ass"
+    assert study_of_methods(["ass", "joint"], [0], ["--config", "a/mine.yaml"]).title == "mine: ass, joint"
+
+
+def test_a_study_needs_images_that_score_it():
+    folders = [f"--data.{split}.{kind}={split}" for split in ("source", "target") for kind in ("images", "labels")]
+    with refuses(InputError, "joint", "data.test"):
+        _ = study_of_methods(["joint"], [0], folders).settings
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""The summary of several studies, by hand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from examples.workbench.studies import summary
+from examples.workbench.studies.summary import draw_summary, summary_table, write_summary
+from tests.examples.workbench.studies.test_report import RESULTS, STUDY, record
+
+# In the other study `late` has two of three seeds: 52 and 49.99 against 50 and 50, differences 2 and -0.01.
+OTHER = dataclasses.replace(
+    STUDY, title="Another", rows={"joint": {}, "late": {}, "own": {}}, fewer_seeds={"late": 2}, train={"steps": 9}
+)
+OTHERS = [
+    *(record("joint", seed, 0.5) for seed in range(3)),
+    record("late", 0, 0.52),
+    record("late", 1, 0.4999),
+    record("own", 2, 0.45),
+]
+FOUND = {"first": (STUDY, RESULTS), "second": (OTHER, OTHERS)}
+
+
+def test_table_by_hand():
+    table = summary_table(FOUND)
+    lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines() if line[:2] == "| "]
+    assert lines == [
+        ["row", "first", "second"],
+        ["joint", "43.0 ± 3.6 (3)", "50.0 ± 0.0 (3)"],
+        ["late", "48.0 ± 2.6, +5.0 ± 1.7 (3)", "51.0 ± 1.4, +1.0 ± 1.0 (2)"],
+        ["own", "–", "45.0 ± –, -5.0 ± – (1)"],
+    ]
+    notes = table.splitlines()[-2:]
+    for note, words in zip(notes, (("first", "A study", "6 runs"), ("second", "Another", "--steps=9", "6 runs"))):
+        assert all(word in note for word in (*words, "test images", "joint"))
+
+
+def test_the_number_of_seeds_is_that_of_the_difference():
+    """Without the baseline there is none, and the seeds of the row count."""
+    lines = summary_table({"a": (STUDY, RESULTS[1:]), "b": (STUDY, RESULTS[3:])}).splitlines()
+    row = [cell.strip() for line in lines if line.startswith("| late") for cell in line[1:-1].split("|")]
+    assert row[1].endswith("± 3.0 (2)")
+    assert row[2] == "48.0 ± 2.6 (3)"
+
+
+def test_the_figure_has_a_panel_for_each_study_and_a_dot_for_each_seed(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(summary, "save_figure", lambda figure, path: drawn.append(figure))
+    draw_summary(tmp_path / "a.png", FOUND)
+    panels = drawn[0].axes
+    assert [axes.get_title(loc="left") for axes in panels] == ["A study", "Another"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["joint", "late", "own"]
+    none = [np.nan] * 3
+    for axes, dots, mean, bar in (
+        (panels[0], [none, [5, 8, 2], none], 5.0, 2 * 3**0.5),
+        (panels[1], [none, [2, -0.01, np.nan], [np.nan, np.nan, -5]], 0.995, 2 * 1.005),
+    ):
+        seeds = [line.get_xdata() for line in axes.lines if line.get_marker() == "o"]
+        np.testing.assert_allclose(np.transpose(seeds), dots)
+        ((points, _, (bars,)),) = axes.containers
+        assert points.get_xdata()[1] == pytest.approx(mean)
+        assert bars.get_segments()[1][:, 0] == pytest.approx([mean - bar, mean + bar])
+    assert [text.get_text() for text in panels[0].texts] == ["mIoU 43.0", "+5.0", "not run"]
+    assert [text.get_text() for text in panels[1].texts] == ["mIoU 50.0", "+1.0", "-5.0"]
+    assert panels[0].get_xlim() == panels[1].get_xlim()
+
+
+def test_table_and_figure_stand_beside_each_other(tmp_path):
+    table = write_summary(FOUND, tmp_path / "all.md", "python -m examples.workbench study first second")
+    text = (tmp_path / "all.md").read_text(encoding="utf-8")
+    assert text == f"{table}\n`python -m examples.workbench study first second`\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"all.md", "all.png"}
