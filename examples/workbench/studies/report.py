@@ -53,8 +53,8 @@ def study_table(study: Study, results: Sequence[Record]) -> str:
     parts = [
         f"## {study.title}",
         f"mIoU in percent on {study.split} images, over {count_classes(study, results)}: mean ± sample standard "
-        f"deviation over the seeds. Difference to {study.baseline} with the same seed: mean ± standard error. Every "
-        f"run: `train {common}`.",
+        f"deviation over the seeds. Difference to {study.baseline} with the same seed: mean ± standard error; below "
+        f"two of them it may be chance. Every run: `train {common}`.",
         table.to_markdown(disable_numparse=True, colalign=["left"] * 3 + ["right"] * (len(table.columns) - 2)),
         "IoU of each class in percent, mean over the seeds.",
         iou.map(format_number).to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * len(iou.columns)),

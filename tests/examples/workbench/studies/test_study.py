@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from docs.pages import read_blocks
 from examples.workbench.errors import InputError
 from examples.workbench.studies.runs import run_study
 from examples.workbench.studies.study import STUDIES, Study, read_records, read_study, study_of_methods
@@ -276,6 +277,19 @@ def test_a_study_needs_images_that_score_it():
 def test_options_that_a_study_cannot_pass_on(arguments):
     with refuses(InputError, *arguments):
         study_of_methods(["ass"], [0], arguments)
+
+
+def test_the_study_in_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workbench = STUDIES.parent
+    mine = yaml.safe_load((workbench / "template.yaml").read_text())
+    mine["data"]["validation"] = {"images": "a", "labels": "b"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
+    (block,) = [block for block in read_blocks(workbench / "README.md") if block.language == "yaml"]
+    (tmp_path / "study.yaml").write_text(block.code)
+    study = read_study(tmp_path / "study.yaml")
+    assert {settings.labelled for settings in study.settings.values()} == {10}
+    assert len(study.runs) == 10
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
