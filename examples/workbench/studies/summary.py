@@ -47,7 +47,7 @@ def summary_table(found: Results) -> str:
         f"## Summary of {', '.join(found)}",
         "mIoU in percent: mean ± sample standard deviation over the seeds; then the difference to the baseline with "
         "the same seed: mean ± standard error; in brackets the number of seeds. A difference below two of its errors "
-        "may be chance.",
+        "may be chance. Rows with other numbers of seeds compare by their differences only.",
         columns.to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * len(found)),
         "\n".join(notes),
     ]

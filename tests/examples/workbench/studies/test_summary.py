@@ -11,13 +11,13 @@ from tests.examples.workbench.studies.test_report import RESULTS, STUDY, record
 
 # In the other study `late` has two of three seeds: 52 and 49.99 against 50 and 50, differences 2 and -0.01.
 OTHER = dataclasses.replace(
-    STUDY, title="Another", rows={"joint": {}, "late": {}, "own": {}}, fewer_seeds={"late": 2}, train={"steps": 9}
+    STUDY, title="Another", rows={"joint": {}, "late": {}, "bare": {}}, fewer_seeds={"late": 2}, train={"steps": 9}
 )
 OTHERS = [
     *(record("joint", seed, 0.5) for seed in range(3)),
     record("late", 0, 0.52),
     record("late", 1, 0.4999),
-    record("own", 2, 0.45),
+    record("bare", 2, 0.45),
 ]
 FOUND = {"first": (STUDY, RESULTS), "second": (OTHER, OTHERS)}
 
@@ -29,7 +29,7 @@ def test_table_by_hand():
         ["row", "first", "second"],
         ["joint", "43.0 ± 3.6 (3)", "50.0 ± 0.0 (3)"],
         ["late", "48.0 ± 2.6, +5.0 ± 1.7 (3)", "51.0 ± 1.4, +1.0 ± 1.0 (2)"],
-        ["own", "–", "45.0 ± –, -5.0 ± – (1)"],
+        ["bare", "–", "45.0 ± –, -5.0 ± – (1)"],
     ]
     notes = table.splitlines()[-2:]
     for note, words in zip(notes, (("first", "A study", "6 runs"), ("second", "Another", "--steps=9", "6 runs"))):
@@ -50,7 +50,7 @@ def test_the_figure_has_a_panel_for_each_study_and_a_dot_for_each_seed(monkeypat
     draw_summary(tmp_path / "a.png", FOUND)
     panels = drawn[0].axes
     assert [axes.get_title(loc="left") for axes in panels] == ["A study", "Another"]
-    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["joint", "late", "own"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["joint", "late", "bare"]
     none = [np.nan] * 3
     for axes, dots, mean, bar in (
         (panels[0], [none, [5, 8, 2], none], 5.0, 2 * 3**0.5),
