@@ -104,8 +104,9 @@ def cut(run, monkeypatch, step, *arguments, **options):
             run(*arguments, **options)
 
 
-# Such that the teacher's labels and the counts of classes change the losses.
+# Such that the teacher's labels, the counts of classes and the banks of prototypes change the losses.
 PLUS = ("--method", "ass-plus", "--self_training.threshold", 0.2, "--global_alignment.inputs", "balanced")
+PLUS += ("--self_training.strong", 0.5, "--self_training.contrast_weight", 0.5)
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ SETTINGS = Settings(
     data=Data(size=SIZE, scenes=SceneSettings(source=7, target=6, validation=2, test=3)),
     network=NetworkSettings(width=8),
     optimiser=OptimiserSettings(batch_size=IMAGES, unlabelled_batch_size=IMAGES),
-    self_training=SelfTraining(start=0.0, threshold=0.2),
+    self_training=SelfTraining(start=0.0, threshold=0.2, strong=0.5, contrast_weight=0.5),
 )
 
 

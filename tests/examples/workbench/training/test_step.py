@@ -97,6 +97,22 @@ def test_a_step_equals_the_losses_by_hand():
     assert (row["weight/global"], row["weight/semantic"]) == (0.5, 0.25)
 
 
+def test_a_balanced_weight_is_a_ratio_of_gradients():
+    batch, segmenter = case()
+    settings = start_at_once(method="semantic", semantic_alignment={"weight": 0.3, "balanced": True})
+    fabric = Fabric(accelerator="cpu", devices=1)
+    row = learn(0, batch, build_learners(settings, segmenter), settings, fabric, log=True)
+    assert row["weight/semantic"] == 0.3
+    # The row's norm for the cross-entropy is over both domains, the ratio is at the labelled images' features.
+    outputs = {domain: case()[1](part["image"]) for domain, part in batch.items()}
+    loss = sum(
+        F.cross_entropy(F.interpolate(outputs[d].logits, (32, 32), mode="bilinear"), batch[d]["label"])
+        for d in ("source", "labelled")
+    )
+    norm = torch.autograd.grad(loss, outputs["labelled"].features)[0].norm()
+    assert row["gradient/semantic"] == pytest.approx(0.3 * float(norm), rel=1e-3)
+
+
 def test_a_discriminator_learns_at_each_step_divisible_by_every():
     settings = start_at_once(method="semantic", semantic_alignment={"every": 2})
     batch, segmenter = case()
