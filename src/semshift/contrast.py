@@ -61,8 +61,9 @@ def prototype_contrast_loss(
         align_corners: of `"bilinear"`, as in `torch.nn.functional.interpolate`.
 
     Returns:
-        A scalar, float32 (float64 if features or prototypes are); 0 with gradient 0 where no pixel counts. It is nan
-        if a pixel that counts has features that are not finite, or so large that their squares are not.
+        A scalar, float32 (float64 if features or prototypes are); 0 with gradient 0 where no pixel counts. Loss and
+        gradient are nan if a pixel that counts has features that are not finite, or so large that their squares are
+        not.
 
     Raises:
         TypeError: features, labels or prototypes of another dtype, a temperature that is not a number, or a flag that
@@ -86,34 +87,38 @@ def prototype_contrast_loss(
     pooled = class_sums(
         costs, labels, num_classes, ignore_index=ignore_index, resample=resample, align_corners=align_corners
     )
-    # Row k adds up the pixels of class k, column k what they cost as class k.
-    total = all_reduce_sum(torch.where(present, pooled.sums.diagonal(), 0.0).sum())
+    # Row k adds up the pixels of class k, column k what they cost as class k, the last column those without a cost.
+    spoilt = torch.where(present & (pooled.sums[:, -1] > 0), math.nan, 1.0)
+    total = all_reduce_sum((torch.where(present, pooled.sums.diagonal(), 0.0) * spoilt).sum())
     mass = all_reduce_sum(torch.where(present, pooled.mass, 0).sum())
     return total / torch.where(mass > 0, mass, 1).to(total.dtype)
 
 
 def _costs(features: Tensor, prototypes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """What each pixel would cost as each class, `[B, K, *S]`, and which of the K classes have a prototype."""
+    """What each pixel would cost as each class, and which of the K classes have a prototype.
+
+    `[B, K + 1, *S]`: the last map marks the pixels whose features are not finite. As nan, a pixel of one class would
+    spoil all of them wherever pooling is a matrix product.
+    """
     dtype = torch.promote_types(torch.promote_types(features.dtype, prototypes.dtype), torch.float32)
     info = torch.finfo(dtype)
     pixels = features.unsqueeze(-1).flatten(2)
-    # An ignored pixel may hold anything, and a backward through nan gives nan even where its gradient is 0.
-    lengths = torch.linalg.vector_norm(pixels.detach(), dim=1, keepdim=True, dtype=dtype)
+    lengths = torch.linalg.vector_norm(pixels, dim=1, keepdim=True, dtype=dtype)
     finite = lengths < info.max**0.5 / 2
     pixels = torch.where(finite, pixels, 0).to(dtype)
     rows = prototypes.flatten(0, 1).to(dtype)
     rows, held = rows * _inverse_length(rows, 1) / temperature, (rows != 0).any(1, keepdim=True)
     # Not `@`, which autocast and the precision switches would take below float32.
     logits = soft_sums(pixels.mT, rows.expand(len(pixels), -1, -1)) * _inverse_length(pixels, 1)
-    # Not -inf: with no class at all every column would be nan.
+    # Not -inf: with no class at all the softmax would be nan.
     logits = torch.where(held, logits, info.min)
     losses = torch.where(held, -logits.log_softmax(1), 0.0)
     num_domains, num_classes, _ = prototypes.shape
     domains = held.view(num_domains, num_classes).sum(0)
     costs = losses.reshape(len(pixels), num_domains, num_classes, pixels.shape[2]).sum(1)
     costs = costs / torch.where(domains > 0, domains, 1).to(dtype)[:, None]
-    costs = torch.where(finite, costs, math.nan)
-    return costs.reshape(len(features), num_classes, *features.shape[2:]), domains > 0
+    costs = torch.cat([costs, (~finite).to(dtype)], 1)
+    return costs.reshape(len(features), num_classes + 1, *features.shape[2:]), domains > 0
 
 
 def _inverse_length(x: Tensor, dim: int) -> Tensor:
