@@ -88,14 +88,15 @@ def prototype_contrast_loss(
         costs, labels, num_classes, ignore_index=ignore_index, resample=resample, align_corners=align_corners
     )
     # Row k adds up the pixels of class k, column k what they cost as class k, the last column those without a cost.
-    spoilt = torch.where(present & (pooled.sums[:, -1] > 0), math.nan, 1.0)
-    total = all_reduce_sum((torch.where(present, pooled.sums.diagonal(), 0.0) * spoilt).sum())
+    spoilt = present & (pooled.sums[:, -1] > 0)
+    total = pooled.sums.diagonal() * torch.where(spoilt, math.nan, 1.0).to(pooled.sums.dtype)
+    total = all_reduce_sum(total.sum())
     mass = all_reduce_sum(torch.where(present, pooled.mass, 0).sum())
     return total / torch.where(mass > 0, mass, 1).to(total.dtype)
 
 
 def _costs(features: Tensor, prototypes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """What each pixel would cost as each class, and which of the K classes have a prototype.
+    """What each pixel would cost as each class, 0 where that has no prototype, and which of the K classes have one.
 
     `[B, K + 1, *S]`: the last map marks the pixels whose features are not finite. As nan, a pixel of one class would
     spoil all of them wherever pooling is a matrix product.
