@@ -89,22 +89,21 @@ def mix_images(batch: Batch, teacher_logits: Tensor, settings: Settings, step: i
     # By pixel as in FixMatch (Sohn et al. 2020, arXiv 2001.07685): what a teacher is not sure of is often a rare class.
     share = sure.sum((1, 2), keepdim=True) / inside.sum((1, 2), keepdim=True).clamp(min=1)
     weight = sure.float() if how.weighted_by == "pixel" else share * inside
-    generator = torch.Generator().manual_seed(
-        int(np.random.SeedSequence((settings.seed, step)).generate_state(1, np.uint32)[0])
-    )
     first, k = rank * len(labels), len(settings.data.classes)
-    keys = torch.rand(first + len(labels), k, generator=generator)[first:]
+    seeds = np.random.SeedSequence((settings.seed, step)).generate_state(2, np.uint32).tolist()
+
+    def draw(seed: int, columns: int) -> Tensor:
+        return torch.rand(first + len(labels), columns, generator=torch.Generator().manual_seed(seed))[first:]
+
     image = unlabelled["image"]
     if how.mixed_from != "nothing":
         donor_image, donor_label = _donors(batch, settings, size, first, len(labels))
-        mask = semshift.class_mix(donor_label, k, ignore_index=settings.data.ignore_index, keys=keys)
+        mask = semshift.class_mix(donor_label, k, ignore_index=settings.data.ignore_index, keys=draw(seeds[0], k))
         image = torch.where(mask[:, None], donor_image, image)
         labels = torch.where(mask, donor_label, labels)
         weight, sure = torch.where(mask, 1.0, weight), mask | sure
     if how.strong > 0:
-        # Drawn in a row for all ranks, after the classes, so that a run without a strong view draws the same classes.
-        generator.manual_seed(generator.initial_seed() + 1)
-        image = strengthen(image, how.strong, torch.rand(first + len(labels), 6, generator=generator)[first:])
+        image = strengthen(image, how.strong, draw(seeds[1], 6))
     return MixedImages(image, labels, weight, sure)
 
 
