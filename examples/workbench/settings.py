@@ -189,7 +189,7 @@ class SemanticSettings(AlignmentSettings):
 
 @dataclass(frozen=True)
 class SelfTraining:
-    """The teacher of `self-training` and `ass-plus`, which is the running mean of the segmenter's weights, and its uses.
+    """The teacher of `self-training` and `ass-plus`, a running mean of the segmenter's weights, and its uses.
 
     Args:
         weight: of the cross-entropy on unlabelled target images with the teacher's labels.

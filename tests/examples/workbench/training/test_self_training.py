@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import semshift
 from examples.workbench.data.samples import Subset
 from examples.workbench.networks.segmentation import Segmentation
-from examples.workbench.training import checkpoints, learners, run_folder
+from examples.workbench.training import checkpoints, learners, run_folder, self_training
 from examples.workbench.training import train as train_module
 from examples.workbench.training.self_training import mix_images, self_training_losses
 from examples.workbench.training.train import train
@@ -109,14 +109,25 @@ def test_the_loss_is_the_weighted_mean_over_all_pixels():
     assert losses(0, plus(weight=0.0)) == losses(2, plus(start=0.5)) == {}
 
 
-def test_the_strong_view_changes_what_the_segmenter_sees_alone():
-    plain, strong, again, other = (
+def test_the_strong_view_changes_what_the_segmenter_sees_alone(monkeypatch):
+    """Image by image, by draws that are a function of the step."""
+    seen = []
+
+    def shift(images, strength, draws):
+        seen.append(draws)
+        return images + strength * draws[:, :1, None, None]
+
+    monkeypatch.setattr(self_training, "strengthen", shift)
+    plain, strong, _, _ = (
         mixed(step=step, strong=value)[0] for step, value in ((3, 0.0), (3, 0.5), (3, 0.5), (4, 0.5))
     )
     assert all(torch.equal(plain[i], strong[i]) for i in (1, 2, 3))
-    assert not torch.equal(plain.image, strong.image)
-    assert torch.equal(strong.image, again.image)
-    assert not torch.equal(strong.image, other.image)
+    first, again, other = seen
+    assert torch.equal(strong.image, plain.image + 0.5 * first[:, :1, None, None])
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == (3, 6)
+    assert first.unique().numel() == 18
 
 
 def test_the_contrast_draws_on_both_banks():
