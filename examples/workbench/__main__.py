@@ -117,8 +117,9 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _check(settings: Settings, data_root: Path | None) -> None:
-    if settings.network.init is not None:
-        print(load_init(settings, build_segmenter(settings)))
+    loaded = load_init(settings, build_segmenter(settings))
+    if loaded is not None:
+        print(loaded)
     check_accelerator(settings)
     report = check_data(settings, data_root)
     print(report.text)

