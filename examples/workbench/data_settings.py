@@ -97,8 +97,8 @@ class Data:
         labelled: labelled target training images, where they have folders of their own.
         validation: labelled target images to choose settings on; may be left out.
         test: labelled target images to report on; may be left out, and then no score is reported.
-        crop_endings: endings of the names of target images that are crops of one frame. `labelled` then counts frames,
-            and a labelled frame brings its crops.
+        crop_endings: endings of the names of target images that are crops of one frame. A number as `labelled`
+            then counts frames, and a labelled frame brings its crops; a text file still lists images.
         ignore_index: id of pixels that have no class.
         subsets: named lists of classes that `evaluate` can average over.
         scenes: the built-in scenes.

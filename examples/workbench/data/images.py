@@ -69,7 +69,10 @@ def _open_scenes(settings: Settings, data_root: Path | None) -> Images:
 
 
 def _choose(settings: Settings, target: Samples, candidates: Sequence[int], data_root: Path | None) -> Subset:
-    """The labelled images: all candidates, a number of them, or those whose names are listed in a file."""
+    """The labelled images: all candidates, a number of them or of frames, or those whose names are listed in a file."""
+    names, endings = target.names, settings.data.crop_endings
+    if unused := [ending for ending in endings if not any(name.endswith(ending) for name in names)]:
+        raise InputError(f"expected data.crop_endings to be endings of target images' names, got {unused[0]}, of none")
     asked = None if settings.method == "oracle" else settings.labelled
     if isinstance(asked, str):
         return Subset(target, _read_names(asked, target, candidates, data_root))
@@ -77,19 +80,19 @@ def _choose(settings: Settings, target: Samples, candidates: Sequence[int], data
         raise InputError(
             f"method {settings.method} needs labelled target images, got none of {len(target)} with a label file"
         )
-    frames = _frames(target, candidates, settings.data.crop_endings)
+    frames = _frames(names, candidates, endings)
     if asked is not None and asked > len(frames) and "labelled" in settings.parts:
-        what = "frames" if settings.data.crop_endings else "target images"
+        what = "frames" if endings else "target images"
         raise InputError(f"expected labelled of at most {len(frames)} {what} with labels, got {asked}")
     return Subset(target, [index for i in labelled_subset(len(frames), asked or len(frames)) for index in frames[i]])
 
 
-def _frames(target: Samples, candidates: Sequence[int], crop_endings: Sequence[str]) -> list[list[int]]:
-    """The candidates by frame, in the order of the first of each; without `crop_endings` every image is a frame."""
+def _frames(names: Sequence[str], candidates: Sequence[int], endings: Sequence[str]) -> list[list[int]]:
+    """The candidates by frame, in the order of the first of each; without endings of crops every image is a frame."""
     frames: dict[str, list[int]] = {}
     for index in candidates:
-        name = target.names[index]
-        ending = next((ending for ending in crop_endings if name.endswith(ending)), "")
+        name = names[index]
+        ending = next((ending for ending in endings if name.endswith(ending)), "")
         frames.setdefault(name.removesuffix(ending), []).append(index)
     return list(frames.values())
 

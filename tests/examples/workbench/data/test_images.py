@@ -130,18 +130,41 @@ def test_a_name_that_is_no_file(own):
         open_own(own, "four")
 
 
-@pytest.mark.parametrize(("asked", "frames"), [(1, 1), (2, 2), (3, 3), (None, 3)])
-def test_crops_of_one_frame_are_labelled_together(tmp_path, asked, frames):
-    """Frames a (two crops), b (one) and c (one, without an ending that counts)."""
+@pytest.fixture
+def crops(tmp_path):
+    """Frames a (two crops), b (one) and c (one, without an ending that counts), each with a mask."""
     for name in ("a_l", "a_r", "b_l", "c"):
         formats.save(np.zeros((8, 8, 3), np.uint8), tmp_path / f"t/img/{name}.png")
         formats.save(np.zeros((8, 8), np.uint8), tmp_path / f"t/lbl/{name}.png")
-    data = Data(classes=["x", "y"], target=folder("t"), crop_endings=["_l", "_r"])
-    names = open_images(Settings(method="labelled-only", labelled=asked, data=data), tmp_path).labelled.names
+    return tmp_path
+
+
+def open_crops(root, asked, method="labelled-only"):
+    return open_own(root, asked, method, classes=["x", "y"], source=None, crop_endings=["_l", "_r"]).labelled.names
+
+
+@pytest.mark.parametrize(("asked", "frames"), [(1, 1), (2, 2), (3, 3), (None, 3)])
+def test_crops_of_one_frame_are_labelled_together(crops, asked, frames):
+    names = open_crops(crops, asked)
     assert len({name.split("_")[0] for name in names}) == frames
     assert ("a_l" in names) == ("a_r" in names)
     with refuses(InputError, "labelled", "frames", 3, 4):
-        open_images(Settings(method="labelled-only", labelled=4, data=data), tmp_path)
+        open_crops(crops, 4)
+
+
+def test_crops_by_names_and_for_the_oracle(crops):
+    """A file lists images, crop by crop, and the oracle has all of them."""
+    (crops / "names.txt").write_text("a_r\nc\n")
+    assert list(open_crops(crops, "names.txt")) == ["a_r", "c"]
+    assert sorted(open_crops(crops, 1, "oracle")) == ["a_l", "a_r", "b_l", "c"]
+
+
+def test_an_ending_that_no_crop_has(crops):
+    """Else a misspelt one would label the crops of a frame one by one."""
+    (crops / "t/img/a_r.png").unlink()
+    (crops / "t/lbl/a_r.png").unlink()
+    with refuses(InputError, "data.crop_endings", "_r"):
+        open_crops(crops, 2)
 
 
 def test_labelled_images_in_folders_of_their_own(own):
