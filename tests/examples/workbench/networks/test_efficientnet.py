@@ -1,5 +1,6 @@
 """EfficientNet-Lite0 against a forward written out here, on the weights of the package itself."""
 
+import dataclasses
 import math
 import sys
 
@@ -100,6 +101,36 @@ def test_the_decoder_and_what_learns():
     # The whole decoder is new and may learn faster.
     fast, names = set(network.classifier_parameters()), dict(network.named_parameters())
     assert {name.split(".")[0] for name, parameter in names.items() if parameter not in fast} == {"stem", "blocks"}
+
+
+def test_the_decoder_by_hand():
+    network, inner, used = EfficientNetLite0(5), {}, set()
+    weights = dict(network.named_parameters())
+    network.blocks[2].register_forward_hook(lambda module, inputs, output: inner.update(at4=output))
+    output = network(torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(0)))
+
+    def own(name):
+        used.add(name)
+        return weights[name]
+
+    def layer(x, name, first=0):
+        x, norm = F.conv2d(x, own(f"{name}.{first}.weight")), f"{name}.{first + 1}"
+        return F.group_norm(x, 8, own(f"{norm}.weight"), own(f"{norm}.bias")).relu()
+
+    wide = F.interpolate(layer(output.features, "reduce"), (12, 16), mode="bilinear", align_corners=False)
+    x = torch.cat([wide, layer(inner["at4"], "skip")], 1)
+    for name in ("decoder.0", "decoder.1"):
+        x = layer(F.conv2d(x, own(f"{name}.0.weight"), padding=1, groups=x.shape[1]), name, 1)
+    expected = F.conv2d(x, own("classifier.weight"), own("classifier.bias"))
+    torch.testing.assert_close(output.logits, expected)
+    assert used == {name for name in weights if not name.startswith(("stem.", "blocks."))}
+
+
+def test_settings_reach_the_network():
+    images = torch.zeros(1, 3, 32, 64)
+    for changes, shape in (({"output_stride": 8}, (1, 320, 4, 8)), ({"feature_layer": "decoder"}, (1, 96, 8, 16))):
+        network = build_segmenter(tiny(network=dataclasses.replace(NETWORK, **changes)))
+        assert network(images).features.shape == shape
 
 
 def without(state, name):
