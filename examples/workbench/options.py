@@ -51,7 +51,7 @@ Groups of settings, as --GROUP.NAME VALUE ('[96, 128]' for two) or in the file:
   optimiser              learning rate, batch sizes
   global_alignment       the global discriminator and its weight
   semantic_alignment     the semantic discriminator and its weight
-  self_training          the additions of ass-plus
+  self_training          the teacher of self-training and ass-plus
 
 --help-all lists every setting; with --preset or --config, its values there.
 --data.target.help lists those of a folder, such as colours.

@@ -38,8 +38,8 @@ def run_study(
     """Run what has no record yet, seed by seed, record each run that ends, and return the study's records, row by row.
 
     A finished run in `out` is recorded as it is, and an unfinished one resumes. If a run fails, or the study is
-    interrupted, the other runs are terminated; they keep their last checkpoints. Each run that ends is told of on
-    standard error.
+    interrupted, the other runs are terminated; they keep their last checkpoints. A line on standard
+    error reports each run that ends.
 
     Args:
         study: what is run.

@@ -80,7 +80,6 @@ def alignment_figures(
     assert features is not None
     return {
         f"loss/{name}": float(losses.confusion.detach()),
-        f"weight/{name}": weight,
         f"gradient/{name}": weight * _gradient_norm(losses.confusion, features, ranks),
         f"loss/{name}_discriminator": float(losses.discriminator.detach()),
         f"accuracy/{name}_source": float(losses.figures["source_accuracy"]),

@@ -142,7 +142,7 @@ def _build_optimiser(settings: Settings, segmenter: Segmenter) -> torch.optim.Op
 
 
 def source_schedule(settings: Settings) -> semshift.Schedule:
-    """Weight of the source's cross-entropy: 1, and with `source_fade` a linear fall to 0 at the end of `ass-plus`."""
+    """Weight of the source's cross-entropy: 1, and with `source_fade` a linear fall to 0 at the run's end."""
     fade = settings.self_training.source_fade if "self-training" in settings.parts else 0.0
     steps = round(fade * settings.steps)
     if not steps:

@@ -88,6 +88,7 @@ def learn(
         for name, losses in alignments.items():
             reached = outputs["labelled" if name == "semantic" else "unlabelled"]
             row |= alignment_figures(name, losses, applied[name], reached, ranks=fabric.world_size)
+            # As in the settings: of a balanced alignment the ratio.
             row[f"weight/{name}"] = weights[name](step)
 
     # The discriminators' losses, of those that learn at this step.

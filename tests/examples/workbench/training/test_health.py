@@ -278,7 +278,6 @@ def test_figures_of_an_alignment():
     losses = semshift.AlignmentLosses(4 * reached.features.sum(), torch.tensor(0.25), figures)
     assert alignment_figures("semantic", losses, 0.5, reached) == {
         "loss/semantic": 0.0,
-        "weight/semantic": 0.5,
         "gradient/semantic": 2.0,
         "loss/semantic_discriminator": 0.25,
         "accuracy/semantic_source": 0.75,

@@ -42,6 +42,19 @@ def test_weights_wait_then_rise():
     assert weight_schedule(dataclasses.replace(how, start=0, ramp=0), 100)(0) == 0.5
 
 
+def test_the_contrast_has_its_own_weight_and_a_bank_for_each_labelled_domain():
+    how = {"contrast_weight": 0.25, "contrast_momentum": 0.5, "start": 0.5, "ramp": 0.0}
+    settings = tiny(method="self-training", self_training=how)
+    learners = build_learners(settings, build_segmenter(settings).double())
+    for name, weight in (("contrast", 0.25), ("self-training", 1.0)):
+        assert [learners.weights[name](step) for step in (2, 3)] == [0, weight]
+    assert learners.prototypes.keys() == {"source", "labelled"}
+    assert {"source prototypes", "labelled prototypes"} <= learners.stateful().keys()
+    for bank in learners.prototypes.values():
+        assert (bank.in_channels, bank.num_classes, bank.momentum, bank.sums.dtype) == (32, 8, 0.5, torch.float64)
+    assert not build_learners(tiny(method="self-training"), build_segmenter(settings)).prototypes
+
+
 @pytest.mark.parametrize(
     ("fade", "method", "expected"),
     [

@@ -110,8 +110,14 @@ def test_the_loss_is_the_weighted_mean_over_all_pixels():
 
 
 def test_the_strong_view_changes_what_the_segmenter_sees_alone(monkeypatch):
-    """Image by image, by draws that are a function of the step."""
-    seen = []
+    """Image by image and rank by rank, by draws that are a function of the step, and others than those of classes."""
+    seen, keys, class_mix = [], [], semshift.class_mix
+
+    def watched(*arguments, **options):
+        keys.append(options["keys"])
+        return class_mix(*arguments, **options)
+
+    monkeypatch.setattr(semshift, "class_mix", watched)
 
     def shift(images, strength, draws):
         seen.append(draws)
@@ -128,10 +134,15 @@ def test_the_strong_view_changes_what_the_segmenter_sees_alone(monkeypatch):
     assert not torch.equal(first, other)
     assert first.shape == (3, 6)
     assert first.unique().numel() == 18
+    assert not torch.isin(first, torch.cat(keys)).any()
+    _, batch, logits = mixed()
+    mix_images(batch, logits, plus(strong=0.5), 3, rank=1)
+    assert not torch.isin(seen[-1], first).any()
+    assert not torch.isin(keys[-1], keys[0]).any()
 
 
 def test_the_contrast_draws_on_both_banks():
-    """Equal to the loss over prototypes of the batch itself, which is the first that the banks see."""
+    """Equal to the loss over the means of everything that the banks have seen, the step's own batch included."""
     generator = torch.Generator().manual_seed(2)
     settings = plus(contrast_weight=1.0, contrast_temperature=0.5, threshold=0.8, weighted_by="pixel")
     _, batch, logits = mixed(weighted_by="pixel")
@@ -156,6 +167,11 @@ def test_the_contrast_draws_on_both_banks():
     assert 0 < (labels[2] == 255).float().mean() < 1
     for domain, bank in banks.items():
         torch.testing.assert_close(bank.means, means[0 if domain == "source" else 1])
+    # The next step's features, with the same labels: the mean of both, the first at a weight of 0.99.
+    outputs = {domain: Segmentation(-2 * of, logits) for domain, of in features.items()}
+    self_training_losses(0, outputs, batch, parts, settings, Fabric(accelerator="cpu", devices=1))
+    for domain, bank in banks.items():
+        torch.testing.assert_close(bank.means, (0.99 - 2) / 1.99 * means[0 if domain == "source" else 1])
 
 
 def run(out, **changes):

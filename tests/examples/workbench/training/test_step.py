@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import semshift
 from examples.workbench.errors import InputError
 from examples.workbench.networks.segmentation import Segmentation, Segmenter
+from examples.workbench.training import step as step_module
 from examples.workbench.training.learners import build_learners
 from examples.workbench.training.step import _output_maps, _penalty, learn
 from tests.errors import refuses
@@ -111,6 +112,25 @@ def test_a_balanced_weight_is_a_ratio_of_gradients():
     )
     norm = torch.autograd.grad(loss, outputs["labelled"].features)[0].norm()
     assert row["gradient/semantic"] == pytest.approx(0.3 * float(norm), rel=1e-3)
+
+
+def test_the_losses_of_self_training_have_weights_of_their_own(monkeypatch):
+    how = {"start": 0.0, "ramp": 0.0, "weight": 0.5, "contrast_weight": 0.25}
+    settings, fabric = tiny(method="self-training", self_training=how), Fabric(accelerator="cpu", devices=1)
+
+    def gradient(**factors):
+        """Of the bias, with losses that are these multiples of its sum."""
+        batch, segmenter = case()
+        losses = {name.replace("_", "-"): factor * segmenter.head.bias.sum() for name, factor in factors.items()}
+        monkeypatch.setattr(step_module, "self_training_losses", lambda *arguments: losses)
+        row = learn(0, batch, build_learners(settings, segmenter), settings, fabric, log=True)
+        assert {name: row[f"weight/{name}"] for name in losses} == {
+            name: {"self-training": 0.5, "contrast": 0.25}[name] for name in losses
+        }
+        return segmenter.head.bias.grad
+
+    added = gradient(self_training=2.0, contrast=8.0) - gradient()
+    torch.testing.assert_close(added, torch.full((K,), 0.5 * 2 + 0.25 * 8))
 
 
 def test_a_discriminator_learns_at_each_step_divisible_by_every():

@@ -60,6 +60,21 @@ def test_grey_and_blur():
     assert apart(view(0.5, d4=0.51, d5=0.9), picture()) == 0
 
 
+def test_changes_follow_one_another_and_each_is_cut_off_to_the_range():
+    source = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    draws = torch.tensor([[0.8, 0.95, 0.1, 0.9, 0.9, 0.0]])
+    found = strengthen(image_tensor(source)[None], 0.5, draws)
+    expected = Image.fromarray(source)
+    for enhancer, factor in ((ImageEnhance.Brightness, 1.3), (ImageEnhance.Contrast, 1.45), (ImageEnhance.Color, 0.6)):
+        expected = enhancer(expected).enhance(factor)
+    found = ((found[0] * 0.25 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy()
+    assert apart(found, np.asarray(expected)) <= 3
+
+
+def test_a_blur_of_0_pixels_changes_nothing():
+    assert apart(view(0.5, d4=0.0, d5=0.0), picture()) == 0
+
+
 def test_images_do_not_mix_and_stay_in_range():
     generator = torch.Generator().manual_seed(0)
     images = 4 * torch.rand(3, 3, 20, 24, generator=generator) - 2
