@@ -68,15 +68,13 @@ class NetworkSettings:
             raise ValueError("expected network.aspp_dilations to be one or more dilations, got none")
         if self.name not in ("deeplab-v2", "segformer") and self.init is not None:
             raise ValueError(f"expected network.init with deeplab-v2 or segformer, got {self.init} with {self.name}")
-        for option, default in (("pretrained", True), ("output_stride", 16)):
-            if self.name != "efficientnet-lite0" and getattr(self, option) != default:
-                given = getattr(self, option)
-                raise ValueError(
-                    f"expected network.{option} with efficientnet-lite0 only, got {given} with {self.name}"
-                )
-        for option in ("frozen_batch_norm", "auxiliary"):
-            if self.name != "deeplab-v2" and getattr(self, option):
-                raise ValueError(f"expected network.{option} with deeplab-v2 only, got it with {self.name}")
+        owners = {"width": "small", "pretrained": "efficientnet-lite0", "output_stride": "efficientnet-lite0"}
+        for option in ("depth", "aspp_dilations", "origin", "auxiliary", "frozen_batch_norm"):
+            owners[option] = "deeplab-v2"
+        for option, owner in owners.items():
+            given = getattr(self, option)
+            if self.name != owner and given != getattr(NetworkSettings, option):
+                raise ValueError(f"expected network.{option} with {owner} only, got {given} with {self.name}")
         if self.config is not None and (self.name != "segformer" or self.init is not None):
             raise ValueError(
                 f"expected network.config with segformer and without network.init only, got {self.config} with "

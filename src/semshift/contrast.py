@@ -1,6 +1,6 @@
-"""Pixel-to-prototype contrast: class prototypes as what features are drawn to, where an adversary has them compared.
+"""Pixel-to-prototype contrast: each feature is drawn to the prototypes of its class, and away from all others.
 
-Supervised by labels, so it needs no discriminator and no second step of training.
+It needs labels or pseudo-labels, and no discriminator.
 """
 
 import math
@@ -28,7 +28,7 @@ def prototype_contrast_loss(
     resample: Optional[Literal["nearest", "majority", "area", "bilinear"]] = "bilinear",
     align_corners: bool = False,
 ) -> Tensor:
-    """Pixel-to-prototype contrastive loss: how hard it is to tell a pixel's class by the prototypes it resembles.
+    """Pixel-to-prototype contrastive loss: cross-entropy of telling a pixel's class by its cosines to the prototypes.
 
     With `p_dk` the prototype of class k in domain d and t the temperature, a pixel of class y with feature f costs::
 

@@ -30,7 +30,8 @@ def study_command(arguments: Sequence[str]) -> None:
     if min(options.jobs, options.threads) < 1:
         raise InputError(f"expected --jobs and --threads of at least 1, got {options.jobs} and {options.threads}")
     if bool(named) == (options.methods is not None):
-        raise InputError(f"expected names of studies or --methods, got {' '.join(named) or 'neither'}")
+        given = f"both, {' '.join(named)} and --methods" if named else "neither"
+        raise InputError(f"expected names of studies, before all options, or --methods, got {given}")
     if named and (rest or options.seeds):
         given = f"{' '.join(named)} with {' '.join(rest) or '--seeds'}"
         raise InputError(f"expected names first; options of train and --seeds go with --methods, got {given}")

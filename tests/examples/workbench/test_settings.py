@@ -73,6 +73,11 @@ def test_bad_options_are_named(arguments, words):
             lambda: NetworkSettings(name="segformer", output_stride=8),
             ("network.output_stride", "efficientnet-lite0", 8, "segformer"),
         ),
+        (
+            lambda: NetworkSettings(name="efficientnet-lite0", width=24),
+            ("network.width", "small", 24, "efficientnet-lite0"),
+        ),
+        (lambda: NetworkSettings(origin="caffe"), ("network.origin", "deeplab-v2", "caffe", "small")),
         (lambda: Data(crop_endings=["_l", ""]), ("data.crop_endings", ["_l", ""])),
         (lambda: NetworkSettings(name="segformer", auxiliary=True), ("network.auxiliary", "deeplab-v2", "segformer")),
         (lambda: NetworkSettings(config="c.json"), ("network.config", "segformer", "c.json", "small")),

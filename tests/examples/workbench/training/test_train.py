@@ -150,7 +150,8 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
     with refuses(InputError, "labelled", 6, 7):
         train(tiny(labelled=7), tmp_path / "run")
     with refuses(InputError, "network.init", "frozen_batch_norm"):
-        train(tiny(network={"name": "deeplab-v2", "depth": 50, "frozen_batch_norm": True}), tmp_path / "run")
+        network = {"name": "deeplab-v2", "width": 16, "depth": 50, "frozen_batch_norm": True}
+        train(tiny(network=network), tmp_path / "run")
     absent = "mps" if torch.cuda.is_available() else "cuda"
     with refuses(InputError, "--accelerator cpu", absent):
         train(tiny(accelerator=absent), tmp_path / "run")
