@@ -104,7 +104,7 @@ def test_the_template_fits_the_folders_of_its_page(tmp_path, capsys):
     assert "labelled: 4 images" in out
     assert "target: 12 images, 4 with a label file" in out
     assert out.splitlines()[-1].startswith("no problem")
-    run = ["--out", str(tmp_path / "run"), "--steps", "1", "--data.size", "[32,32]", "--network.width", "8"]
+    run = ["--out", str(tmp_path / "run"), "--steps", "1", "--data.size", "[32,32]"]
     assert trainer([*arguments, *run]) == 0
     assert sorted((tmp_path / "run" / "labelled.txt").read_text().split()) == ["0", "1", "2", "3"]
     assert (tmp_path / "run" / "report.png").exists()

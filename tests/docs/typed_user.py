@@ -112,6 +112,12 @@ def mix(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(mask, labels, pseudo.labels.where(pseudo.sure, 255))
 
 
+def contrast(features: Tensor, labels: Tensor, bank: semshift.PrototypeBank) -> Tensor:
+    """Pixels against the prototypes of two domains."""
+    prototypes: Tensor = torch.stack([bank.means, bank.means])
+    return semshift.prototype_contrast_loss(features, labels, prototypes, temperature=0.1, resample="nearest")
+
+
 SCHEDULES: list[semshift.Schedule] = [
     semshift.Constant(0.1),
     semshift.Linear(0.0, 1.0, steps=10),
@@ -128,7 +134,8 @@ def main() -> float:
     torch.manual_seed(0)
     labels, _, shares = prepare(torch.randint(0, 3, (2, 8, 12)), {0: 0, 1: 1, 2: 255}, 2)
     features, logits = torch.randn(2, 5, 4, 6, requires_grad=True), torch.randn(2, 2, 8, 12)
-    filled = pool(features, labels, shares, semshift.PrototypeBank(5, 2, momentum=0.9))
+    bank = semshift.PrototypeBank(5, 2, momentum=0.9)
+    filled = pool(features, labels, shares, bank)
     loss, accuracy = play(filled.means.detach(), filled.means, SCHEDULES[4], "bce")
     pixels, _, _ = play_by_class(features, torch.full((2, 4, 6, 2), 0.5))
     assert draw(np.array([[3, 0], [0, 2]]))["source"].shape == (2,)
@@ -136,6 +143,6 @@ def main() -> float:
     everywhere: Tensor = semshift.all_gather(labels)
     assert everywhere.shape[1:] == labels.shape
     aligned = align(features, labels, nn.Conv2d(5, 2, 1), SCHEDULES[0])
-    (loss + pixels + aligned).backward()  # type: ignore[no-untyped-call]  # because torch's backward is untyped
+    (loss + pixels + aligned + contrast(features, labels, bank)).backward()  # type: ignore[no-untyped-call]  # because torch's backward is untyped
     semshift.average_gradients([features])
     return float(loss.detach()) + float(accuracy.target)

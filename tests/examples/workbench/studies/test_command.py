@@ -76,11 +76,18 @@ def test_reports_of_what_is_on_record(study, folder):
 
 
 def test_studies_of_the_workbench_keep_records_in_the_docs(study, monkeypatch):
+    """And their summary, unless one of the studies is not theirs."""
     asked = []
-    monkeypatch.setattr(command, "run_study", lambda study, **how: asked.append(how["records"]) or [])
-    for names in (["scenes"], ["scenes", "one.yaml"]):
-        study(*names)
-    assert [str(path) for path in asked[:2]] == ["docs/results/scenes.json", "docs/results/scenes.json"]
+    monkeypatch.setattr(command, "run_study", lambda study, **how: asked.append(str(how["records"])) or [])
+    monkeypatch.setattr(command, "write_report", lambda *arguments: "")
+    monkeypatch.setattr(command, "write_summary", lambda found, path, words: asked.append(str(path)) or "")
+    for names in (["scenes"], ["scenes", "scenes-steps"], ["scenes", "one.yaml"]):
+        assert study(*names)[0] == 0
+    results, own = "docs/results", "runs/study"
+    assert asked == [
+        *(f"{results}/{name}" for name in ("scenes.json", "scenes.json", "scenes-steps.json", "summary.md")),
+        *(f"{results}/scenes.json", f"{own}/one/one.json", f"{own}/summary.md"),
+    ]
 
 
 def test_every_study_is_checked_before_the_first_one_runs(study, folder):
@@ -98,6 +105,8 @@ def test_every_study_is_checked_before_the_first_one_runs(study, folder):
         (["one.yaml", "../one.yaml"], ("different names", "one")),
         (["one.yaml", "scens"], ("scens", "did you mean scenes?")),
         (["one.yaml", "--jobs", "1", "two.yaml"], ("names first", "two.yaml")),
+        (["--jobs", "1", "one.yaml"], ("before all options", "--methods", "neither")),
+        (["one.yaml", "--methods", "joint"], ("both", "one.yaml", "--methods")),
         (["one.yaml", "--summary", "a.md"], ("--summary", "a.md")),
         (["one.yaml", "two.yaml", "--summary", "a.json"], ("--summary", "a.json")),
     ],
