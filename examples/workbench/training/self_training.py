@@ -41,10 +41,11 @@ def self_training_losses(
     `self-training`: weighted cross-entropy on the mixed images, its mean over the pixels of all ranks, also those of
     weight 0. `contrast`: pixel-to-prototype contrast, the mean over source, labelled and mixed images.
     """
-    plus, losses = settings.self_training, {}
+    plus, losses, ignore_index = settings.self_training, {}, settings.data.ignore_index
+    started = step >= round(plus.start * settings.steps)
     labelled = {domain: (outputs[domain].features, batch[domain]["label"]) for domain in ("source", "labelled")}
     pixels = list(labelled.values())
-    if plus.weight > 0 and step >= round(plus.start * settings.steps):
+    if plus.weight > 0 and started:
         assert learners.teacher is not None
         with torch.no_grad(), fabric.autocast():
             teacher_logits = learners.teacher(batch["unlabelled"]["image"]).logits
@@ -53,13 +54,11 @@ def self_training_losses(
             output = learners.segmenter(mixed.image)
         each = F.cross_entropy(upsample(output.logits, mixed.label.shape[-2:]), mixed.label, reduction="none")
         losses["self-training"] = semshift.all_gather((each * mixed.weight).mean()).mean()
-        pixels.append((output.features, mixed.label.where(mixed.sure, settings.data.ignore_index)))
-    if plus.contrast_weight > 0:
-        ignore_index = settings.data.ignore_index
-        for domain, (features, labels) in labelled.items():
-            bank = learners.prototypes[domain]
-            pooled = semshift.class_sums(features.detach(), labels, bank.num_classes, ignore_index=ignore_index)
-            bank.update(pooled)
+        pixels.append((output.features, mixed.label.where(mixed.sure, ignore_index)))
+    for domain, bank in learners.prototypes.items():
+        features, labels = labelled[domain]
+        bank.update(semshift.class_sums(features.detach(), labels, bank.num_classes, ignore_index=ignore_index))
+    if learners.prototypes and started:
         prototypes = torch.stack([bank.means for bank in learners.prototypes.values()])
         each_domain = [
             semshift.prototype_contrast_loss(
