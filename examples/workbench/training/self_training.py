@@ -81,10 +81,9 @@ def mix_images(batch: Batch, teacher_logits: Tensor, settings: Settings, step: i
     how, unlabelled = settings.self_training, batch["unlabelled"]
     height, width = unlabelled["image"].shape[-2:]
     size = (height, width)
-    logits = upsample(teacher_logits, size)
-    labels = semshift.pseudo_labels(logits, threshold=how.threshold).labels
-    inside = unlabelled["inside"]
-    sure = (logits.softmax(1).amax(1) > how.threshold) & inside
+    pseudo = semshift.pseudo_labels(upsample(teacher_logits, size), threshold=how.threshold)
+    labels, inside = pseudo.labels, unlabelled["inside"]
+    sure = pseudo.sure & inside
     # By pixel as in FixMatch (Sohn et al. 2020, arXiv 2001.07685): what a teacher is not sure of is often a rare class.
     share = sure.sum((1, 2), keepdim=True) / inside.sum((1, 2), keepdim=True).clamp(min=1)
     weight = sure.float() if how.weighted_by == "pixel" else share * inside
