@@ -16,7 +16,7 @@ from examples.workbench.reporting.style import STYLE, class_colours
 from examples.workbench.studies.study import Record, Study, as_arguments
 
 __all__ = ["count_classes", "draw_curves", "draw_study", "duration", "format_number", "format_spread", "study_table"]
-__all__ += ["tabulate", "write_report"]
+__all__ += ["style_rows", "tabulate", "write_report"]
 
 
 def write_report(study: Study, results: Sequence[Record], records: Path, command: str) -> str:
@@ -161,6 +161,11 @@ def _draw_runs(axes: Axes, values: pd.DataFrame, *, sign: str) -> None:
             axes.text(mean, line - 0.22, format_number(mean, sign), ha="center", va="bottom", fontsize=10)
     axes.set_yticks(lines, list(values.index))
     axes.set_ylim(len(values) - 0.4, -0.75)
+    style_rows(axes)
+
+
+def style_rows(axes: Axes) -> None:
+    """The look of axes with a line for each row of a study."""
     axes.margins(x=0.08)
     axes.grid(axis="x", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)

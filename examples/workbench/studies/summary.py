@@ -13,7 +13,14 @@ from matplotlib.figure import Figure
 
 from examples.workbench.files import save_figure, write_whole
 from examples.workbench.reporting.style import STYLE
-from examples.workbench.studies.report import count_classes, duration, format_number, format_spread, tabulate
+from examples.workbench.studies.report import (
+    count_classes,
+    duration,
+    format_number,
+    format_spread,
+    style_rows,
+    tabulate,
+)
 from examples.workbench.studies.study import Record, Study, as_arguments
 
 __all__ = ["Results", "draw_summary", "summary_table", "write_summary"]
@@ -104,8 +111,4 @@ def _draw_differences(axes: Axes, study: Study, results: Sequence[Record], rows:
         note = f"mIoU {format_number(miou.loc[row].mean())}" if row in miou.index else "not run"
         look = {"boxstyle": "square", "facecolor": "white", "edgecolor": "none"}
         axes.text(0, line, note, ha="center", va="center", fontsize=10, bbox=look)
-    axes.margins(x=0.08)
-    axes.grid(axis="x", color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
+    style_rows(axes)
