@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 
 import semshift
@@ -278,11 +279,11 @@ def test_gradient_norm_after_the_backward():
         semshift.gradient_norm(loss, features)
 
 
+@pytest.mark.skipif(
+    not hasattr(functorch, "donated_buffer"), reason="because torch 2.4 donates no buffers, so nothing is freed early"
+)
 def test_gradient_norm_of_a_network_compiled_with_donated_buffers():
     """A backward that was first run without `retain_graph` may free what it was given."""
-    config = pytest.importorskip("torch._functorch.config")
-    if not hasattr(config, "donated_buffer"):
-        pytest.skip("because torch 2.4 donates no buffers, so nothing is freed early")
     backbone, head, images = two_parts()
 
     def norm():
@@ -293,11 +294,11 @@ def test_gradient_norm_of_a_network_compiled_with_donated_buffers():
         return semshift.gradient_norm(compiled(features).square().mean(), features)
 
     with (
-        config.patch(donated_buffer=True),
+        functorch.patch(donated_buffer=True),
         refuses(RuntimeError, "features", "donated_buffer = False"),
     ):
         norm()
-    with config.patch(donated_buffer=False):
+    with functorch.patch(donated_buffer=False):
         features = backbone(images)
         assert torch.equal(norm(), semshift.gradient_norm(head(features).square().mean(), features))
 
