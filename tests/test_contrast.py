@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import semshift
 from tests.errors import refuses
-from tests.test_pooling_properties import Case, cases, shares
+from tests.pooling_definition import Case, cases, shares
 
 K, C = 4, 6
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

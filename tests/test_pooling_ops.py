@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import semshift
 from semshift import _pooling_ops
-from tests.test_pooling_properties import NON_FINITE, cases, definition, laid_out, near
+from tests.pooling_definition import NON_FINITE, cases, definition, laid_out, near
 
 pytestmark = pytest.mark.usefixtures("few_or_many")
 
