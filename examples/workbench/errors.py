@@ -1,11 +1,11 @@
 """The two kinds of error that end a command with one line instead of a traceback."""
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
-__all__ = ["InputError", "MachineError", "describe_machine_error"]
+__all__ = ["InputError", "MachineError", "describe_machine_error", "some"]
 
 
 class InputError(ValueError):
@@ -33,6 +33,11 @@ def describe_machine_error(error: BaseException) -> str | None:
         if module.startswith("torch.distributed."):
             return f"communication with another rank failed: {text}"
     return None
+
+
+def some(things: Sequence[object]) -> str:
+    """The first of several things and how many more there are, for a message."""
+    return f"{things[0]}{f' and {len(things) - 1} more' if len(things) > 1 else ''}"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -14,7 +14,7 @@ from examples.workbench.data.files import read_colour_mask, read_deep_mask, read
 from examples.workbench.data.layouts import LAYOUTS, id_table
 from examples.workbench.data.listing import list_files
 from examples.workbench.data_settings import Folder
-from examples.workbench.errors import InputError
+from examples.workbench.errors import InputError, some
 
 __all__ = ["FolderPair"]
 
@@ -44,13 +44,13 @@ class FolderPair:
         where = f"in {root / folder.labels}" if folder.labels is not None else "without a folder of labels"
         unlabelled = [file for name, file in images.items() if name not in masks]
         if unlabelled and not partial:
-            raise InputError(f"expected a label file for every image, got none {where} for {_some(unlabelled)}")
+            raise InputError(f"expected a label file for every image, got none {where} for {some(unlabelled)}")
         if folder.labels is not None and not in_one and layout.ids is None:
             _refuse_other_formats(root / folder.labels, label_end, unlabelled)
         if alone := [file for name, file in masks.items() if name not in images]:
             apart = "; labelled images in a folder of their own are data.labelled" if partial else ""
             raise InputError(
-                f"expected an image for every label file, got none in {root / folder.images} for {_some(alone)}{apart}"
+                f"expected an image for every label file, got none in {root / folder.images} for {some(alone)}{apart}"
             )
         self.names = sorted(images)
         self.files = [(images[name], masks.get(name)) for name in self.names]
@@ -126,7 +126,3 @@ def _refuse_other_formats(labels: Path, label_end: str, unlabelled: Sequence[Pat
             file = labels / f"{image.stem}{ending}"
             if not file.name.endswith(label_end) and file.exists():
                 raise InputError(f"expected masks to end in {label_end}, got {file}; save it as that, without loss")
-
-
-def _some(files: Sequence[Path]) -> str:
-    return f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}"

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.workbench.errors import InputError
+from examples.workbench.errors import InputError, some
 from examples.workbench.networks.segmentation import (
     Pretrained,
     Segmentation,
     Segmenter,
     read_state_dict,
-    some,
 )
 
 __all__ = ["DeepLabV2", "load_pretrained"]

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.workbench.errors import InputError
+from examples.workbench.errors import InputError, some
 from examples.workbench.networks.segmentation import (
     FeatureLayer,
     Pretrained,
     Segmentation,
     Segmenter,
     read_state_dict,
-    some,
     upsample_like,
 )
 

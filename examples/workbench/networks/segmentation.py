@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from examples.workbench.errors import InputError
 
-__all__ = ["FeatureLayer", "Origin", "Pretrained", "Segmentation", "Segmenter", "some", "read_state_dict"]
+__all__ = ["FeatureLayer", "Origin", "Pretrained", "Segmentation", "Segmenter", "read_state_dict"]
 __all__ += ["upsample", "upsample_like"]
 
 FeatureLayer = Literal["encoder", "decoder"]
@@ -113,8 +113,3 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
             kind = type(value).__name__
             raise InputError(f"expected {file} to be a state dict, names to tensors, got a {kind} under {name!r}")
     return state
-
-
-def some(names: Sequence[str]) -> str:
-    """The first name and how many more there are."""
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
