@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.workbench.errors import InputError, some
+from examples.workbench.networks.depthwise import depthwise
 from examples.workbench.networks.segmentation import (
     FeatureLayer,
     Pretrained,
@@ -73,7 +74,9 @@ class EfficientNetLite0(Segmenter):
 
     def forward(self, images: Tensor) -> Segmentation:
         """Segment images `[B, 3, H, W]`: logits `[B, K, H/4, W/4]`, rounded up."""
-        x = skip = F.relu6(self.stem(images * self.gain + self.offset))
+        # Channels last: CPUs and GPUs convolve faster.
+        images = (images * self.gain + self.offset).contiguous(memory_format=torch.channels_last)
+        x = skip = F.relu6(self.stem(images))
         for index, block in enumerate(self.blocks):
             x = block(x)
             skip = x if index == _SKIP else skip
@@ -106,12 +109,14 @@ class _Convolution(nn.Module):
         scale = self.gamma * (self.variance + 1e-3).rsqrt()
         weight, bias = self.weight * scale[:, None, None, None], self.beta - self.mean * scale
         reach = self.dilation * (weight.shape[-1] - 1)
-        padding: int | tuple[int, int] = reach // 2
+        padding = reach // 2
         if self.stride == 2:
             # At even sizes TensorFlow pads the end by one more than the start.
             (top, bottom), (left, right) = (((reach - 1 + n % 2) // 2, reach // 2) for n in x.shape[-2:])
             x, padding = F.pad(x, (left, right, top, bottom)), 0
-        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+        if self.groups > 1:
+            return depthwise(x, weight, bias, stride=self.stride, padding=padding, dilation=self.dilation)
+        return F.conv2d(x, weight, bias, self.stride, padding)
 
 
 class _Block(nn.Module):
