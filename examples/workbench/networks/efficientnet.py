@@ -45,7 +45,7 @@ class EfficientNetLite0(Segmenter):
     not stride, the following blocks are dilated instead.
 
     Args:
-        output_stride: of the encoder. Dilated depthwise convolutions are slow on CPUs: 8 takes three times as long.
+        output_stride: of the encoder; 8 takes three times as long.
         feature_layer: `"encoder"` returns the features of the last block (320 channels), `"decoder"` those of the
             layer under the classifier (96 channels, stride 4).
     """

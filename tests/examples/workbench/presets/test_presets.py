@@ -128,6 +128,7 @@ def test_presets_on_real_images_start_from_trained_weights(preset):
     chosen, _ = read_settings(["--preset", "camvid-kitti"])
     assert (settings.network.name, settings.network.pretrained, settings.labelled) == ("efficientnet-lite0", True, 10)
     assert dataclasses.replace(settings, data=chosen.data) == chosen
+    assert (settings.data.augmentation, settings.data.size) == (chosen.data.augmentation, chosen.data.size)
     source, target = preset.split("-")
     data = settings.data
     assert data.source.images.split("/")[0].split("_")[0] == source
