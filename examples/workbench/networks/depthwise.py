@@ -21,12 +21,13 @@ def depthwise(
 
     Args:
         x: images `[B, C, H, W]`.
-        weight: `[C, 1, k, k]`, k odd.
+        weight: `[C, 1, k, k]`, k odd and at least 3.
         bias: `[C]`.
         stride: of both directions, as the next two.
         padding: with a dilation `dilation * (k - 1) / 2`, which keeps the size.
         dilation: above 1 only with stride 1.
     """
+    assert weight.shape[-1] % 2 == 1 and weight.shape[-1] >= 3
     if torch.is_autocast_enabled("cpu") and x.is_cpu:
         x, weight, bias = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight, bias))
     if x.is_cpu and torch.is_grad_enabled() and (weight.shape[-1] > 3 or stride > 1 or dilation > 1):
