@@ -269,7 +269,8 @@ def _judge_accuracy(source: float, target: float) -> list[str]:
     if min(source, target) >= _CERTAIN:
         return [
             f"certain: the discriminator separates the domains almost without error {came}, so the network does not "
-            "fool it; raise the weight, lower the discriminator's learning rate, or set spectral_norm"
+            "fool it; lower the discriminator's learning rate, set spectral_norm, or raise the weight if the score on "
+            "labelled target images does not fall as the weight rises"
         ]
     if (source + target) / 2 <= _CHANCE:
         return [
