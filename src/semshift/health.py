@@ -269,8 +269,8 @@ def _judge_accuracy(source: float, target: float) -> list[str]:
     if min(source, target) >= _CERTAIN:
         return [
             f"certain: the discriminator separates the domains almost without error {came}, so the network does not "
-            "fool it; lower the discriminator's learning rate, set spectral_norm, or raise the weight if the score on "
-            "labelled target images does not fall as the weight rises"
+            "fool it; lower the discriminator's learning rate, set spectral_norm, or raise the weight if the "
+            "validation score does not fall with it"
         ]
     if (source + target) / 2 <= _CHANCE:
         return [
