@@ -1,11 +1,14 @@
 """The summary of several studies, by hand."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from examples.workbench.studies import summary
+from examples.workbench.studies.study import STUDIES, read_records, read_study
 from examples.workbench.studies.summary import draw_summary, summary_table, write_summary
 from tests.examples.workbench.studies.test_report import RESULTS, STUDY, record
 
@@ -71,3 +74,20 @@ def test_table_and_figure_stand_beside_each_other(tmp_path):
     text = (tmp_path / "all.md").read_text(encoding="utf-8")
     assert text == f"{table}\n`python -m examples.workbench study first second`\n"
     assert {path.name for path in tmp_path.iterdir()} == {"all.md", "all.png"}
+
+
+def test_the_summary_and_its_page_have_the_figures_of_the_records():
+    """docs/results.md adds bold print, notes and minutes to the table, and leaves the numbers of seeds out."""
+    docs = Path(__file__).parents[4] / "docs"
+    found = {}
+    for name in ("kitti-camvid", "idd-camvid", "airsim-camvid"):
+        study = read_study(STUDIES / f"{name}.yaml")
+        found[name] = (study, read_records(study, docs / "results" / f"{name}.json"))
+    table = summary_table(found)
+    assert (docs / "results" / "summary.md").read_text().startswith(table)
+    page = (docs / "results.md").read_text().replace("**", "")
+    rows = re.findall(r"^\| ([\w-]+) +\| +(.+?) \(\d\) \| +(.+?) \(\d\) \| +(.+?) \(\d\) \|$", table, re.MULTILINE)
+    assert len(rows) == 7
+    for row, *cells in rows:
+        (line,) = re.findall(rf"^\| `{row}`.*? \| (.+ \| .+ \| .+) \| \d+ \|$", page, re.MULTILINE)
+        assert line.split(" | ") == cells
