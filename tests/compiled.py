@@ -1,4 +1,4 @@
-"""What Triton makes of the kernels for a GPU that is not here: registers, spills, widths of loads.
+"""Compile the kernels for a GPU that this machine lacks, and report registers, spills and load widths.
 
     python -m tests.compiled --shape 2 256 65 129 19 --dtype bf16 --layout nchw --capability 90 --with num_warps=8
 
@@ -45,7 +45,7 @@ def recorded(changed):
 
 
 def specialised(launch, capability):
-    """What Triton's own binder makes of a launch: the options, and the arguments of ASTSource."""
+    """The options and the ASTSource arguments that Triton's own binder makes of a launch."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime import jit
@@ -120,7 +120,7 @@ def programs(reading):
 
 
 def dumped(cubin, flag):
-    """What cuobjdump, which comes with Triton, says of machine code."""
+    """Output of cuobjdump, which comes with Triton, for machine code."""
     tool = Path(importlib.import_module("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -1,4 +1,4 @@
-"""What a test asks of an error: its type, one line, and the names and values in it, whatever the sentence around them.
+"""Checks of an error message: its type, that it is one line, and its names and values, but not its wording.
 
 Wording must be cheap to improve, so no test repeats a whole message.
 """

@@ -78,7 +78,7 @@ class Network(nn.Module):
 
 
 class Donated(torch.autograd.Function):
-    """What a compiled network says whose buffers are donated; which networks have any depends on the compiler."""
+    """Error of a compiled network with donated buffers. The compiler decides which networks have such buffers."""
 
     @staticmethod
     def forward(ctx, x):

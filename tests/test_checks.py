@@ -100,7 +100,7 @@ def arguments(*annotations):
 
 
 def call(function, name, value):
-    """What it returns, as text; what it keeps is Python's."""
+    """The result's repr. Every number that the result stores must be a Python number."""
     result = function(**CALLS[function] | {name: value})
     assert not any(isinstance(kept, np.generic) for kept in getattr(result, "__dict__", {}).values())
     return repr(result)

@@ -47,7 +47,7 @@ def definition(case, prototypes, temperature):
 
 
 def bound(features, prototypes, temperature, eps, weights=0):
-    """What rounding may move a mean of costs by: relative errors, times the size of the largest cost.
+    """Bound of the rounding error in a mean of costs: relative errors, times the largest cost.
 
     A cosine is a sum of C products and two lengths, log-softmax a sum over all prototypes, pooling one over pixels; a
     resampled weight is itself some 8 roundings off for each of those it is made of.

@@ -91,7 +91,7 @@ WORLD = 2
 
 
 def on_rank(step, rank):
-    """What a rank holds: other numbers of images, one of them without a pixel that counts, and then neither."""
+    """One rank's batch. Ranks have different numbers of images; first one rank has no labelled pixel, then neither."""
     features, labels, prototypes = drawn(step, dtype=torch.float64)
     mine = slice(0, 2) if rank == 0 else slice(1, 2)
     features, labels = features[mine] + rank, labels[mine].clone()

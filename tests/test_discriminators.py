@@ -60,7 +60,7 @@ def learn(source, target, objective):
 
 
 def score(logits, objective):
-    """How much the discriminator takes all of it for source."""
+    """Mean log-odds of the source: high where the discriminator classifies the inputs as source."""
     if objective != "class-and-domain":
         return logits.mean()
     source, target = last(logits).chunk(2, -1)

@@ -32,7 +32,7 @@ def loss_of(means):
 
 
 def sent_by(rank):
-    """What comes back to a rank from the losses it computes."""
+    """The gradient that a rank receives from its losses."""
     return torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64) * (rank + 1)
 
 

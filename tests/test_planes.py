@@ -1,4 +1,4 @@
-"""What follows from shapes: where features lie, and how the work is cut into programs."""
+"""Tests of the launch layout: where features lie in memory, and how the work is split into programs."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What class pooling promises, clause by clause, against the definition in rational numbers, on drawn cases."""
+"""Property tests of class pooling: each clause of its specification, against a definition in rational numbers."""
 
 import itertools
 import math

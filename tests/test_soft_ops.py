@@ -50,7 +50,7 @@ SWITCHES = [
 
 
 def getters():
-    """What torch's own getters say, an error included."""
+    """The values of torch's own getters, or their error."""
     found = []
     for owner, name in [
         (backends, "fp32_precision"),

@@ -83,7 +83,7 @@ def section(text, title):
 
 
 def entries(text, title):
-    """What a section names: lines at its first indentation, up to the colon."""
+    """Names in a docstring section: its lines at the first indentation, up to the colon."""
     return set(re.findall(r"^ {4}(\w+): ", section(text, title), flags=re.MULTILINE))
 
 

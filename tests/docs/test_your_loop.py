@@ -21,7 +21,7 @@ PAGE = PATH.read_text()
 
 
 def names(heading):
-    """What the blocks have made up to the end of a section."""
+    """Variables that the page's blocks have defined by the end of a section."""
     begin = PAGE.index(f"\n## {heading}\n")
     end = PAGE.find("\n## ", begin + 1)
     last = (PAGE if end < 0 else PAGE[:end]).count("\n") + 1

@@ -76,7 +76,7 @@ IMAGE = png((np.arange(HEIGHT * WIDTH * 3) % 256).reshape(HEIGHT, WIDTH, 3).asty
 
 
 def read_label(root: Path, layout: str, content: bytes, image: bytes = IMAGE) -> Any:
-    """What the reader makes of a label file."""
+    """The label map that the reader returns for a file."""
     known = LAYOUTS[layout]  # type: ignore[index]
     below = "city" if layout == "cityscapes" else "."
     for folder, end, what in (("images", known.image_ends[-1], image), ("labels", known.label_end, content)):
@@ -153,7 +153,7 @@ RUN = {"seed": 0, "optimiser": {"learning_rate": 0.1, "name": "adamw"}, "data": 
 
 
 def parts() -> dict[str, Any]:
-    """What a small run saves: a network, and its optimiser with a state."""
+    """Contents of a small run's checkpoint: a network, and its optimiser with a state."""
     network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     optimiser = torch.optim.Adam(network.parameters(), 0.1)
     network(torch.randn(4, 2)).square().sum().backward()

@@ -219,7 +219,7 @@ def test_torchrun_equals_one_process(tmp_path):
 
 
 class StopError(Exception):
-    """What ends a run for the test."""
+    """Raised by the test to end a run."""
 
 
 def recorded_run(out, *, stop_at=None, resume=False):
