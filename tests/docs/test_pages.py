@@ -111,8 +111,8 @@ def test_the_template_fits_the_folders_of_its_page(tmp_path, capsys):
 
 
 def test_every_fault_has_its_test():
-    """The tests that docs/resuming.md names."""
-    named = re.findall(r"`(test_\w+)\.(test_\w+)`", (ROOT / "docs" / "resuming.md").read_text())
+    """The tests that docs/faults.md names."""
+    named = re.findall(r"`(test_\w+)\.(test_\w+)`", (ROOT / "docs" / "faults.md").read_text())
     assert len(named) > 20
     for file, test in named:
         assert f"def {test}(" in (ROOT / "tests" / "reliability" / f"{file}.py").read_text()
