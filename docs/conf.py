@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.pycode import ModuleAnalyzer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
@@ -34,9 +35,14 @@ myst_heading_anchors = 3
 
 autosummary_generate = False
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "special-members": "__add__, __call__, __iter__, __len__"}
+autodoc_default_options = {
+    "members": True,
+    "special-members": "__add__, __call__, __iter__, __len__",
+    "exclude-members": "extra_repr",
+}
 autodoc_typehints_format = "short"
-maximum_signature_line_length = 72
+# More than any signature has: `_lay_out_signatures` breaks the long ones.
+maximum_signature_line_length = 10_000
 add_module_names = False
 napoleon_include_init_with_doc = False
 copybutton_exclude = ".linenos, .gp, .go"
@@ -116,8 +122,72 @@ def _read_docstring(app, what, name, obj, options, lines):
         lines[start:end] = [f":returns: {body[0]}", *(f"    {line}" for line in body[1:]), ""]
 
 
+# How a reader writes a call of a special method.
+_CALLS = {
+    "__add__": "sums + other",
+    "__call__": "schedule",
+    "__iter__": "iter(sampler)",
+    "__len__": "len(sampler)",
+}
+# Columns of a signature that fit beside the link to its source in a window of 1280 pixels.
+_COLUMNS = 88
+
+
+def _lay_out_signatures(app, doctree):
+    """Break a signature that is too long for its line, and show special methods as they are called.
+
+    Sphinx measures the unabridged text, in which `Tensor` is `~torch.Tensor`, and so breaks signatures that fit.
+    """
+    for signature in doctree.findall(addnodes.desc_signature):
+        columns = len(signature.astext())
+        for parameters in signature.findall(addnodes.desc_parameterlist):
+            parameters["multi_line_parameter_list"] = columns > _COLUMNS
+        for name in signature.findall(addnodes.desc_name):
+            call = _CALLS.get(name.astext())
+            if call is None:
+                continue
+            name.children = [addnodes.desc_sig_name(call, call)]
+            for parameters in list(signature.findall(addnodes.desc_parameterlist)):
+                if call != "schedule":
+                    parameters.parent.remove(parameters)
+            signature["_toc_name"] = f"{call}()" if call == "schedule" else call
+
+
+def _keep_short_code_together(app, doctree):
+    """Mark code of a few words, such as `train --check`, so that the browser does not break it at a hyphen."""
+    for code in doctree.findall(nodes.literal):
+        if len(code.astext()) <= 28:
+            code["classes"].append("short")
+
+
+def _prepare_tables(app, doctree):
+    """Keep `1.2 ± 0.3` on one line; let a table of text become a list of rows on a phone, where each cell has a label.
+
+    The labels are the column headings. `site.css` hides them in a wide window. Tables of numbers stay tables.
+    """
+    for table in doctree.findall(nodes.table):
+        for text in list(table.findall(nodes.Text)):
+            if " ± " in text:
+                text.parent.replace(text, nodes.Text(text.replace(" ± ", "\u00a0±\u00a0")))
+        head = next(iter(table.findall(nodes.thead)), None)
+        body = next(iter(table.findall(nodes.tbody)))
+        if head is None or any("text-right" in entry["classes"] for entry in table.findall(nodes.entry)):
+            continue
+        labels = [entry.astext() for entry in head[0]]
+        if len(labels) < 3:
+            continue
+        table["classes"].append("stacked")
+        for row in body:
+            for label, entry in zip(labels[1:], row[1:]):
+                entry.insert(0, nodes.paragraph("", label, classes=["cell-label"]))
+
+
 def setup(app):
     """Called by Sphinx."""
     app.connect("missing-reference", _link)
     # Before napoleon, which rewrites the sections.
     app.connect("autodoc-process-docstring", _read_docstring, priority=400)
+    # Before viewcode adds its links, and before the contents of a page are collected.
+    app.connect("doctree-read", _lay_out_signatures, priority=400)
+    app.connect("doctree-read", _prepare_tables)
+    app.connect("doctree-read", _keep_short_code_together)
