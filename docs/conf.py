@@ -1,4 +1,4 @@
-"""How the site is built: `sphinx-build -W -n docs OUT`, without a network."""
+"""Sphinx configuration: `sphinx-build -W -n docs OUT` builds the site without a network."""
 
 import re
 import sys
@@ -28,7 +28,7 @@ extensions = [
 exclude_patterns = ["drawings"]
 nitpicky = True
 
-# Tables that `python -m examples.workbench study` writes begin with a second-level heading.
+# The pages that `python -m examples.workbench study` writes begin with a second-level heading.
 suppress_warnings = ["myst.header"]
 myst_enable_extensions = ["colon_fence", "attrs_inline"]
 myst_heading_anchors = 3
@@ -41,7 +41,7 @@ autodoc_default_options = {
     "exclude-members": "extra_repr",
 }
 autodoc_typehints_format = "short"
-# More than any signature has: `_lay_out_signatures` breaks the long ones.
+# No signature is that long: `_lay_out_signatures` decides which ones break.
 maximum_signature_line_length = 10_000
 add_module_names = False
 napoleon_include_init_with_doc = False
@@ -56,7 +56,7 @@ html_show_sourcelink = False
 html_show_copyright = False
 html_theme_options = {"light_logo": "logo-light.svg", "dark_logo": "logo-dark.svg"}
 
-# Names of others, and where they are explained: an inventory of our own, since the build has no network.
+# Where names of other libraries are documented. The build has no network, so it cannot download their inventories.
 _TORCH, _PYTHON = "https://docs.pytorch.org/docs/stable/", "https://docs.python.org/3/library/"
 NAMES = {
     "numpy.ndarray": "https://numpy.org/doc/stable/reference/generated/numpy.ndarray.html",
@@ -74,10 +74,10 @@ NAMES = {
     **{name: f"{_PYTHON}stdtypes.html#{name}" for name in ("dict", "list", "str", "tuple")},
     **{name: f"{_PYTHON}exceptions.html#{name}" for name in ("RuntimeError", "TypeError", "ValueError")},
 }
-# As docstrings and signatures write them.
+# The same names as docstrings and signatures write them, without their module.
 _SHORT = {"DistributedDataParallel": f"{_TORCH}generated/torch.nn.parallel.DistributedDataParallel.html"}
 _SHORT |= {name.rsplit(".", 1)[-1]: url for name, url in NAMES.items()}
-# An alias has no docstring of its own: it stands below the line that defines it.
+# The docstrings of type aliases, which stand below the line that defines the alias.
 _ALIASES = {
     f"semshift.{name}": lines
     for module in ("semshift.losses", "semshift.schedules")
@@ -86,7 +86,7 @@ _ALIASES = {
 
 
 def _link(app, env, node, contnode):
-    """A name of others, as an outside link."""
+    """Link a name of another library to its documentation."""
     target = node.get("reftarget", "")
     url = NAMES.get(target) or _SHORT.get(target)
     for module in ("collections.abc", "typing"):
@@ -98,7 +98,7 @@ def _link(app, env, node, contnode):
 
 
 def _read_docstring(app, what, name, obj, options, lines):
-    """Docstrings write code in single backticks; a public name among them becomes a link to it."""
+    """Turn code in single backticks into links where it is a public name, and into plain code elsewhere."""
     if what == "data":
         lines[:] = _ALIASES[name]
 
@@ -111,8 +111,8 @@ def _read_docstring(app, what, name, obj, options, lines):
         return f"``{text}``"
 
     lines[:] = [re.sub(r"(?<!`)(?<!:)`([^`]+)`(?!`)", role, line) for line in lines]
-    # Napoleon would take what stands before a colon for the type, which the signature has already. Of an attribute it
-    # looks at the first line alone: an empty comment.
+    # Napoleon would read text before a colon as a type, but the signature already gives the type. Napoleon checks only
+    # the first line of an attribute's docstring, so this adds an empty comment above that line.
     if what in ("attribute", "property"):
         lines[:0] = ["..", ""]
     if "Returns:" in lines:
@@ -122,22 +122,24 @@ def _read_docstring(app, what, name, obj, options, lines):
         lines[start:end] = [f":returns: {body[0]}", *(f"    {line}" for line in body[1:]), ""]
 
 
-# How a reader writes a call of a special method.
+# How users call the special methods.
 _CALLS = {
     "__add__": "sums + other",
     "__call__": "schedule",
     "__iter__": "iter(sampler)",
     "__len__": "len(sampler)",
 }
-# Columns of a signature that fit beside the link to its source in a window of 1280 pixels.
-_COLUMNS = 88
+# The longest signature that fits on one line in a window 1280 pixels wide, beside the link to the source.
+_COLUMNS = 98
 
 
 def _lay_out_signatures(app, doctree):
-    """Break a signature that is too long for its line, and show special methods as they are called.
+    """Break the signatures that do not fit on one line, and show special methods as calls.
 
-    Sphinx measures the unabridged text, in which `Tensor` is `~torch.Tensor`, and so breaks signatures that fit.
+    Sphinx itself would measure the full text, with `~torch.Tensor` for `Tensor`, and break signatures that fit.
     """
+    index = app.env.get_domain("index").entries
+    index[app.env.docname] = [entry for entry in index[app.env.docname] if not entry[1].startswith("__")]
     for signature in doctree.findall(addnodes.desc_signature):
         columns = len(signature.astext())
         for parameters in signature.findall(addnodes.desc_parameterlist):
@@ -183,11 +185,11 @@ def _prepare_tables(app, doctree):
 
 
 def setup(app):
-    """Called by Sphinx."""
+    """Connect the functions above to Sphinx."""
     app.connect("missing-reference", _link)
-    # Before napoleon, which rewrites the sections.
+    # Must run before napoleon, which rewrites the sections.
     app.connect("autodoc-process-docstring", _read_docstring, priority=400)
-    # Before viewcode adds its links, and before the contents of a page are collected.
+    # Must run before viewcode adds its links and before Sphinx collects the table of contents.
     app.connect("doctree-read", _lay_out_signatures, priority=400)
     app.connect("doctree-read", _prepare_tables)
     app.connect("doctree-read", _keep_short_code_together)
