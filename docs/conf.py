@@ -181,6 +181,8 @@ def _prepare_tables(app, doctree):
         table["classes"].append("stacked")
         for row in body:
             for label, entry in zip(labels[1:], row[1:]):
+                if not entry.astext().strip():
+                    continue
                 entry.insert(0, nodes.paragraph("", label, classes=["cell-label"]))
 
 
