@@ -1,1 +1,1 @@
-"""The site: pages, how they are built (`conf.py`), and the code of their pictures (`drawings`)."""
+"""Documentation site: its pages, its configuration (`conf.py`) and the code of its pictures (`drawings`)."""

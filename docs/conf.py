@@ -1,10 +1,11 @@
-"""How the site is built: `sphinx-build -W -n docs OUT`, without a network."""
+"""Sphinx configuration: `sphinx-build -W -n docs OUT` builds the site without a network."""
 
 import re
 import sys
 from pathlib import Path
 
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.pycode import ModuleAnalyzer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
@@ -27,16 +28,21 @@ extensions = [
 exclude_patterns = ["drawings"]
 nitpicky = True
 
-# Tables that `python -m examples.workbench study` writes begin with a second-level heading.
+# The pages that `python -m examples.workbench study` writes begin with a second-level heading.
 suppress_warnings = ["myst.header"]
 myst_enable_extensions = ["colon_fence", "attrs_inline"]
 myst_heading_anchors = 3
 
 autosummary_generate = False
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "special-members": "__add__, __call__, __iter__, __len__"}
+autodoc_default_options = {
+    "members": True,
+    "special-members": "__add__, __call__, __iter__, __len__",
+    "exclude-members": "extra_repr",
+}
 autodoc_typehints_format = "short"
-maximum_signature_line_length = 72
+# No signature is that long: `_lay_out_signatures` decides which ones break.
+maximum_signature_line_length = 10_000
 add_module_names = False
 napoleon_include_init_with_doc = False
 copybutton_exclude = ".linenos, .gp, .go"
@@ -50,7 +56,7 @@ html_show_sourcelink = False
 html_show_copyright = False
 html_theme_options = {"light_logo": "logo-light.svg", "dark_logo": "logo-dark.svg"}
 
-# Names of others, and where they are explained: an inventory of our own, since the build has no network.
+# Where names of other libraries are documented. The build has no network, so it cannot download their inventories.
 _TORCH, _PYTHON = "https://docs.pytorch.org/docs/stable/", "https://docs.python.org/3/library/"
 NAMES = {
     "numpy.ndarray": "https://numpy.org/doc/stable/reference/generated/numpy.ndarray.html",
@@ -68,10 +74,10 @@ NAMES = {
     **{name: f"{_PYTHON}stdtypes.html#{name}" for name in ("dict", "list", "str", "tuple")},
     **{name: f"{_PYTHON}exceptions.html#{name}" for name in ("RuntimeError", "TypeError", "ValueError")},
 }
-# As docstrings and signatures write them.
+# The same names as docstrings and signatures write them, without their module.
 _SHORT = {"DistributedDataParallel": f"{_TORCH}generated/torch.nn.parallel.DistributedDataParallel.html"}
 _SHORT |= {name.rsplit(".", 1)[-1]: url for name, url in NAMES.items()}
-# An alias has no docstring of its own: it stands below the line that defines it.
+# The docstrings of type aliases, which stand below the line that defines the alias.
 _ALIASES = {
     f"semshift.{name}": lines
     for module in ("semshift.losses", "semshift.schedules")
@@ -80,7 +86,7 @@ _ALIASES = {
 
 
 def _link(app, env, node, contnode):
-    """A name of others, as an outside link."""
+    """Link a name of another library to its documentation."""
     target = node.get("reftarget", "")
     url = NAMES.get(target) or _SHORT.get(target)
     for module in ("collections.abc", "typing"):
@@ -92,7 +98,7 @@ def _link(app, env, node, contnode):
 
 
 def _read_docstring(app, what, name, obj, options, lines):
-    """Docstrings write code in single backticks; a public name among them becomes a link to it."""
+    """Turn code in single backticks into links where it is a public name, and into plain code elsewhere."""
     if what == "data":
         lines[:] = _ALIASES[name]
 
@@ -105,8 +111,8 @@ def _read_docstring(app, what, name, obj, options, lines):
         return f"``{text}``"
 
     lines[:] = [re.sub(r"(?<!`)(?<!:)`([^`]+)`(?!`)", role, line) for line in lines]
-    # Napoleon would take what stands before a colon for the type, which the signature has already. Of an attribute it
-    # looks at the first line alone: an empty comment.
+    # Napoleon would read text before a colon as a type, but the signature already gives the type. Napoleon checks only
+    # the first line of an attribute's docstring, so this adds an empty comment above that line.
     if what in ("attribute", "property"):
         lines[:0] = ["..", ""]
     if "Returns:" in lines:
@@ -116,8 +122,76 @@ def _read_docstring(app, what, name, obj, options, lines):
         lines[start:end] = [f":returns: {body[0]}", *(f"    {line}" for line in body[1:]), ""]
 
 
+# How users call the special methods.
+_CALLS = {
+    "__add__": "sums + other",
+    "__call__": "schedule",
+    "__iter__": "iter(sampler)",
+    "__len__": "len(sampler)",
+}
+# The longest signature that fits on one line in a window 1280 pixels wide, beside the link to the source.
+_COLUMNS = 98
+
+
+def _lay_out_signatures(app, doctree):
+    """Break the signatures that do not fit on one line, and show special methods as calls.
+
+    Sphinx itself would measure the full text, with `~torch.Tensor` for `Tensor`, and break signatures that fit.
+    """
+    index = app.env.get_domain("index").entries
+    index[app.env.docname] = [entry for entry in index[app.env.docname] if not entry[1].startswith("__")]
+    for signature in doctree.findall(addnodes.desc_signature):
+        columns = len(signature.astext())
+        for parameters in signature.findall(addnodes.desc_parameterlist):
+            parameters["multi_line_parameter_list"] = columns > _COLUMNS
+        for name in signature.findall(addnodes.desc_name):
+            call = _CALLS.get(name.astext())
+            if call is None:
+                continue
+            name.children = [addnodes.desc_sig_name(call, call)]
+            for parameters in list(signature.findall(addnodes.desc_parameterlist)):
+                if call != "schedule":
+                    parameters.parent.remove(parameters)
+            signature["_toc_name"] = f"{call}()" if call == "schedule" else call
+
+
+def _keep_short_code_together(app, doctree):
+    """Mark code of a few words, such as `train --check`, so that the browser does not break it at a hyphen."""
+    for code in doctree.findall(nodes.literal):
+        if len(code.astext()) <= 28:
+            code["classes"].append("short")
+
+
+def _prepare_tables(app, doctree):
+    """Keep `1.2 ± 0.3` on one line; let a table of text become a list of rows on a phone, where each cell has a label.
+
+    The labels are the column headings. `site.css` hides them in a wide window. Tables of numbers stay tables.
+    """
+    for table in doctree.findall(nodes.table):
+        for text in list(table.findall(nodes.Text)):
+            if " ± " in text:
+                text.parent.replace(text, nodes.Text(text.replace(" ± ", "\u00a0±\u00a0")))
+        head = next(iter(table.findall(nodes.thead)), None)
+        body = next(iter(table.findall(nodes.tbody)))
+        if head is None or any("text-right" in entry["classes"] for entry in table.findall(nodes.entry)):
+            continue
+        labels = [entry.astext() for entry in head[0]]
+        if len(labels) < 3:
+            continue
+        table["classes"].append("stacked")
+        for row in body:
+            for label, entry in zip(labels[1:], row[1:]):
+                if not entry.astext().strip():
+                    continue
+                entry.insert(0, nodes.paragraph("", label, classes=["cell-label"]))
+
+
 def setup(app):
-    """Called by Sphinx."""
+    """Connect the functions above to Sphinx."""
     app.connect("missing-reference", _link)
-    # Before napoleon, which rewrites the sections.
+    # Must run before napoleon, which rewrites the sections.
     app.connect("autodoc-process-docstring", _read_docstring, priority=400)
+    # Must run before viewcode adds its links and before Sphinx collects the table of contents.
+    app.connect("doctree-read", _lay_out_signatures, priority=400)
+    app.connect("doctree-read", _prepare_tables)
+    app.connect("doctree-read", _keep_short_code_together)

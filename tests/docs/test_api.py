@@ -1,4 +1,4 @@
-"""The API reference: every public name has a page, an example that runs, its arguments and the errors it raises."""
+"""API reference: every public name has a page, an example that runs, its arguments and the errors it raises."""
 
 import ast
 import doctest
@@ -13,13 +13,13 @@ import semshift
 
 ROOT = Path(__file__).parent.parent.parent
 TREES = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "src" / "semshift").glob("*.py")}
-# Called by what a user writes about the class: their errors belong into its docstring.
+# Users call these methods through the class, so the docstring of the class lists their errors.
 OF_THE_CLASS = ("__init__", "__post_init__", "__call__", "__add__", "__iter__", "__len__")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def top(module):
-    """Functions, classes and aliases of a module, and what it imports from another of ours, by name."""
+    """Functions, classes and aliases of a module by name, with those it imports from other semshift modules."""
     found = {}
     for node in TREES[module].body:
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
@@ -37,7 +37,7 @@ def methods(node):
 
 
 def raised(module, node, owner=None, seen=None):
-    """Names of the errors that a function raises, itself or by a function of ours that it calls."""
+    """Names of the errors that a function raises, directly or through semshift functions that it calls."""
     seen = set() if seen is None else seen
     if id(node) in seen:
         return set()
@@ -83,7 +83,7 @@ def section(text, title):
 
 
 def entries(text, title):
-    """Names in a docstring section: its lines at the first indentation, up to the colon."""
+    """Names that a section of a docstring describes: the text before the colon at its first indentation."""
     return set(re.findall(r"^ {4}(\w+): ", section(text, title), flags=re.MULTILINE))
 
 
@@ -100,7 +100,7 @@ def public(module):
 MODULES = sorted(module for module in TREES if not module.startswith("_"))
 NAMES = [(module, name) for module in MODULES for name in public(module)]
 DOCUMENTED = []
-"""(what it is called, module, node, its class or None, docstring) of everything public that has arguments or raises."""
+"""(name, module, node, class or None, docstring) of every public function and method."""
 for module, name in NAMES:
     node = top(module)[name][1]
     if isinstance(node, FUNCTIONS):
@@ -138,14 +138,15 @@ def test_every_module_has_a_page_with_its_names(module):
     documented = re.findall(r"^\.\. auto(?:class|data|function):: (\w+)$", page, flags=re.MULTILINE)
     assert table == documented
     assert sorted(documented) == sorted(public(module))
-    # Both the table and the entries are `semshift.NAME`: the automodule in between would set its own module.
+    # The table and the entries use `semshift.NAME`. The automodule between them would set its own module.
     assert page.split("automodule")[0].count(".. py:currentmodule:: semshift\n") == 1
     assert page.split("automodule")[1].count(".. py:currentmodule:: semshift\n") == 1
-    # Where it is used.
-    assert re.search(r"\{seealso\}\n(?:.*\n)*?.*\]\(\.\./[\w-]+\.md\)", page)
+    # The page links to a guide that uses these names.
+    assert re.search(r"\]\(\.\./[\w-]+\.md[)#]", page)
     index = (ROOT / "docs" / "api" / "index.md").read_text()
     assert f"]({module}.md)" in index
-    assert all(f"`{name}`" in index for name in public(module))
+    (row,) = (line for line in index.splitlines() if f"]({module}.md)" in line)
+    assert re.findall(r"\{py:obj\}`~semshift\.(\w+)`", row) == table
 
 
 @pytest.mark.parametrize(("module", "name"), NAMES, ids=[name for _, name in NAMES])
@@ -155,7 +156,7 @@ def test_every_name_has_an_example_that_runs(module, name):
     names = {"np": np, "semshift": semshift, "torch": torch}
     test = doctest.DocTestParser().get_doctest(text, names, f"semshift.{name}", None, 0)
     assert test.examples
-    # Written as its user would write it: `semshift.NAME`, and no module.
+    # Examples write `semshift.NAME`, as users do, and never a module.
     used = {used for example in test.examples for used in re.findall(r"\bsemshift\.(\w+)", example.source)}
     assert used
     assert used <= set(semshift.__all__)
@@ -186,15 +187,15 @@ def test_classes_name_errors_and_arguments(module, name):
     elif any(isinstance(d, ast.Call) and getattr(d.func, "id", "") == "dataclass" for d in node.decorator_list):
         assert entries(text, "Args") == {a.target.id for a in node.body if isinstance(a, ast.AnnAssign)}
     else:
-        # The fields of a named tuple stand one by one, each above its own docstring.
+        # Each field of a named tuple has its own docstring below it.
         for field, after in zip(node.body, node.body[1:]):
             if isinstance(field, ast.AnnAssign):
                 assert isinstance(after, ast.Expr)
                 assert isinstance(after.value, ast.Constant)
 
 
-def test_the_search_for_errors_sees_what_is_there():
-    # Its own test: an error of a private checker in another module, two calls away, and one of a method.
+def test_raised_finds_errors_of_other_modules_and_of_methods():
+    # A test of `raised`: an error of a private checker in another module, two calls away, and an error of a method.
     assert raised("pooling", top("pooling")["class_sums"][1]) == {"TypeError", "ValueError"}
     bank = top("prototypes")["PrototypeBank"][1]
     assert raised("prototypes", methods(bank)["means"], bank) == {"TypeError"}

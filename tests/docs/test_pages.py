@@ -1,4 +1,4 @@
-"""Pages and README: every block is run or marked as output, every picture has its source, no link leads nowhere."""
+"""Pages and README: every code block runs or is marked as output, every picture has its source, no link is broken."""
 
 import json
 import re
@@ -16,9 +16,9 @@ from examples.workbench.__main__ import main as trainer
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-# Too long for anything but the gate.
+# Only .ci/run tests these pages: they take too long.
 SLOW = {"tutorial.md"}
-# Its recipes need the exports of labelling tools, which test_labels.py writes.
+# test_labels.py runs these recipes: they need exports of labelling tools.
 ELSEWHERE = {"labels.md"}
 CODE = [
     pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name in SLOW else ())
@@ -29,7 +29,7 @@ CODE = [
 
 @pytest.mark.parametrize("page", CODE)
 def test_blocks_run(page, capsys, monkeypatch, tmp_path):
-    """One after another, as a reader pastes them; a `text` block right below is what they print."""
+    """Run the blocks in order, as a reader pastes them. A `text` block right below a block is its output."""
     monkeypatch.chdir(tmp_path)
     names, blocks, printed = {"__name__": "__main__"}, read_blocks(page), ""
     for block, below in zip(blocks, [*blocks[1:], None]):
@@ -40,7 +40,7 @@ def test_blocks_run(page, capsys, monkeypatch, tmp_path):
             if below is not None and below.language == "text" and is_right_below(page, block, below):
                 assert out == below.code, f"{page.name}:{below.line}"
     if page.name == "tutorial.md":
-        # What the page says of its two trainings; the numbers that it shows are one machine's.
+        # The page makes these claims about its two runs. Its numbers are those of one machine.
         plain, aligned = (float(apart) for apart in re.findall(r"prototypes ([\d.]+) apart", printed))
         assert aligned < 0.6 * plain
         right, plain_right = (
@@ -56,8 +56,8 @@ def is_right_below(page, block, below):
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
 def test_every_block_is_run_or_output(page):
-    # `text` and `console` are output; `yaml` is tried below; `bash` is README's, whose commands .ci/run runs; a diff is
-    # of files that tests run. A fence must say which it is.
+    # `text` and `console` are output. test_labels.py reads `yaml`. .ci/run runs the `bash` commands of README. A diff
+    # shows files that tests run. Every fence must name its language.
     allowed = {"python", "text", "console", "yaml", "diff"} | ({"bash"} if page.name == "README.md" else set())
     assert {block.language for block in read_blocks(page)} <= allowed
     fences = re.findall(r"^ *(`{3,})(.*)$", page.read_text(), flags=re.MULTILINE)
@@ -73,7 +73,7 @@ class Twice(torch.nn.Conv2d):
 
 
 def test_the_loop_of_scaling_trains():
-    """In one process; tests/test_alignment_ranks.py has the alignment modules on two."""
+    """In one process. tests/test_alignment_ranks.py tests the alignment modules on two ranks."""
     names = {}
     for block in read_blocks(ROOT / "docs" / "scaling.md"):
         if block.language == "python":
@@ -123,7 +123,7 @@ def test_every_picture_has_its_source():
     for path in RESULTS.glob("*.png"):
         studies = [path.stem if (STUDIES / f"{path.stem}.yaml").exists() else path.stem.removesuffix("-curves")]
         if path.stem == "summary":
-            # Its last line is the command that wrote it.
+            # The last line of the summary is the command that wrote it.
             studies = path.with_suffix(".md").read_text().rstrip("`\n").split(" study ")[-1].split()
         for study in studies:
             assert json.loads(path.with_name(f"{study}.json").read_text())
@@ -131,26 +131,26 @@ def test_every_picture_has_its_source():
 
 
 @pytest.mark.parametrize("name", ["logo-light.svg", "logo-dark.svg"])
-def test_logos_are_what_the_code_draws(name, tmp_path):
+def test_logos_match_the_code_that_draws_them(name, tmp_path):
     DRAWINGS[name](tmp_path / name)
     assert (tmp_path / name).read_text() == (FIGURES / name).read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shifts.png", "pooling.png", "transpose.png", "modes.png", "schedules.png"])
-def test_pictures_are_what_the_code_draws(name, tmp_path):
+def test_pictures_match_the_code_that_draws_them(name, tmp_path):
     DRAWINGS[name](tmp_path / name)
     drawn, kept = (np.asarray(Image.open(folder / name).convert("RGB"), dtype=float) for folder in (tmp_path, FIGURES))
     assert drawn.shape == kept.shape
-    # Another Matplotlib may set its letters a little differently; another curve or word is far more than that.
+    # Versions of Matplotlib place letters slightly differently. A changed curve or word differs far more.
     assert np.abs(drawn - kept).mean() < 0.5
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
-def test_links_to_files_lead_somewhere(page):
-    # Code may look like a link: `critics[\"semantic\"](target.means)`.
+def test_links_to_files_are_not_broken(page):
+    # Code may look like a link: `discriminators[\"semantic\"](target.means)`.
     text = re.sub(r"^(`{3,}).*?^\1|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for alternative, target in re.findall(r"(!?\[[^\]]*\])\(([^)\s]+)\)", text):
         if "://" not in target and not target.startswith("#"):
             assert (page.parent / target.split("#")[0]).exists(), target
-        assert alternative != "![]", f"{target} has no text for those who do not see it"
+        assert alternative != "![]", f"{target} has no alternative text"
