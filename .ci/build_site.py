@@ -1,4 +1,4 @@
-"""Build the site into a folder, warnings being errors and a network refused, and look at its links. Run by .ci/run."""
+"""Build the site into a folder and check its links; warnings and network access are errors. Run by .ci/run."""
 
 import re
 import sys
@@ -15,13 +15,13 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def refuse_network(event: str, arguments: object) -> None:
-    """An audit hook."""
+    """Audit hook that ends the build at any network access."""
     if event in ("socket.connect", "socket.getaddrinfo"):
-        raise SystemExit(f"expected a build without a network, got {event} {arguments}")
+        raise SystemExit(f"expected a build without network access, got {event} {arguments}")
 
 
 class Page(HTMLParser):
-    """What a page has to offer and what it asks for."""
+    """Anchors of a page, its links, and the files that it loads."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Page(HTMLParser):
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Called for every tag."""
+        """Collect the anchors, links and files of a tag."""
         values = {name: value or "" for name, value in attrs}
         self.anchors |= {values[name] for name in ("id", "name") if name in values}
         leads = values.get("rel") in ("author", "canonical", "index", "next", "prev", "search")
@@ -43,7 +43,7 @@ class Page(HTMLParser):
 
 
 def problems(out: Path) -> list[str]:
-    """Links without an end, pictures and scripts that are not there or come from elsewhere, names without an entry."""
+    """Broken links, files that are missing or loaded from other sites, and public names without an entry."""
     pages = {path: Page(path) for path in sorted(out.rglob("*.html"))}
     found = []
     for path, page in pages.items():
@@ -51,19 +51,19 @@ def problems(out: Path) -> list[str]:
             parts = urlsplit(target)
             if parts.scheme or parts.netloc:
                 if target in page.loads and parts.scheme != "data":
-                    found.append(f"{path}: loads {target} from elsewhere")
+                    found.append(f"{path}: loads {target} from another site")
                 continue
             where = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             if not where.exists():
-                found.append(f"{path}: {target} is not there")
+                found.append(f"{path}: {target} does not exist")
             elif where in pages and parts.fragment and unquote(parts.fragment) not in pages[where].anchors:
-                found.append(f"{path}: {target} has no such place")
+                found.append(f"{path}: {target}: the page has no such anchor")
     for path in sorted([*out.rglob("*.css"), *pages]):
-        # In a page, styles may stand between its tags or in one of them.
+        # A page may have styles in a `<style>` element or in an attribute.
         for target in re.findall(
             r"""(?:url\(|@import)\s*["']?((?:[a-z]+:)?//[^)"']*)""", path.read_text(encoding="utf-8")
         ):
-            found.append(f"{path}: loads {target} from elsewhere")
+            found.append(f"{path}: loads {target} from another site")
     with (out / "objects.inv").open("rb") as file:
         inventory = InventoryFile.load(file, "", lambda _, name: name)
     entries = {name for kind, names in inventory.items() if kind.startswith("py:") for name in names}
@@ -71,7 +71,7 @@ def problems(out: Path) -> list[str]:
         if f"semshift.{name}" not in entries:
             found.append(f"semshift.{name} has no entry in the API reference")
     if "PrototypeDiscriminator" not in (out / "searchindex.js").read_text(encoding="utf-8"):
-        found.append("the search does not know PrototypeDiscriminator")
+        found.append("the search index lacks PrototypeDiscriminator")
     print(f"{len(pages)} pages, {sum(len(p.links) for p in pages.values())} links, {len(entries)} names")
     return found
 
@@ -80,6 +80,6 @@ if __name__ == "__main__":
     sys.addaudithook(refuse_network)
     out = Path(sys.argv[1]).resolve()
     if build(["-q", "-W", "-n", "--keep-going", "-E", str(DOCS), str(out)]):
-        sys.exit("expected a site without a warning")
+        sys.exit("expected a build without warnings, got those above")
     if found := problems(out):
         sys.exit("\n".join(found))
