@@ -70,7 +70,7 @@ def _resize(
     """The definition of nearest and majority resampling: `[B, h, w]` in the dtype of the labels."""
     if resample == "nearest":
         if labels.is_cpu:
-            # Pixels that no cell uses are checked too: a label out of range is an error wherever it lies.
+            # Pixels that no cell uses are checked too: a label out of range is always an error.
             check_range(labels, num_classes, ignore_index)
         if height * width == 0:
             return labels.new_empty((len(labels), height, width))

@@ -83,7 +83,7 @@ class SemanticAlignment(nn.Module):
         resample: how labels are resampled to the feature grid, see `class_sums`.
         align_corners: for `"bilinear"` only; set it as your network does where it up-samples its logits.
         per_image: one prototype for each image and class, as in the paper; False pools the batch.
-        ignore_index: id of pixels without a class, None if there is none.
+        ignore_index: id of pixels without a class; None if there is no such id.
 
     Raises:
         TypeError: a count that is not an int, widths that are not a sequence, or a flag that is not a bool.

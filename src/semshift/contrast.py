@@ -39,7 +39,7 @@ def prototype_contrast_loss(
     is ignored if its class has no prototype in any domain.
 
     The average over positives is L_out of Khosla et al. 2020 (arXiv 2004.11362). Contrast with prototypes instead of
-    pixels is from ProCA (Jiang et al. 2022, arXiv 2207.06654), the centroid-aware contrast of SePiCo (Xie et al. 2022,
+    pixels is from ProCA (Jiang et al. 2022, arXiv 2207.06654), SePiCo (its centroid-aware contrast; Xie et al. 2022,
     arXiv 2204.08808) and Zhou et al. 2022 (arXiv 2203.15102). Morales-Brotons et al. 2024 (arXiv 2411.18728) use pixel
     contrast with a small labelled target set.
 
@@ -56,8 +56,8 @@ def prototype_contrast_loss(
         prototypes: `[K, C]`, or `[D, K, C]` of D domains, of any dtype that features may have. They must be finite,
             which is checked on the CPU. Differentiable; those of a `PrototypeBank` are constants.
         temperature: t, above 0; the smaller it is, the more the nearest wrong prototypes count.
-        ignore_index: id of pixels without a class, None if there is none. The default is refused with more than 255
-            classes.
+        ignore_index: id of pixels without a class; None if there is no such id. The default is refused with more than
+            255 classes.
         resample: how labels are resampled to a feature grid of a different size, see `class_sums`. `"bilinear"` gives
             the loss at the labels' size, with log-probabilities that are up-sampled to it.
         align_corners: for `"bilinear"` only, as in `torch.nn.functional.interpolate`.

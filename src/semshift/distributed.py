@@ -48,9 +48,9 @@ def all_reduce_sum(tensor: Tensor, *, group: Optional[Any] = None) -> Tensor:
 def all_gather(tensor: Tensor, *, group: Optional[Any] = None) -> Tensor:
     """Stack of the tensors of all ranks, differentiable.
 
-    Use it for a loss that is a weighted mean over several ranks: gather a discriminator's logits and their weights, and
-    every rank computes the same loss over the whole batch. As with `all_reduce_sum`, the backward adds up the gradients
-    of all ranks, and all ranks must reach the forward and the backward. `DistributedDataParallel` or
+    Use it for a loss that is a weighted mean over several ranks. Gather a discriminator's logits and their weights;
+    every rank then computes the same loss over the whole batch. As with `all_reduce_sum`, the backward adds up the
+    gradients of all ranks, and all ranks must reach the forward and the backward. `DistributedDataParallel` or
     `average_gradients` then averages the gradients, which gives the gradient of that loss.
 
     Args:

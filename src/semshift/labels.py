@@ -31,7 +31,7 @@ def check_labels(labels: Tensor, num_classes: int, *, ignore_index: Optional[int
     Args:
         labels: any shape, uint8, int8, int16, int32 or int64.
         num_classes: K, at least 1.
-        ignore_index: id of pixels without a class; None if there is none.
+        ignore_index: id of pixels without a class; None if there is no such id.
 
     Raises:
         TypeError: labels of a wrong dtype, or a count that is not an int.
@@ -134,7 +134,7 @@ def resize_labels(
         resample: `"nearest"` takes the label at the cell's centre (PyTorch's `nearest-exact`); `"majority"` takes the
             label that covers most of the cell; a pixel on the cell's border counts by its part inside. Ignored pixels
             vote for an ignored cell. Ties go to the lower id, and to a class rather than to an ignored cell.
-        ignore_index: id of pixels without a class; None if there is none.
+        ignore_index: id of pixels without a class; None if there is no such id.
         min_share: with `"majority"`, a cell whose label covers less than this share of it is ignored; in [0, 1].
 
     Returns:
@@ -186,7 +186,7 @@ def class_shares(
         num_classes: K, at least 1.
         resample: `"area"` or `"bilinear"`.
         align_corners: for `"bilinear"` only, as in `torch.nn.functional.interpolate`.
-        ignore_index: id of pixels without a class; None if there is none.
+        ignore_index: id of pixels without a class; None if there is no such id.
 
     Returns:
         `[B, K, h, w]` float32.

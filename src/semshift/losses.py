@@ -67,7 +67,7 @@ def discriminator_loss(
         source_logits: any shape, from detached inputs.
         target_logits: any shape, from detached inputs.
         objective: see `Objective`.
-        source_weight: bool or floating point in the shape of `source_logits`, not negative; None weighs all equally.
+        source_weight: bool or floating point in the shape of `source_logits`, not negative; None means equal weights.
         target_weight: the same for `target_logits`.
 
     Returns:
@@ -106,7 +106,7 @@ def confusion_loss(logits: Tensor, *, objective: Objective = "bce", weight: Opti
     Args:
         logits: any shape, of target inputs, from a `frozen` discriminator.
         objective: the discriminator's, see `Objective`.
-        weight: bool or floating point in the shape of `logits`, not negative; None weighs all equally.
+        weight: bool or floating point in the shape of `logits`, not negative; None means equal weights.
 
     Returns:
         A scalar, float32 (float64 for float64 logits).
@@ -153,7 +153,7 @@ def class_discriminator_loss(
             prototypes, where row k is class k.
         target_classes: the same for `target_logits`.
         source_weight: bool or floating point `[...]`, the logits' shape without the last dimension, not negative;
-            None weighs all equally.
+            None means equal weights.
         target_weight: the same for `target_logits`.
 
     Returns:
@@ -184,7 +184,7 @@ def class_confusion_loss(
         logits: `[..., 2K]`, of target inputs, source classes then target classes.
         classes: class probabilities `[..., K]`, detached. None means that the logits are `[..., K, 2K]` of prototypes,
             where row k is class k.
-        weight: bool or floating point `[...]`, not negative; None weighs all equally.
+        weight: bool or floating point `[...]`, not negative; None means equal weights.
 
     Returns:
         A scalar, float32 (float64 for float64 logits).
@@ -247,7 +247,7 @@ def r1_penalty(logits: Tensor, inputs: Tensor, *, sample_dims: int = 1, weight: 
         inputs: the discriminator's inputs, detached and then set to require grad.
         sample_dims: number of leading dimensions of `inputs` that count samples: 1 for maps `[B, C, H, W]`, all but the
             last for prototypes `[..., K, C]`.
-        weight: bool or floating point in the shape of those dimensions, not negative; None weighs all equally.
+        weight: bool or floating point in the shape of those dimensions, not negative; None means equal weights.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs).

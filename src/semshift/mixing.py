@@ -107,8 +107,8 @@ def class_mix(
             `ignore_index`. On CUDA any other label is not an error, since checking would force a device sync, but it is
             never chosen: see `check_labels`.
         num_classes: K, at least 1.
-        ignore_index: id of pixels without a class, None if there is none. The default is refused with more than 255
-            classes.
+        ignore_index: id of pixels without a class; None if there is no such id. The default is refused with more than
+            255 classes.
         generator: random generator of the choice, on any device; None uses PyTorch's own on the labels' device. A
             generator on the CPU makes the same choice on every device. A generator seeded by the step makes the mask a
             function of the step.

@@ -67,7 +67,7 @@ class ClassSums:
         return self.mass > 0
 
     def to(self, *args: Any, **kwargs: Any) -> "ClassSums":
-        """Sums and mass on another device or in another floating dtype, as `torch.Tensor.to`; counts stay int64.
+        """Sums and mass on a device or in a floating dtype, as by `torch.Tensor.to`; counts stay int64.
 
         Returns:
             The moved `ClassSums`.
@@ -153,8 +153,8 @@ def class_sums(
         labels: `[B, *S']`, uint8, int8, int16, int32 or int64, in `[0, num_classes)` or `ignore_index`. On CUDA any
             other label is ignored without an error, since checking would force a device sync: see `check_labels`.
         num_classes: K, at least 1.
-        ignore_index: id of pixels without a class, None if there is none. The default is refused with more than 255
-            classes.
+        ignore_index: id of pixels without a class; None if there is no such id. The default is refused with more than
+            255 classes.
         resample: how labels are resampled to a feature grid of a different size, for two spatial dimensions only. At
             equal sizes all options give the same sums. `"bilinear"`: the exact sums of features that are bilinearly
             up-sampled to the labels' size, without up-sampling them. `"nearest"`: the label at the cell's centre.

@@ -21,10 +21,10 @@ class MixedBatchSampler:
     """Sampler of mixed batches: each batch has a fixed number of images from every domain.
 
     Each domain is one endless stream of draws: passes through all of its images, each pass in a different random order.
-    With n images per batch and W ranks, step s uses draws `[s * W * n, (s + 1) * W * n)` of the stream, divided among
-    the ranks in their order. A batch depends on (seed, world size, rank, step) and nothing else. To resume, set
-    `first_step`: this takes no time and needs no state. Orders are computed, not stored, so a billion images cost the
-    same as a thousand. A domain's stream depends on its name and length, not on the other domains.
+    With n images per batch and W ranks, step s uses draws `[s * W * n, (s + 1) * W * n)` of the stream. The ranks
+    divide these draws in their order. A batch depends on (seed, world size, rank, step) and nothing else. To resume,
+    set `first_step`: this takes no time and needs no state. Orders are computed, not stored, so a billion images cost
+    the same as a thousand. A domain's stream depends on its name and length, not on the other domains.
 
     Pass it as `batch_sampler` to a `torch.utils.data.DataLoader` over the `ConcatDataset` of the domains in this order.
     It is a value: you can print, compare and pickle it. Each iteration starts at `first_step` again. So a loop over
@@ -223,7 +223,8 @@ class MixedBatchSampler:
             before, now = images * self.world_size, resumed.per_batch[name] * resumed.world_size
             if before != now:
                 raise ValueError(
-                    f"expected world_size * per_batch[{name!r}] to stay {before}, so that the stream goes on, got {now}"
+                    f"expected world_size * per_batch[{name!r}] to stay {before}, so that the stream continues, got "
+                    f"{now}"
                 )
         resumed.epoch, resumed._first, resumed._length = self.epoch, self._first, self._length
         return resumed
@@ -306,9 +307,9 @@ def rare_class_weights(
 ) -> np.ndarray:
     """Image weights for rare class sampling: images with rare classes are drawn more often.
 
-    DAFormer's rare class sampling (Hoyer et al. 2022, arXiv 2111.14887), section 3.2: a class of frequency f is chosen
-    with probability proportional to `exp((1 - f) / temperature)`, then one of the images that hold it. The weight of an
-    image is its probability under this scheme. A class that no image holds is never chosen.
+    DAFormer's rare class sampling (Hoyer et al. 2022, arXiv 2111.14887), section 3.2. A class of frequency f is chosen
+    with probability proportional to `exp((1 - f) / temperature)`, then one of the images that hold this class. The
+    weight of an image is its probability under this scheme. A class that no image holds is never chosen.
 
     Args:
         class_counts: `[N, K]`, pixels of each class in each image, not negative.

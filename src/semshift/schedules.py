@@ -53,7 +53,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """Linear schedule: a straight line from `start` at step 0 to `stop` at step `steps`, constant from there on.
+    """Linear schedule: a straight line from `start` at step 0 to `stop` at step `steps`, fixed from there on.
 
     Args:
         start: value at step 0, finite.
@@ -84,7 +84,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Cosine schedule: half a cosine from `start` at step 0 to `stop` at step `steps`, constant from there on.
+    """Cosine schedule: half a cosine from `start` at step 0 to `stop` at step `steps`, fixed from there on.
 
     Args:
         start: value at step 0, finite.
@@ -115,7 +115,7 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Polynomial:
-    """Polynomial decay, `stop + (start - stop) * (1 - step / steps) ** power`, constant from step `steps` on.
+    """Polynomial decay, `stop + (start - stop) * (1 - step / steps) ** power`, fixed from step `steps` on.
 
     With the default power this is the decay of DeepLab (Chen et al. 2017, section 4.1) and AdaptSegNet.
 
@@ -155,9 +155,10 @@ class Polynomial:
 
 @dataclass(frozen=True)
 class Sigmoid:
-    """DANN's sigmoid, `start + (stop - start) * (2 / (1 + exp(-gain * step / steps)) - 1)`, held from step `steps` on.
+    """DANN's sigmoid, `start + (stop - start) * (2 / (1 + exp(-gain * step / steps)) - 1)`, fixed from step `steps` on.
 
-    Ganin et al. 2016 (JMLR 17), section 5.2.2, with gain 10. It ends at 0.9999 of the way.
+    Ganin et al. 2016 (JMLR 17), section 5.2.2, with gain 10. At step `steps` the value is 0.9999 of the way from
+    `start` to `stop`.
 
     Args:
         start: value at step 0, finite.
