@@ -1,4 +1,4 @@
-"""Fail unless a wheel is pure Python, small, and holds the package and nothing else. Run by .ci/run."""
+"""Check that a wheel is pure Python, under 150 kB, and contains only the package. Run by .ci/run."""
 
 import sys
 import zipfile

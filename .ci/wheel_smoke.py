@@ -1,4 +1,4 @@
-"""Use an installed semshift as a stranger would, with its three dependencies and nothing else. Run by .ci/run."""
+"""Smoke test of an installed semshift, with its three dependencies and nothing else. Run by .ci/run."""
 
 import importlib.metadata
 import importlib.util
@@ -31,7 +31,7 @@ missing = [name for name in semshift.__all__ if not hasattr(semshift, name)]
 if missing:
     sys.exit(f"expected every public name at semshift, got none for {missing}")
 
-# The import, on top of torch: median of five processes.
+# Import time on top of torch's: median of five processes.
 probe = "import torch, time, sys; before = set(sys.modules); t = time.perf_counter(); import semshift; "
 probe += "print(time.perf_counter() - t); "
 probe += "sys.exit('triton' in set(sys.modules) - before or torch.cuda.is_initialized())"

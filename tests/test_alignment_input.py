@@ -106,7 +106,7 @@ BAD = {
     "maps": (lambda: spatial()(WIDE, WIDE[:, :2]), ValueError, r"target_logits .*3.*\[2, 2, 32, 40\]"),
     "maps 3d": (lambda: spatial()(WIDE[0], WIDE), ValueError, r"source_logits .*\[3, 32, 40\]"),
     "maps integers": (lambda: spatial()(LABELS, WIDE), TypeError, "source_logits .*int64"),
-    "small": (lambda: spatial()(WIDE, WIDE[..., :31]), ValueError, "32.*32 x 31 of target_logits: .*size="),
+    "small": (lambda: spatial()(WIDE, WIDE[..., :31]), ValueError, "32.*32 x 31 for target_logits: .*size="),
     "small size": (lambda: spatial()(WIDE, WIDE, (16, 40)), ValueError, "32.*16 x 40"),
     "size": (lambda: spatial()(WIDE, WIDE, 64), ValueError, "size .*64"),
     "size bool": (lambda: spatial()(WIDE, WIDE, (True, 64)), TypeError, "size .*True"),

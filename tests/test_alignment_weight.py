@@ -105,29 +105,29 @@ def run(how):
 
 
 @pytest.mark.parametrize(
-    ("how", "error", "way_out"),
+    ("how", "error", "fix"),
     [
         ("slice", ValueError, "slice"),
         ("copy", ValueError, "copy"),
         ("detached", ValueError, "features"),
-        ("compiled", ValueError, "compile backbone and head apart"),
+        ("compiled", ValueError, "compile the backbone and the head separately"),
         ("checkpointed", ValueError, "use_reentrant=False"),
         ("checkpointed head", RuntimeError, "use_reentrant=False"),
         ("donated", RuntimeError, "donated_buffer = False"),
     ],
 )
-def test_where_no_gradient_passes_the_error_names_the_way_out(how, error, way_out):
+def test_where_no_gradient_passes_the_error_names_the_fix(how, error, fix):
     features, logits = run(how)
     for name, losses in (("loss", (logits.sum(), features.sum())), ("confusion", (features.sum(), logits.sum()))):
         # Detached features have no gradient from either.
         name = "loss" if how == "detached" else name
-        with pytest.raises(error, match=rf"{name}\b.*{way_out}|{way_out}.*{name}\b"):
+        with pytest.raises(error, match=rf"{name}\b.*{fix}|{fix}.*{name}\b"):
             semshift.balanced_weight(*losses, features, 0.1)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch.compile's own
 @pytest.mark.parametrize("how", ["compiled apart", "checkpointed"])
-def test_the_ways_out(how):
+def test_the_fixes(how):
     network, images = Network(), torch.randn(2, 3, 4, 4)
     features, logits = network(images)
     expected = semshift.balanced_weight(logits.square().sum(), features.sum(), features, 0.1)

@@ -165,7 +165,7 @@ def test_a_group_of_one(one_rank):
         (lambda: semshift.all_reduce_sum(torch.ones(2, dtype=torch.bool)), ("tensor", torch.bool)),
         (lambda: semshift.all_gather([1.0]), ("tensor", "list")),
         (lambda: semshift.average_gradients(["weight"]), ("parameters", "str")),
-        (lambda: semshift.average_gradients(torch.zeros(2, 3)), ("parameters", "one", "[parameter]")),
+        (lambda: semshift.average_gradients(torch.zeros(2, 3)), ("parameters", "single", "[parameter]")),
     ],
 )
 def test_it_wants_tensors_of_numbers(call, says):

@@ -11,7 +11,7 @@ from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 
 import semshift
-from semshift._gradients import _way_out as way_out
+from semshift._gradients import _fix as fix
 from tests.errors import mentions, refuses
 
 # Compiling, torch warns of its own slowness on Python 3.13.0, and of a `.grad` that its tracer itself reads.
@@ -229,7 +229,7 @@ def test_gradient_norm_through_checkpoints():
     with refuses(RuntimeError, "features", "loss", "use_reentrant=False"):
         semshift.gradient_norm(checkpoint(head, features, use_reentrant=True).square().mean(), features)
     # As older versions of torch say it, without the way out.
-    mentions(way_out("Checkpointing is not compatible with .grad()"), "use_reentrant=False")
+    mentions(fix("Checkpointing is not compatible with .grad()"), "use_reentrant=False")
 
 
 def test_gradient_norm_of_a_network_that_was_compiled_whole():

@@ -356,7 +356,7 @@ def test_errors_of_collating(samples, per_batch, error, says):
     [
         (np.ones(3), {}, ValueError, ("class_counts", "[N, K]", [3])),
         (np.zeros((2, 2)), {}, ValueError, ("class_counts", 0)),
-        (np.ones((0, 2)), {}, ValueError, ("class_counts", "none")),
+        (np.ones((0, 2)), {}, ValueError, ("class_counts", "no values")),
         ([[1, -2]], {}, ValueError, ("class_counts", -2.0)),
         ("many", {}, TypeError, ("class_counts", "'many'")),
         (np.ones((2, 2)), {"temperature": True}, TypeError, ("temperature", True)),

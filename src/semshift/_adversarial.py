@@ -1,4 +1,4 @@
-"""Both adversarial losses of one discriminator; over ranks those of the whole batch."""
+"""Both adversarial losses of one discriminator, computed over the batch of all ranks."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -34,9 +34,9 @@ def adversarial_losses(
     class_and_domain: bool = False,
     masks: Optional[tuple[Tensor, ...]] = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Confusion loss, discriminator loss and accuracies; over ranks those of the whole batch.
+    """Confusion loss, discriminator loss and accuracies, computed over the batch of all ranks.
 
-    `masks` say which elements of source, target and confused count.
+    `masks` are three bool masks: which elements of `source`, `target` and `confused` count.
     """
     confuse: Callable[..., Tensor] = functools.partial(confusion_loss, objective=objective)
     tell: Callable[..., Tensor] = functools.partial(discriminator_loss, objective=objective)
@@ -53,7 +53,7 @@ def adversarial_losses(
     accuracy = judge(*logits, source_weight=mask_s, target_weight=mask_t)
     if not initialised():
         return confusion, tell(*logits, source_weight=mask_s, target_weight=mask_t), _figures(*accuracy)
-    # Added up apart, so that each loss has a graph and a backward of its own, as in one process.
+    # Two reductions, so that each loss has its own graph and its own backward, as in one process.
     confused_sum, confused_count = _add_over_ranks([confusion], [mask_c])
     halves = [
         tell(*logits, source_weight=mask_s, target_weight=torch.zeros_like(mask_t)),
@@ -65,7 +65,7 @@ def adversarial_losses(
 
 
 def sums_over_ranks(pooled: ClassSums) -> tuple[ClassSums, ClassSums]:
-    """Sums to compare, added over ranks unless they are per image; and the detached sums of the whole batch."""
+    """The sums to compare, added over ranks unless they are per image, and the detached sums of all ranks' batch."""
     if pooled.sums.dim() == 2:
         pooled = ClassSums(all_reduce_sum(pooled.sums), all_reduce_sum(pooled.mass))
         return pooled, pooled.detach()
@@ -74,15 +74,15 @@ def sums_over_ranks(pooled: ClassSums) -> tuple[ClassSums, ClassSums]:
 
 
 def _add_over_ranks(means: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-    """Sums and counts `[2, n]` of the elements of all ranks, which may hold other numbers of images."""
+    """Sums and counts `[2, n]` over the elements of all ranks, whose numbers of images may differ."""
     values = torch.stack([mean.to(means[0].dtype) for mean in means])
     counts = torch.stack([mask.sum() for mask in masks]).to(values.dtype)
     return all_reduce_sum(torch.stack([torch.where(counts > 0, values * counts, 0.0), counts]))
 
 
 def _mean(sums: Tensor, counts: Tensor) -> Tensor:
-    """The sum of means over what counts, 0 where nothing does."""
-    # Not indexed: FSDP warns of a module that returns a view.
+    """The sum of `sums / counts`, where an entry with count 0 adds 0."""
+    # No indexing: FSDP warns about a module that returns a view.
     return (sums / torch.where(counts > 0, counts, 1.0)).sum()
 
 
@@ -91,7 +91,7 @@ def _figures(source: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 
 def _averaging_gradients(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The module with parameters whose gradients are averaged over ranks in the backward."""
+    """The module as a function whose backward averages the parameters' gradients over ranks."""
     names, parameters = zip(*module.named_parameters())
     averaged: Any = _AverageGradients.apply(*parameters)  # type: ignore[no-untyped-call]  # because torch's apply is untyped
     replaced = dict(zip(names, averaged))
@@ -105,7 +105,7 @@ class _AverageGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        # One reduction for all, and not the differentiable one: nothing is differentiated twice here.
+        # One reduction for all gradients. It need not be differentiable: nothing is differentiated twice here.
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()

@@ -1,4 +1,4 @@
-"""Argument checks that several modules share. Each error names the argument, the rule and what came."""
+"""Argument checks that several modules share. Each error names the argument, the rule and the value."""
 
 import math
 import sys
@@ -31,15 +31,15 @@ __all__ = [
     "fits",
 ]
 
-# Read here, since torch 2.4 cannot trace `sys.float_info`.
+# Read at import, since torch 2.4 cannot trace `sys.float_info`.
 _LARGEST = sys.float_info.max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_int(name: str, value: int, least: Optional[int] = None) -> int:
-    """Python's and NumPy's integers, as Python's; bools and tensors are refused."""
-    # Under torch.compile a size may be symbolic, which `int` would turn into a constant. A tuple of types, since
+    """Check an integer of Python or NumPy and return it as Python's; bools and tensors are refused."""
+    # Under torch.compile a size may be symbolic, and `int` would turn it into a constant. The types are a tuple, since
     # Dynamo of torch 2.4 cannot trace a union.
     if isinstance(value, bool) or not isinstance(value, (int, np.integer, torch.SymInt)):
         raise TypeError(f"expected {name} to be an int, got {value!r}")
@@ -49,7 +49,7 @@ def check_int(name: str, value: int, least: Optional[int] = None) -> int:
 
 
 def check_number(name: str, value: float) -> float:
-    """Python's and NumPy's integers and floats, as Python's; bools and tensors are refused."""
+    """Check a number of Python or NumPy and return it as Python's; bools and tensors are refused."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"expected {name} to be a number, got {value!r}")
     if isinstance(value, np.integer):
@@ -58,42 +58,42 @@ def check_number(name: str, value: float) -> float:
 
 
 def check_finite(name: str, value: float, *, negative: bool = True) -> float:
-    """A number that is finite and, unless `negative`, at least 0."""
+    """Check that a number is finite and, unless `negative`, at least 0; return it as Python's."""
     value = check_number(name, value)
-    # A comparison, since an int may be too large for a float, at which `math.isfinite` fails.
+    # Compared, since `math.isfinite` fails for an int that is too large for a float.
     if not (-_LARGEST if negative else 0) <= value <= _LARGEST:
         raise ValueError(f"expected {name} to be finite{'' if negative else ' and not negative'}, got {value}")
     return value
 
 
 def check_bool(name: str, value: bool) -> None:
-    """Refuse anything but a bool."""
+    """Check that a value is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"expected {name} to be a bool, got {value!r}")
 
 
 def check_option(name: str, value: object, options: Sequence[Optional[str]]) -> None:
-    """One of a few strings, or None where that is an option."""
+    """Check that a value is one of the options: strings, or None."""
     if value not in options:
         *others, last = (repr(option) for option in options)
         raise ValueError(f"expected {name} to be {', '.join(others)} or {last}, got {value!r}")
 
 
 def check_tensor(name: str, tensor: object) -> None:
-    """Any tensor."""
+    """Check that a value is a tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """A floating-point tensor."""
+    """Check that a value is a floating-point tensor."""
     check_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise TypeError(f"expected {name} to be floating point, got {tensor.dtype}")
 
 
 def check_device(name: str, tensor: Tensor, of: str, other: Tensor) -> None:
-    """Two tensors on one device."""
+    """Check that two tensors are on one device."""
     if tensor.device != other.device:
         raise ValueError(f"expected {name} and {of} on one device, got {tensor.device} and {other.device}")
 
@@ -101,7 +101,7 @@ def check_device(name: str, tensor: Tensor, of: str, other: Tensor) -> None:
 def check_weight(
     name: str, weight: Optional[Tensor], of: str, tensor: Tensor, shape: Sequence[int], *, values: bool = True
 ) -> None:
-    """A mask, or weights that are finite and not negative, of a tensor's elements."""
+    """Check a mask, or weights that must be finite and not negative, against the tensor that they belong to."""
     if weight is None:
         return
     if not isinstance(weight, Tensor):
@@ -118,37 +118,37 @@ def check_weight(
 
 
 def check_label_dtype(labels: Tensor) -> None:
-    """A tensor of an integer type that PyTorch computes in."""
+    """Check that labels are a tensor of an integer dtype that PyTorch computes in."""
     check_tensor("labels", labels)
     if labels.dtype not in INTEGERS:
         raise TypeError(f"expected labels of dtype uint8, int8, int16, int32 or int64, got {labels.dtype}")
 
 
 def check_ignore_index(ignore_index: Optional[int], num_classes: int) -> Optional[int]:
-    """None or an int64; the default 255 must not be a class."""
+    """Check that `ignore_index` is None or fits int64; the default 255 is refused where it would be a class."""
     if ignore_index is None:
         return None
     ignore_index = check_int("ignore_index", ignore_index)
-    # What holds it is an int64 from here on.
+    # The ops pass it on as an int64.
     if not fits(torch.int64, ignore_index):
         raise ValueError(f"expected ignore_index to fit int64, got {ignore_index}")
     if ignore_index == 255 and num_classes > 255:
         raise ValueError(
-            f"expected an explicit ignore_index (None, or an id that is no class) with more than 255 classes, "
+            f"expected an explicit ignore_index with more than 255 classes (None, or an id that is not a class), "
             f"got 255 with num_classes {num_classes}"
         )
     return ignore_index
 
 
 def check_labelling(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> tuple[int, Optional[int]]:
-    """Labels, how many classes they have, and which id is none of them; the latter two as Python's ints."""
+    """Check labels, `num_classes` and `ignore_index`; return the last two as Python's ints."""
     check_label_dtype(labels)
     num_classes = check_int("num_classes", num_classes, 1)
     return num_classes, check_ignore_index(ignore_index, num_classes)
 
 
 def check_features(features: Tensor) -> None:
-    """Features `[B, C, *S]` of a type that pooling adds up."""
+    """Check that features are `[B, C, *S]` of a dtype that pooling supports."""
     check_tensor("features", features)
     if features.dtype not in FLOATS:
         raise TypeError(f"expected features of dtype float16, bfloat16, float32 or float64, got {features.dtype}")
@@ -157,7 +157,7 @@ def check_features(features: Tensor) -> None:
 
 
 def check_pooled(features: Tensor, labels: Tensor, resample: Optional[str], align_corners: bool) -> None:
-    """Features and labels of the same images, and a way in which their sizes meet."""
+    """Check that features and labels fit together, and that `resample` can bring them to one size."""
     check_features(features)
     check_label_dtype(labels)
     if labels.dim() != features.dim() - 1 or labels.shape[0] != features.shape[0]:
@@ -175,7 +175,7 @@ def check_pooled(features: Tensor, labels: Tensor, resample: Optional[str], alig
         return
     if resample is None:
         raise ValueError(
-            f"expected labels of the features' size {list(size)} with resample None (the default 'bilinear' takes "
+            f"expected labels of the features' size {list(size)} with resample None (the default 'bilinear' accepts "
             f"any size), got labels {list(labels.shape)} for features {list(features.shape)}"
         )
     if features.dim() != 4:
@@ -192,9 +192,9 @@ def check_pooled(features: Tensor, labels: Tensor, resample: Optional[str], alig
 
 
 def _check_aspect(features: Tensor, labels: Tensor) -> None:
-    """Refuse label maps that were transposed by mistake, which any resampling would stretch to fit."""
+    """Refuse label maps that look transposed: resampling would stretch them to fit, without an error."""
     (height, width), (rows, columns) = features.shape[2:], labels.shape[1:]
-    # A few cells a side are no aspect ratio.
+    # Below 4 cells a side, the aspect ratio of the features is too coarse to judge by.
     if min(height, width) >= 4 and (rows * width > 2 * columns * height or columns * height > 2 * rows * width):
         raise ValueError(
             f"expected labels with about the aspect ratio of the features, got labels {list(labels.shape)} for "
@@ -203,6 +203,6 @@ def _check_aspect(features: Tensor, labels: Tensor) -> None:
 
 
 def fits(dtype: torch.dtype, value: int) -> bool:
-    """Whether an integer type holds a value."""
+    """Whether an integer dtype can hold a value."""
     info = torch.iinfo(dtype)
     return info.min <= value <= info.max

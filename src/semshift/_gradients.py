@@ -1,4 +1,4 @@
-"""The gradient of a loss at the features, and what to do where there is none."""
+"""The gradient of a loss at the features, with errors that say why there is none and how to fix it."""
 
 from typing import Optional
 
@@ -10,12 +10,12 @@ from semshift.distributed import all_reduce_sum
 
 __all__ = ["gradient_at", "norm_over_ranks"]
 
-# The largest power of two that float16 holds, which loses gradients below 6e-8.
+# The largest power of two that float16 holds. Without scaling, float16 loses gradients below 6e-8.
 _SCALE = 2.0**15
 
 
 def gradient_at(features: Tensor, loss: Tensor, name: str = "loss") -> Tensor:
-    """The gradient of a scalar at the features; the graph stays, and no `.grad` is written."""
+    """The gradient of a scalar at the features; the graph is kept and no `.grad` is written."""
     check_floating(name, loss)
     check_floating("features", features)
     if loss.dim() != 0:
@@ -25,10 +25,10 @@ def gradient_at(features: Tensor, loss: Tensor, name: str = "loss") -> Tensor:
         try:
             (gradient,) = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
-            if (way_out := _way_out(str(error))) is None:
-                # Not about gradients, such as no memory left.
+            if (fix := _fix(str(error))) is None:
+                # An error that is not about gradients, such as too little memory.
                 raise
-            raise RuntimeError(f"no gradient of {name} at features: {way_out}") from error
+            raise RuntimeError(f"no gradient of {name} at features: {fix}") from error
     if gradient is None:
         raise ValueError(f"no gradient of {name} at features: {_why_none(features, loss, name)}")
     return gradient
@@ -44,7 +44,7 @@ def norm_over_ranks(features: Tensor, loss: Tensor, name: str) -> Tensor:
 
     total = squares(1.0)
     if _through_float16(features):
-        # Scaled, small gradients survive in float16; where that overflows, the plain ones do not vanish.
+        # Scaled, small gradients survive in float16. Where scaled ones overflow, the plain ones are large enough.
         scaled = squares(_SCALE)
         total = torch.where(scaled.isfinite(), scaled, total)
     return total.sqrt().float()
@@ -54,7 +54,7 @@ def _through_float16(features: Tensor) -> bool:
     device = features.device.type
     if features.dtype == torch.float16 or not torch.amp.is_autocast_available(device):
         return features.dtype == torch.float16
-    # Features that a layer norm left in float32, whose head runs in float16.
+    # A layer norm may leave the features in float32 while the head runs in float16.
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
 
@@ -63,14 +63,14 @@ def _why_none(features: Tensor, loss: Tensor, name: str) -> str:
     if not loss.requires_grad:
         return f"expected {name} to require grad, got a constant"
     if not features.requires_grad:
-        return "expected features to require grad, got detached ones"
+        return "expected features to require grad, got detached features"
     if node is not None and _reaches(loss, node):
         # One autograd node returned both, so the loss depends on the node but not on the features.
         if node.name().startswith("Compiled"):
-            return f"features and {name} come from one compiled network; compile backbone and head apart"
+            return f"features and {name} come from one compiled network; compile the backbone and the head separately"
         if node.name().startswith("Checkpoint"):
-            return f"features and {name} come from one checkpointed network; pass use_reentrant=False"
-    return f"expected features to be the tensor that {name} was computed from; a slice or a copy is another tensor"
+            return f"features and {name} come from one checkpointed network; pass use_reentrant=False to checkpoint"
+    return f"expected features to be the tensor that {name} was computed from, not a slice or a copy of it"
 
 
 def _reaches(tensor: Tensor, node: torch.autograd.graph.Node) -> bool:
@@ -86,14 +86,14 @@ def _reaches(tensor: Tensor, node: torch.autograd.graph.Node) -> bool:
     return False
 
 
-def _way_out(message: str) -> Optional[str]:
+def _fix(message: str) -> Optional[str]:
     if "use_reentrant" in message or "Checkpointing" in message:
-        return "torch.utils.checkpoint needs use_reentrant=False for it"
+        return "pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
     if "donated" in message:
         return (
             "a compiled network frees its buffers in the backward; set torch._functorch.config.donated_buffer = False "
-            "before its first call"
+            "before the network's first call"
         )
     if "second time" in message:
-        return "a backward has freed the graph; call this before the backward"
+        return "a backward pass has freed the graph; call this function before the backward pass"
     return None

@@ -1,4 +1,4 @@
-"""Where Triton's kernels run; they are imported on first use."""
+"""Calls of the Triton kernels, which are imported on first use."""
 
 import functools
 import importlib
@@ -12,9 +12,9 @@ __all__ = ["launched"]
 
 @functools.cache
 def _kernels(name: str, device: torch.device) -> Any:
-    """The module of kernels of this name, for NVIDIA's devices from compute capability 8.0 on; None elsewhere.
+    """The module of kernels with this name, for NVIDIA devices of compute capability 8.0 or higher; None elsewhere.
 
-    The CPU has them too, by Triton's interpreter: that is how they are tested.
+    On the CPU the module is returned too: tests run its kernels in Triton's interpreter.
     """
     on_cuda = device.type == "cuda"
     if on_cuda and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
@@ -24,15 +24,15 @@ def _kernels(name: str, device: torch.device) -> Any:
         module = importlib.import_module(f"semshift._{name}_triton")
     except ImportError:
         return None
-    # Earlier compilers end the process where a product of bfloat16 takes its factor from a shift.
+    # Earlier compilers crash the process on a product of bfloat16 whose factor comes from a shift.
     return None if on_cuda and tuple(map(int, version.split(".")[:2])) < (3, 2) else module
 
 
 def launched(name: str, launcher: str, first: Tensor, *arguments: Any) -> Any:
-    """What a launcher returns; None where its kernels do not run, or it does not serve such arguments."""
+    """The result of a launcher; None where its kernels do not run or do not support the arguments."""
     module = _kernels(name, first.device)
     if module is None:
         return None
-    # Triton launches on the current device, which may be another.
+    # Triton launches on the current device, which may not be that of `first`.
     with torch.cuda.device_of(first):
         return getattr(module, launcher)(first, *arguments)

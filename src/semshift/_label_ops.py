@@ -1,4 +1,4 @@
-"""The ops under labels: the class of each pixel, label maps of another size, the share of each class in each cell."""
+"""Ops on labels: the class of each pixel, label maps of a different size, the share of each class in each cell."""
 
 from collections.abc import Callable
 from typing import Any, Optional
@@ -24,16 +24,17 @@ _LIBRARY.define(
     "int? ignore_index) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-# Nearest and majority labels of another size, and the share of each class in each cell: `_resize` and `_share_out`.
+# `_resize` defines the first op: nearest or majority labels of a different size. `_share_out` defines the second: the
+# share of each class in each cell.
 resize: Callable[..., Tensor] = torch.ops.semshift.resize_labels.default
 label_shares: Callable[..., Tensor] = torch.ops.semshift.label_shares.default
 
-# Elements of shares that are held beside the result, unless a single image has more.
+# The most temporary elements beside the result, unless a single image needs more.
 _HELD = 2**20
 
 
 def check_range(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> None:
-    """Refuse labels outside `[0, num_classes)` that are not `ignore_index`; waits for the device."""
+    """Refuse labels outside `[0, num_classes)` that are not `ignore_index`; forces a device sync."""
     seen = values_of(labels)
     if seen is None:
         raise ValueError(f"expected labels with values to check, got a fake or meta tensor {list(labels.shape)}")
@@ -43,17 +44,17 @@ def check_range(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -
 
 
 def _check_classes(ids: Tensor, num_classes: int, ignore_index: Optional[int]) -> None:
-    """The same for labels whose ignored pixels have been given a class."""
+    """Refuse ids outside `[0, num_classes)`; the caller has set ignored pixels to a class."""
     if ids.numel() == 0:
         return
     low, high = torch.aminmax(ids)
     if int(low) < 0 or int(high) >= num_classes:
         wide = ids.long()
         values, counts = torch.unique(wide[(wide < 0) | (wide >= num_classes)], return_counts=True)
-        came = ", ".join(f"{v} ({c} pixel{'s' if c > 1 else ''})" for v, c in zip(values[:5].tolist(), counts.tolist()))
+        got = ", ".join(f"{v} ({c} pixel{'s' if c > 1 else ''})" for v, c in zip(values[:5].tolist(), counts.tolist()))
         more = f" and {len(values) - 5} more values" if len(values) > 5 else ""
         or_ignored = "" if ignore_index is None else f" or ignore_index {ignore_index}"
-        raise ValueError(f"expected labels in [0, {num_classes}){or_ignored}, got {came}{more}")
+        raise ValueError(f"expected labels in [0, {num_classes}){or_ignored}, got {got}{more}")
 
 
 @torch.library.impl(_LIBRARY, "resize_labels", "CompositeExplicitAutograd")
@@ -66,26 +67,26 @@ def _resize(
     ignore_index: Optional[int],
     min_share: float,
 ) -> Tensor:
-    """The definition of nearest and majority; `[B, h, w]` in the dtype of the labels."""
+    """The definition of nearest and majority resampling: `[B, h, w]` in the dtype of the labels."""
     if resample == "nearest":
         if labels.is_cpu:
-            # The pixels that no cell takes are looked at too: a wrong label is wrong wherever it lies.
+            # Pixels that no cell uses are checked too: a label out of range is always an error.
             check_range(labels, num_classes, ignore_index)
         if height * width == 0:
             return labels.new_empty((len(labels), height, width))
         rows, columns = (_centres(n, to, labels.device) for n, to in zip(labels.shape[1:], (height, width)))
         return labels[:, rows[:, None], columns]
-    # Of equal votes, `max` takes the first.
+    # In a tie, `max` returns the first.
     share, winner = label_shares(labels, height, width, num_classes, "area", False, ignore_index).max(1)
     if ignore_index is not None and fits(labels.dtype, ignore_index):
         ignored = ignore_index
     else:
-        # Only unchecked labels on CUDA come here; they must stay out of range.
+        # Only unchecked labels on CUDA need this value, which must stay out of range.
         info = torch.iinfo(labels.dtype)
         ignored = info.max if info.max >= num_classes else info.min
     lost = winner == num_classes
     if min_share > 0:
-        # Votes count in integers, and a quotient is rounded as the decimal that a user writes.
+        # Votes are integers, so their quotient is rounded as the decimal is that a user writes.
         lost |= share / max(1, labels.shape[1] * labels.shape[2]) < min_share
     return winner.masked_fill_(lost, ignored).to(labels.dtype)
 
@@ -113,17 +114,17 @@ def _share_out(
     align_corners: bool,
     ignore_index: Optional[int],
 ) -> Tensor:
-    """Weights `[B, K + 1, h, w]` in float64, the last row of ignored pixels; area in units of 1 / (h * w) pixels."""
-    # Where the cells of a pixel's class begin in a line of all classes.
+    """Weights `[B, K + 1, h, w]` in float64, row K for ignored pixels; areas are in units of 1 / (h * w) pixels."""
+    # The offset of the pixel's class in a line that holds the cells of all classes.
     begins = class_slots(labels, num_classes, ignore_index, check=True).long() * width
     device = labels.device
     rows, in_row, row_weights = _overlaps(labels.shape[1], height, resample, align_corners, device)
     columns, in_column, column_weights = _overlaps(labels.shape[2], width, resample, align_corners, device)
-    # Along the columns first, where a pixel meets few cells; then whole rows at a time, by a product.
+    # First along the columns, where a pixel overlaps few cells; then along the rows, as one matrix product.
     lines, cells = labels.shape[1], (num_classes + 1) * width
     shares = labels.new_empty((len(labels), height, cells), dtype=torch.float64)
     by_row = shares.new_zeros((height, lines)).index_put_((in_row, rows), row_weights, accumulate=True)
-    # Small images together, large ones one by one.
+    # Small images are computed together, large ones one by one.
     some = max(1, min(len(labels), _HELD // max(1, lines * cells)))
     line = torch.arange(some * lines, device=device).view(some, lines, 1) * cells
     for share, begin in zip(torch.split(shares, some), torch.split(begins, some)):
@@ -155,12 +156,13 @@ def _(
 
 
 def class_slots(labels: Tensor, num_classes: int, ignore_index: Optional[int], *, check: bool) -> Tensor:
-    """Class of each pixel, or `num_classes` where it has none; looks at the values on the CPU only, and if told to.
+    """Class of each pixel, or `num_classes` where it has none; `check` refuses labels out of range on the CPU.
 
-    In the dtype of the labels where that holds `num_classes`: eight passes over int64 cost more than those over uint8.
+    The result keeps the labels' dtype if that can hold `num_classes`: eight passes over int64 cost more than over
+    uint8.
     """
     narrow = labels if fits(labels.dtype, num_classes) else labels.long()
-    if check and labels.is_cpu and _all_take_part(narrow, num_classes, ignore_index):
+    if check and labels.is_cpu and _all_count(narrow, num_classes, ignore_index):
         return narrow
     ignored = _ignored(narrow, ignore_index)
     if not labels.is_cpu:
@@ -168,13 +170,13 @@ def class_slots(labels: Tensor, num_classes: int, ignore_index: Optional[int], *
         return narrow.masked_fill(nowhere if ignored is None else nowhere | ignored, num_classes)
     if not check:
         return narrow if ignored is None else narrow.masked_fill(ignored, num_classes)
-    # A class stands in for the ignored pixels while the others are looked at.
+    # Ignored pixels are set to a class while the others are checked.
     classes = narrow if ignored is None else narrow.masked_fill(ignored, 0)
     _check_classes(classes, num_classes, ignore_index)
     return classes if ignored is None else classes.masked_fill_(ignored, num_classes)
 
 
-def _all_take_part(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> bool:
+def _all_count(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> bool:
     if labels.numel() == 0:
         return True
     low, high = (int(value) for value in torch.aminmax(labels))
@@ -189,13 +191,13 @@ def _ignored(labels: Tensor, ignore_index: Optional[int]) -> Optional[Tensor]:
 def _overlaps(
     pixels: int, cells: int, resample: str, align_corners: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Along one axis, every pair of a pixel and a cell that meet, and with which weight (float64)."""
+    """All pairs of a pixel and a cell that overlap along one axis, and their weights (float64)."""
     if pixels == 0 or cells == 0:
         none = torch.zeros(0, dtype=torch.int64, device=device)
         return none, none, none.double()
     if resample == "area":
-        # In units in which a pixel is `cells` long and a cell `pixels` long, every border is an integer: the
-        # overlaps are exact. Pairs are the pieces between neighbouring borders of either kind.
+        # If a pixel is `cells` long and a cell is `pixels` long, every border is an integer, so the overlaps are exact.
+        # Each pair is a piece between two neighbouring borders.
         borders = (
             torch.cat(
                 [torch.arange(pixels + 1, device=device) * cells, torch.arange(cells + 1, device=device) * pixels]
@@ -203,7 +205,7 @@ def _overlaps(
             .sort()
             .values
         )
-        # Pieces of no length stay, with weight 0: to leave them out would wait for the device.
+        # Pieces of length 0 stay, with weight 0: removing them would force a device sync.
         left = borders[:-1]
         return (left // cells).clamp(max=pixels - 1), (left // pixels).clamp(max=cells - 1), borders.diff().double()
     at = torch.arange(pixels, dtype=torch.float64, device=device)
@@ -219,5 +221,5 @@ def _overlaps(
 
 
 def _centres(pixels: int, cells: int, device: torch.device) -> Tensor:
-    """The pixel under the centre of each cell, of which there is one at least."""
+    """The pixel under the centre of each cell; `cells` is at least 1."""
     return torch.arange(pixels, 2 * pixels * cells, 2 * pixels, device=device) // (2 * cells)

@@ -1,7 +1,7 @@
-"""The share of each class in each cell on CUDA: a launcher with the signature of the default body, and its kernel.
+"""Class shares of cells on CUDA: the kernel, and a launcher with the signature of the default body.
 
-A program takes neighbouring cells of one row and up to 32 classes, and reads the pixels that reach them. Weights are
-whole numbers, so sums are exact in any order; a weight of 1 is the `unit` of its axis.
+A program computes neighbouring cells of one row for up to 32 classes, from the pixels that overlap these cells. Weights
+are integers, so sums are exact in any order. On each axis the integer `unit` stands for a weight of 1.
 """
 
 from typing import Optional
@@ -15,20 +15,20 @@ from semshift._planes import next_power
 
 __all__ = ["class_of", "ignored_class", "share_out", "takes"]
 
-# Up to here no product of a place and a scale exceeds 32 bits, nor the weights of a line.
+# Up to this size, a product of a position and a scale fits in 32 bits, and so does the sum of a line's weights.
 _LARGEST = 32_000
 _MOST_CLASSES = 2**20
-# A warp is one line of lanes: some cells, each of which some lanes share.
+# The lanes of a warp: they compute several cells, and several lanes share each cell.
 _LANES = 32
 
 
 def ignored_class(num_classes: int, ignore_index: Optional[int]) -> int:
-    """The class that is ignored; -1 if none is, since an id that is no class is out of range anyway."""
+    """The class that is ignored, or -1 if none is: an id that is not a class is out of range anyway."""
     return ignore_index if ignore_index is not None and 0 <= ignore_index < num_classes else -1
 
 
 def takes(labels: Tensor, height: int, width: int, num_classes: int) -> bool:
-    """Whether the kernel serves such sizes; the default body serves all others."""
+    """Whether the kernel supports these sizes; the default body supports all sizes."""
     return max(*labels.shape[1:], height, width) <= _LARGEST and num_classes <= _MOST_CLASSES
 
 
@@ -41,7 +41,7 @@ def share_out(
     align_corners: bool,
     ignore_index: Optional[int],
 ) -> Optional[Tensor]:
-    """Weights `[B, K + 1, h, w]` in float64, as the default body gives them; None for sizes not served."""
+    """Weights `[B, K + 1, h, w]` in float64, as from the default body; None for unsupported sizes."""
     if not takes(labels, height, width, num_classes):
         return None
     images, lines, pixels = labels.shape
@@ -52,7 +52,7 @@ def share_out(
     if shares.numel() == 0:
         return shares
     area = resample == "area"
-    # A lane looks at about four pixels of a line, and its neighbours at those between.
+    # A lane reads about four pixels of a line; neighbouring lanes read the pixels between these.
     reached = -(-(pixels if area else 2 * pixels) // width)
     parts = min(_LANES, next_power(-(-reached // 4)))
     blocks = -(-width // (_LANES // parts))
@@ -83,18 +83,18 @@ def share_out(
 def _axis(pixels: int, cells: int, area: bool, align_corners: bool) -> tuple[int, int, int]:
     """`(scale, shift, unit)`: pixel x lies at `scale * x + shift`, and cell i at `unit * i`."""
     if area:
-        # The left edges of both.
+        # Positions are those of the left edges.
         return cells, 0, pixels
     if align_corners and cells > 1:
         return cells - 1, 0, max(pixels - 1, 1)
-    # One cell takes all pixels either way.
+    # A single cell takes all pixels, with align_corners or without.
     return 2 * cells, cells - pixels, 2 * pixels
 
 
 @triton.jit
 def _reach(cell, pixels, scale, shift, unit, AREA: tl.constexpr):
-    """The first pixel that may reach a cell, and the one after the last."""
-    # Quotients are rounded towards 0, so one below 0 gives 0 at most.
+    """The first pixel that may overlap a cell, and the end: one after the last."""
+    # Quotients are rounded towards 0, so `maximum` also corrects negative ones.
     first = cell * unit // scale if AREA else tl.maximum(((cell - 1) * unit - shift + scale) // scale, 0)
     return first, tl.minimum(((cell + 1) * unit - shift + scale - 1) // scale, pixels)
 
@@ -110,13 +110,13 @@ def _weight(pixel, cell, cells, scale, shift, unit, AREA: tl.constexpr):
 
 @triton.jit
 def class_of(label, num_classes, ignored, nowhere):
-    """The class of each label, `nowhere` where it is out of range or ignored; unsigned, labels below 0 are large."""
+    """The class of each label; `nowhere` if it is ignored or out of range. As unsigned, negative labels are large."""
     narrow = label.to(tl.int32)
     known = label.to(tl.uint64) < num_classes if label.dtype == tl.int64 else narrow.to(tl.uint32) < num_classes
     return tl.where(known & (narrow != ignored), narrow, nowhere)
 
 
-# One compiled kernel serves all sizes.
+# One compiled kernel works for all sizes.
 _SIZES = [
     *("image_stride", "line_stride", "lines", "pixels", "height", "width", "blocks", "num_classes", "ignored"),
     *("scale_y", "shift_y", "unit_y", "scale_x", "shift_x", "unit_x"),
@@ -168,7 +168,7 @@ def _shares_kernel(
             weight = _weight(y, row, height, scale_y, shift_y, unit_y, AREA)
             sums += tl.where(k[:, None] == class_of(label, num_classes, ignored, num_classes)[None, :], weight, 0)
         weight = tl.where(x < stop, _weight(x, cell, width, scale_x, shift_x, unit_x, AREA), 0)
-        # No sum is below 0; as unsigned, one instruction multiplies and adds.
+        # No sum is negative. As unsigned, one instruction multiplies and adds.
         total += sums.to(tl.uint32).to(tl.int64) * weight[None, :]
     total = tl.sum(tl.reshape(total, (WIDE_K, CELLS, PARTS)), 2)
     share = total.to(tl.float64)

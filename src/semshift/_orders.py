@@ -12,10 +12,11 @@ _ROUNDS = 12
 
 
 def permuted(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """The images at places of orders of `[0, size)`, each order by its key; int64.
+    """Entries of random permutations of `[0, size)`, by their places and the permutations' keys; int64.
 
-    A Feistel network permutes `[0, 4 ** bits)`, the smallest such range that holds `size`; a result past the end is
-    sent through again until it falls inside, which permutes what is left, and takes fewer than four rounds on average.
+    A Feistel network permutes `[0, 4 ** bits)`, the smallest such range of at least `size` numbers. A result outside
+    `[0, size)` is sent through again until it falls inside. This permutes `[0, size)`, in fewer than four rounds on
+    average.
     """
     bits = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
     half = (np.uint64(1) << bits) - np.uint64(1)
@@ -52,7 +53,7 @@ def wrapped(value: int) -> np.uint64:
 
 def mix(key: Any, value: Any) -> Any:
     """A 64-bit hash of two numbers or arrays of uint64: the finaliser of SplitMix64 (Steele et al. 2014), twice."""
-    # Wrapping around is the arithmetic of the hash; NumPy warns of it for numbers, not for arrays.
+    # The hash relies on overflow. NumPy warns of overflow for numbers, not for arrays.
     with np.errstate(over="ignore"):
         mixed = key + (value + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         for _ in range(2):

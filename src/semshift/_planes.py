@@ -1,4 +1,4 @@
-"""Where features lie, and into which programs the kernels of pooling cut their work: all that follows from shapes."""
+"""The memory layout of features and the launch plan of the pooling kernels: all that follows from shapes."""
 
 import functools
 import math
@@ -9,20 +9,20 @@ from torch import Tensor
 
 __all__ = ["FEW", "MOST_PIXELS", "Plane", "multiprocessors", "next_power", "plan", "plane_of"]
 
-# Up to so many classes are added in a fixed order.
+# Up to this number of classes, sums are added in a fixed order.
 FEW = 256
-# Kernels count pixels in 32 bits, and step beyond the last.
+# Kernels count pixels in 32 bits and may step past the last pixel.
 MOST_PIXELS = 2**31 - 2**18
-# Of a program at least: fewer pixels are not worth its partial sums.
+# The fewest pixels of a program: for fewer, its partial sums cost more than it saves.
 _PIXELS = 256
-# Up to so many partial sums are added by one program, more by several first.
+# One program adds up to this number of partial sums; more are added by several programs first.
 _ADDED = 16
-# Of the H100; what the interpreter is told.
+# Those of an H100, for Triton's interpreter.
 _MULTIPROCESSORS = 132
 
 
 class Plane(NamedTuple):
-    """Where the features of each image lie: pixels in one dimension, or in two of which the inner has `width`."""
+    """Memory layout of each image's features: pixels in one dimension, or in two, the inner of size `width`."""
 
     images: int
     pixels: int
@@ -38,7 +38,7 @@ class Plane(NamedTuple):
 
 
 def plane_of(features: Tensor, per_image: bool) -> Optional[Plane]:
-    """Features `[B, C, *S]` as images of one or two dimensions, as few as the strides allow; None if it takes more."""
+    """The layout of features `[B, C, *S]`, with as few dimensions as the strides allow; None if two are not enough."""
     sizes, strides = features.shape, features.stride()
     merged: list[tuple[int, int]] = []
     for axis in (0, *range(2, len(sizes))):
@@ -61,7 +61,7 @@ def plane_of(features: Tensor, per_image: bool) -> Optional[Plane]:
 
 
 def next_power(number: int) -> int:
-    """Triton's own, a tenth as fast, is felt at each launch."""
+    """The next power of two. Triton's own function is a tenth as fast, which costs time at each launch."""
     return 1 << (number - 1).bit_length() if number > 1 else 1
 
 
@@ -83,15 +83,15 @@ def plan(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[tuple[int, int], int, int, dict[str, Any]]:
-    """The grid, how many partial sums and arrivals there are, and the kernel's sizes: all that follows from shapes.
+    """The launch plan: the grid, the numbers of partial sums and of arrivals, and the kernel's sizes.
 
-    `vector` is how many features 128 bits hold, 1 where the first ones do not begin at a multiple of these.
+    `vector` is the number of features in 128 bits, or 1 where the features are not aligned to 128 bits.
     """
     step, lead = 1, 0
-    # Pixels or channels lie side by side, or else every element is loaded for itself.
+    # Vectors are loaded if pixels or channels are contiguous, else single elements.
     by_plane = plane.flat and plane.pixel_stride == 1
     if by_plane:
-        # Every so many channels lie alike to the borders of vectors: a program takes those.
+        # Every `step`-th channel has the same alignment to vectors: a program takes these channels.
         step = vector // math.gcd(plane.channel_stride, vector)
         vector, step = (vector, step) if step <= channels else (1, 1)
         lead = vector if step > 1 or plane.image_stride % vector else 0
@@ -101,12 +101,12 @@ def plan(
         or any(of % vector for of in (channels, plane.pixel_stride, plane.image_stride))
     ):
         vector = 1
-    # Pieces of weights take more registers than one-hot labels.
+    # Weights, split into pieces, take more registers than one-hot labels.
     groups = -(-num_classes // (32 if soft else 64))
     wide_k = max(16, next_power(-(-num_classes // groups)))
     block_c = min(64, max(16, next_power(-(-channels // step))))
     block_n = 64 if dtype == torch.float32 or wide_k > 32 or soft else 128
-    # What is read element by element, or as several pieces of either factor, takes more registers.
+    # Loads of single elements take more registers, and so do factors that are split into pieces.
     block_n = block_n if plane.flat and not soft else block_n // 2
     tiles = step * -(-channels // (step * block_c))
     pixels = plane.pixels + lead
@@ -114,7 +114,7 @@ def plan(
     spans = _spans(tiles * groups * plane.images, at_once, max(1, pixels // _PIXELS))
     span = -(-pixels // (spans * block_n)) * block_n
     spans = -(-pixels // span)
-    # The partial sums of a table of prototypes: a heap is added by one program, and what the heaps leave by another.
+    # The partial sums of a table of prototypes: one program adds each heap, and another adds the heaps' sums.
     tables, total = (plane.images, spans) if per_image else (1, plane.images * spans)
     heap = total if total <= _ADDED else math.ceil(math.sqrt(total))
     heaps = -(-total // heap)
@@ -144,11 +144,11 @@ def plan(
 
 
 def _spans(columns: int, at_once: int, most: int) -> int:
-    """How many spans of pixels each column is cut into, so that few programs are left to run alone at the end."""
+    """Number of spans of pixels in each column, chosen so that the last wave of programs is nearly full."""
 
     def worth(spans: int) -> float:
         waves = -(-spans * columns // at_once)
-        # How busy the device is; more partial sums must be worth a tenth for each wave.
+        # The share of the device that is busy. Each wave costs a tenth, for its additional partial sums.
         return spans * columns / (waves * at_once) - waves / 10
 
     return max((min(most, max(1, waves * at_once // columns)) for waves in range(1, 5)), key=worth)

@@ -1,6 +1,6 @@
-"""The ops under pooling: bodies, fakes and backward. Arguments have been checked by then, but for the labels' values.
+"""Ops of pooling: bodies, fakes and backward. Their callers have checked all arguments except the labels' values.
 
-`semshift::class_sums` adds up by label, and `semshift::spread_rows` is its adjoint.
+`semshift::class_sums` adds features up by label, and `semshift::spread_rows` is its adjoint.
 """
 
 import math
@@ -19,21 +19,21 @@ from semshift._transforms import transformed
 
 __all__ = ["hard_sums"]
 
-# Elements of half precision that are widened at a time, so that they stay in the cache.
+# Half-precision elements that are widened at a time, so that the copies stay in the cache.
 _BLOCK = 2**18
-# On the CPU, fewer steps save more than a copy of the features costs, up to so many elements.
+# On the CPU, up to this number of elements, fewer steps save more than a copy of the features costs.
 _SMALL = 2**17
-# To sort pixels by class costs less than to add them as they come, up to so many channels.
+# Up to this number of channels, sorting pixels by class costs less than adding them in their own order.
 _NARROW = 512
-# Four sums for each class cost less than to wait for one, up to so many classes.
+# Up to this number of classes, four sums per class cost less than waiting for one.
 _TURNED = 256
 
 
 def hard_sums(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
 ) -> tuple[Tensor, Tensor]:
-    """Sums `[(B,) K, C]` of the features of each class, and how many pixels it has."""
-    # The steps to an op and back cost a small call more than all of its arithmetic.
+    """Sums `[(B,) K, C]` of the features of each class, and its number of pixels."""
+    # For a small call, the dispatch to an op costs more than all of its arithmetic.
     plain = not torch.compiler.is_compiling() and type(features) is Tensor and features.is_cpu
     if plain and transformed(features):
         return _definition(features, labels, num_classes, ignore_index, per_image)
@@ -44,14 +44,14 @@ def hard_sums(
 
 
 def _is_small(features: Tensor) -> bool:
-    # A pixel's channels that lie apart cost more to copy.
+    # Copying costs more if the channels of a pixel are not contiguous.
     return features.is_cpu and features.numel() <= (_SMALL if features.stride(1) == 1 else _SMALL // 2)
 
 
 def _add_up_at_once(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
 ) -> tuple[Tensor, Tensor]:
-    """The definition in the fewest steps, all of which autograd knows."""
+    """The definition in the fewest steps, which autograd can differentiate."""
     keys, num_rows = _keys(class_slots(labels, num_classes, ignore_index, check=True), num_classes, per_image)
     flat, dtype = keys.flatten(), sum_dtype(features.dtype)
     pixels = features.movedim(1, -1).flatten(0, -2).to(dtype)
@@ -75,7 +75,7 @@ def _definition(
     return sums[:num_classes], mass
 
 
-# Defined by hand, since the wrapper of `torch.library.custom_op` costs a small call more than all of its arithmetic.
+# Defined by hand: for a small call, the wrapper of `torch.library.custom_op` costs more than all of its arithmetic.
 _LIBRARY = torch.library.Library("semshift", "FRAGMENT")
 _LIBRARY.define(
     "class_sums(Tensor features, Tensor labels, SymInt num_classes, int? ignore_index, bool per_image) "
@@ -97,7 +97,7 @@ def _add_up(
 ) -> tuple[Tensor, Tensor]:
     """The definition: add the feature of each pixel to the row of its class.
 
-    Features are read as they lie in memory, by channel or by pixel; docs/benchmarks.md has what each way is worth.
+    Features are read in their memory order, by channel or by pixel; docs/benchmarks.md has what each way gains.
     """
     if _is_small(features):
         return _add_up_at_once(features, labels, num_classes, ignore_index, per_image)
@@ -117,7 +117,7 @@ def _add_up(
 def _spread(
     rows: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool, channels_last: bool
 ) -> Tensor:
-    """The adjoint: give each pixel the row of its class, and 0 to those that take no part; `[B, C, *S]`."""
+    """The adjoint: each pixel gets the row of its class, and 0 if it has none; `[B, C, *S]`."""
     images, channels = labels.shape[0], rows.shape[-1]
     slots = class_slots(labels, num_classes, ignore_index, check=False)
     if channels_last:
@@ -132,9 +132,9 @@ def _spread(
 
 
 def _keys(slots: Tensor, num_classes: int, per_image: bool) -> tuple[Tensor, int]:
-    """The row of each pixel, in one table for all images, and how many rows that has.
+    """The row of each pixel in one table for all images, and the table's number of rows.
 
-    One row more than classes swallows the pixels that take no part, so that they need no masking.
+    The table has one row more than classes (per image). This row takes the ignored pixels, so that they need no mask.
     """
     if not per_image:
         return slots, num_classes + 1
@@ -143,7 +143,7 @@ def _keys(slots: Tensor, num_classes: int, per_image: bool) -> tuple[Tensor, int
 
 
 def _rows_of_classes(sums: Tensor, mass: Tensor, num_classes: int, per_image: bool) -> tuple[Tensor, Tensor]:
-    """Of all rows those that stand for a class."""
+    """The rows of the classes, without the row of ignored pixels."""
     if per_image:
         size = (len(mass) // (num_classes + 1), num_classes + 1)
         sums, mass = sums.unflatten(0, size), mass.unflatten(0, size)
@@ -154,18 +154,18 @@ def _rows_of_classes(sums: Tensor, mass: Tensor, num_classes: int, per_image: bo
 def _count(keys: Tensor, rows: int) -> Tensor:
     if keys.device.type == "cpu":
         return torch.bincount(keys, minlength=rows)
-    # On CUDA a bincount waits for the device, to find its largest key.
+    # On CUDA, bincount forces a device sync to find its largest key.
     return keys.new_zeros(rows, dtype=torch.int64).index_add_(0, keys.long(), torch.ones_like(keys, dtype=torch.int64))
 
 
 def _in_bags(pixels: Tensor, num_rows: int) -> bool:
-    """Whether to sort the pixels by class, which keeps a sum at hand until it is whole; the keys must fit in a byte."""
+    """Whether to sort the pixels by class, so that each sum is finished before the next; keys must fit in a byte."""
     few = pixels.shape[-1] <= _NARROW and num_rows <= 256
     return few and pixels.is_cpu and pixels.dtype == torch.float32 and pixels.is_contiguous()
 
 
 def _by_pixel(pixels: Tensor, keys: Tensor, num_rows: int) -> Tensor:
-    """Sums `[num_rows, C]` of `[*S, C]` whose channels lie side by side."""
+    """Sums `[num_rows, C]` of pixels `[*S, C]` whose channels are contiguous."""
     dtype = sum_dtype(pixels.dtype)
     sums = pixels.new_zeros((num_rows, pixels.shape[-1]), dtype=dtype)
     for part, to in _runs(pixels, keys.long(), dtype):
@@ -174,9 +174,10 @@ def _by_pixel(pixels: Tensor, keys: Tensor, num_rows: int) -> Tensor:
 
 
 def _by_channel(pixels: Tensor, keys: Tensor, num_rows: int, turns: int) -> Tensor:
-    """Sums `[num_rows, C]` of `[*S, C]` whose pixels lie side by side.
+    """Sums `[num_rows, C]` of pixels `[*S, C]`, each channel of which is contiguous.
 
-    Neighbours are mostly of one class and would wait for each other's sum: along a line they take turns at several.
+    Neighbouring pixels mostly have one class and would wait for each other's sum. So each class has several sums, and
+    the pixels of a line take turns at them.
     """
     dtype = sum_dtype(pixels.dtype)
     keys = keys.long() + torch.arange(keys.shape[-1], device=keys.device) % turns * num_rows
@@ -188,12 +189,12 @@ def _by_channel(pixels: Tensor, keys: Tensor, num_rows: int, turns: int) -> Tens
 
 
 def _runs(pixels: Tensor, keys: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views `[n, C]` of `[*S, C]` with keys `[n]`, as long as the strides allow: nothing is copied.
+    """Views `[n, C]` of `[*S, C]` with keys `[n]`, as long as the strides allow without a copy.
 
-    Those that will be widened come in blocks, whose copies stay in the cache.
+    Views of half precision come in blocks, so that their widened copies stay in the cache.
     """
     size, stride = pixels.shape[:-1], pixels.stride()
-    # How far apart the images lie does not matter where there is one.
+    # With one image, the stride between images does not matter.
     outer = 1 if size[0] == 1 else 0
     if any(stride[i] != stride[i + 1] * size[i + 1] for i in range(outer, len(size) - 1)):
         for part, to in zip(pixels, keys):
@@ -207,7 +208,7 @@ def _runs(pixels: Tensor, keys: Tensor, dtype: torch.dtype) -> Iterator[tuple[Te
 @torch.library.impl(_LIBRARY, "class_sums", "CUDA")
 def _add_up_on_cuda(features: Tensor, labels: Tensor, num_classes: int, *options: Any) -> tuple[Tensor, Tensor]:
     pooled = None
-    # Sums of many classes are scattered in no fixed order.
+    # With many classes, the kernel adds in no fixed order.
     if num_classes <= FEW or not torch.are_deterministic_algorithms_enabled():
         pooled = launched("pooling", "add_up", features, labels, num_classes, *options)
     sums, mass = _add_up(features, labels, num_classes, *options) if pooled is None else pooled
@@ -240,7 +241,7 @@ def _(
 
 
 class _ClassSums(torch.autograd.Function):
-    """Pooling with its backward; the two ops are each other's, to any order."""
+    """Pooling with its backward. Each of the two ops is the other's backward, to any order."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -253,7 +254,7 @@ class _ClassSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
-        # Rounding the rows is rounding each pixel's copy of them, at a fraction of the memory.
+        # Rounding the rows rounds each pixel's copy of them, at a fraction of the memory.
         return _spread_rows(grad.to(ctx.dtype), *ctx.saved_tensors, *ctx.options, ctx.channels_last), *[None] * 4
 
 

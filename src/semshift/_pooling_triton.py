@@ -1,8 +1,8 @@
-"""Pooling on CUDA: launchers with the signatures of the default bodies, and their kernels.
+"""Pooling on CUDA: kernels, and launchers with the signatures of the default bodies.
 
-Features are read once, from where they lie. With up to 256 classes a program multiplies a span of pixels by their
-one-hot labels, 64 classes at most, and the last program of a column adds the partial sums in a fixed order: the same
-bits on every run. With more classes the time must not grow with them, so sums are scattered by atomics.
+Features are read once and not copied. With up to 256 classes, a program multiplies a span of pixels by the one-hot
+labels of at most 64 classes. The last program of a column adds the partial sums in a fixed order, so sums are
+bit-identical on every run. With more classes, the time must not grow with their number, so the kernel adds by atomics.
 """
 
 import math
@@ -23,7 +23,7 @@ __all__ = ["add_up", "multiply", "spread"]
 def add_up(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
 ) -> Optional[tuple[Tensor, Tensor]]:
-    """Sums `[(B,) K, C]` float32 and counts `[(B,) K]` int64; None for features of a dtype or strides not served."""
+    """Sums `[(B,) K, C]` float32 and counts `[(B,) K]` int64; None for an unsupported dtype or strides."""
     plane, channels = plane_of(features, per_image), features.shape[1]
     if plane is None or channels == 0 or features.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return None
@@ -35,7 +35,7 @@ def add_up(
     if num_classes > FEW:
         sums = features.new_zeros((*rows, channels), dtype=torch.float32)
         counts = labels.new_zeros(rows, dtype=torch.int64)
-        # Where pixels lie side by side, a tile is turned round in registers, of which a larger one takes too many.
+        # Where pixels are contiguous, a tile is transposed in registers, and a larger tile would take too many.
         block_c, block_n = min(64, next_power(channels)), 64 if plane.channel_stride == 1 else 32
         blocks = -(-plane.pixels // block_n)
         _scatter_kernel[(plane.images * blocks, -(-channels // block_c))](
@@ -58,14 +58,14 @@ def add_up(
 
 
 def multiply(features: Tensor, weights: Tensor) -> Optional[Tensor]:
-    """`[B, C, N]` and `[B, K, N]`, multiplied and added up over N, to `[B, K, C]` float32; None where not worth it."""
+    """The product of `[B, C, N]` and `[B, K, N]`, summed over N: `[B, K, C]` float32; None to use the default body."""
     num_classes, pixels = weights.shape[1:]
     narrow = features.dtype in (torch.float16, torch.bfloat16, torch.float32) and weights.dtype != torch.float64
     plane = plane_of(features, True)
-    # Its own backward comes here too, with a few pixels of many classes: a matrix product like any other.
+    # The backward of the op calls this too, with few pixels and many classes: an ordinary matrix product.
     if not narrow or plane is None or not 0 < num_classes <= min(FEW, pixels // 4) or features.numel() == 0:
         return None
-    # Several products go to each accumulator, which some releases of Triton get wrong on later devices.
+    # Each accumulator takes several products, which some releases of Triton compute wrongly on newer devices.
     if features.is_cuda and torch.cuda.get_device_capability(features.device) >= (10, 0):
         return None
     rows = (len(features), num_classes)
@@ -77,7 +77,7 @@ def multiply(features: Tensor, weights: Tensor) -> Optional[Tensor]:
 def spread(
     rows: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool, channels_last: bool
 ) -> Optional[Tensor]:
-    """The row of each pixel's class, 0 where it has none; `[B, C, *S]`. None for a dtype or size not served."""
+    """The row of each pixel's class, 0 where it has none; `[B, C, *S]`. None for an unsupported dtype or size."""
     if rows.dtype == torch.float64 or labels.numel() >= MOST_PIXELS:
         return None
     images, channels = labels.shape[0], rows.shape[-1]
@@ -107,14 +107,14 @@ def spread(
             enable_fp_fusion=True,
         )
         return result
-    # A row of the table is all classes of a channel, and 0 for the pixels of none.
+    # A row of the table has all classes of a channel, and 0 for pixels without a class.
     table = rows.new_zeros((*rows.shape[:-2], channels, next_power(num_classes + 1)))
     table[..., :num_classes] = rows.mT
     vector = 16 // rows.element_size()
     step = vector // math.gcd(pixels, vector)
     block_n = 128 * vector
     blocks = -(-(pixels + (vector if step > 1 else 0)) // block_n)
-    # Channels of one program, which reads its labels once: few enough to fill the device.
+    # Channels of one program, which reads its labels once: few enough that the programs fill the device.
     a_program = max(16, min(64, next_power(channels * images * blocks // (16 * multiprocessors(rows.device)) + 1)))
     _spread_planes_kernel[(images * blocks, step * -(-channels // (step * a_program)))](
         table,
@@ -135,7 +135,7 @@ def spread(
     return result
 
 
-# One compiled kernel serves all sizes but those that decide how wide a load may be.
+# One compiled kernel works for all sizes except those that decide how wide a load may be.
 _SIZES = ["blocks", "num_classes", "ignored"]
 
 
@@ -158,7 +158,7 @@ def _scatter_kernel(
     row = image * rows_apart + key
     from_ = features + image * image_stride + c.to(tl.int64)[:, None] * channel_stride + at[None, :]
     x = tl.load(from_, mask=(c < channels)[:, None] & (n < pixels)[None, :], other=0.0).to(tl.float32)
-    # A row of sums lies together: in a warp, the channels of a pixel are added in one transaction.
+    # A row of sums is contiguous, so a warp adds the channels of a pixel in one transaction.
     to = sums + row[None, :] * channels + c[:, None]
     tl.atomic_add(to, x, mask=(c < channels)[:, None] & (key >= 0)[None, :], sem="relaxed")
     if tl.program_id(1) == 0:
@@ -186,15 +186,15 @@ def _spread_planes_kernel(
     table, labels, result, pixels, channels, blocks, table_apart, a_program, num_classes, ignored,
     NOWHERE: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`table` is `[(B,) C, NOWHERE + 1]`; its last column is that of pixels without a class."""
+    """`table` is `[(B,) C, NOWHERE + 1]`; its last column is for pixels without a class."""
     program = tl.program_id(0)
     image = (program // blocks).to(tl.int64)
-    # All channels of this program lie alike to a vector's border: begin where it is.
+    # All channels of this program have the same alignment: begin at a vector's border.
     residue, part = tl.program_id(1) % STEP, tl.program_id(1) // STEP
     offset = image * channels * pixels + residue.to(tl.int64) * pixels
     lead = (offset % VECTOR).to(tl.int32)
     offset = tl.multiple_of(offset - lead, VECTOR)
-    # Divided and multiplied, which changes nothing, so that Triton sees a multiple.
+    # Dividing and multiplying changes nothing, but lets Triton see a multiple.
     apart = pixels.to(tl.int64) * STEP // VECTOR * VECTOR
     labels += image * pixels - lead
     stop = pixels + lead
@@ -203,10 +203,10 @@ def _spread_planes_kernel(
     key = tl.where(key < 0, NOWHERE, key)
     first = part * a_program
     count = tl.minimum(a_program, tl.cdiv(channels - residue, STEP) - first)
-    # No address for each pixel: keys are brought to the threads that store them before the loop, addresses within it.
+    # No address per pixel: Triton moves keys to the threads that store them before the loop, but addresses within it.
     from_ = table + image * table_apart + (residue + first.to(tl.int64) * STEP) * (NOWHERE + 1)
     to = result + offset + first * apart
-    # Whole vectors, whose pixels share a mask.
+    # Whole vectors: the pixels of each share a mask.
     whole = (n // VECTOR >= tl.cdiv(lead, VECTOR)) & (n // VECTOR < stop // VECTOR)
     line = to + n
     for i in range(0, count // 8 * 8, 8):
@@ -217,7 +217,7 @@ def _spread_planes_kernel(
         tl.store(line, tl.load(from_ + i * STEP * (NOWHERE + 1) + key), mask=whole)
         line += apart
     if (program % blocks == blocks - 1) & ((lead > 0) | (stop % VECTOR > 0)):
-        # In front and behind, less than a vector is left.
+        # At either end, less than a vector is left.
         side = tl.arange(0, 2 * VECTOR)
         m = tl.where(side < VECTOR, side, stop // VECTOR * VECTOR + side - VECTOR)
         left = (m >= lead) & (m < stop) & ((side < VECTOR) == (m < tl.cdiv(lead, VECTOR) * VECTOR))

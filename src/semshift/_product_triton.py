@@ -1,7 +1,7 @@
-"""Features times one-hot labels or weights on CUDA, added up over the pixels, and the kernel of this product.
+"""Product of features and one-hot labels or weights on CUDA, added up over the pixels: kernel and launcher.
 
-A program reads a span of pixels once and multiplies it by 64 classes at most; the last program of a column to finish
-adds the partial sums in a fixed order: the same bits on every run.
+A program reads a span of pixels once and multiplies it by at most 64 classes. The last program of a column to finish
+adds the partial sums in a fixed order, so sums are bit-identical on every run.
 """
 
 import math
@@ -29,7 +29,7 @@ def product(
     )
     partial = features.new_empty(size, dtype=torch.float32)
     sums = features.new_empty((*rows, channels), dtype=torch.float32)
-    # Counts and arrivals, in one piece to be filled once.
+    # Counts and arrivals share one tensor, which is filled once.
     counted = 0 if soft else math.prod(rows)
     tallies = torch.zeros(counted + arrivals, dtype=torch.int64, device=features.device)
     interpreted = not isinstance(_product_kernel, triton.JITFunction)
@@ -50,7 +50,7 @@ def find_class(labels, at, inside, num_classes, ignored, MASKED: tl.constexpr):
 
 @triton.jit
 def _split(x):
-    """Three float32 of eight bits each that add up to a finite one; cut, not rounded, so that none overflows."""
+    """A finite float32 as the sum of three of eight bits each; truncated, not rounded, so that none overflows."""
     high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     rest = x - high
     middle = (rest.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
@@ -59,7 +59,7 @@ def _split(x):
 
 @triton.jit
 def _dot(x, by, sums, INTERPRETED: tl.constexpr):
-    """A product of what bfloat16 or float16 hold exactly, added up in float32."""
+    """The product of values that bfloat16 or float16 hold exactly, added up in float32."""
     if INTERPRETED:
         # Triton's interpreter would multiply the bit patterns of bfloat16.
         return tl.dot(x.to(tl.float32), by.to(tl.float32), sums)
@@ -68,7 +68,7 @@ def _dot(x, by, sums, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _narrow(x):
-    """The bfloat16 that a piece of `_split` is; all else as it came."""
+    """A piece of `_split` as bfloat16, which is exact; any other dtype is unchanged."""
     if x.dtype == tl.float32:
         return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
@@ -91,7 +91,7 @@ def _add(x, by, high, middle, low, SOFT: tl.constexpr, INTERPRETED: tl.constexpr
         low = _dot(b, by_low, low, INTERPRETED)
         low = _dot(c, by_middle, _dot(c, by_high, low, INTERPRETED), INTERPRETED)
     elif x.dtype == tl.float32:
-        # An accumulator for each: chained to one, some releases of Triton get them wrong on sm_103.
+        # One accumulator for each: some releases of Triton compute products chained to one wrongly on sm_103.
         a, b, c = _split(x)
         high, middle = _dot(a, by, high, INTERPRETED), _dot(b, by, middle, INTERPRETED)
         low = _dot(c, by, low, INTERPRETED)
@@ -124,13 +124,13 @@ def _read(
         return x, tl.load(by + at_by, mask=(k < num_classes)[None, :] & inside[:, None], other=0.0)
     else:
         key = find_class(by, n, inside, num_classes, ignored, MASKED)
-        # Selected, not converted from a bool, which is slower.
+        # Selected, since converting from a bool is slower.
         return x, tl.where(key[:, None] == k[None, :], 1.0, 0.0)
 
 
 @triton.jit
 def _piece(x, turn):
-    """Of finite x the piece `turn`; from 3 on, which x are inf, -inf or nan."""
+    """Piece `turn` (0 to 2) of finite x; turns 3 to 5 mark the x that are inf, -inf or nan."""
     finite = tl.abs(x) < float("inf")
     high, middle, low = _split(tl.where(finite, x, 0.0))
     piece = tl.where(turn == 0, high, tl.where(turn == 1, middle, low))
@@ -140,9 +140,9 @@ def _piece(x, turn):
 
 @triton.jit
 def _gather(partial, tile, apart, count):
-    """So many partial sums, in their order; from the second-level cache, into which other programs wrote them."""
+    """The sum of `count` partial sums in order, read from the second-level cache, where other programs wrote them."""
     sums = tl.zeros(tile.shape, dtype=tl.float32)
-    # Four at a time, so that one load need not wait for another. Triton 3.0 takes no two loops of one variable.
+    # Four at a time, so that loads do not wait for each other. Triton 3.0 does not allow two loops over one variable.
     for _four in range(0, count // 4):
         for _one in tl.static_range(4):
             sums += tl.load(partial + tile, cache_modifier=".cg")
@@ -153,7 +153,7 @@ def _gather(partial, tile, apart, count):
     return sums
 
 
-# One compiled kernel serves all sizes; what decides how wide a load may be is told to it below.
+# One compiled kernel works for all sizes; the code below shows Triton how wide a load may be.
 _SIZES = [
     *("counted", "pixels", "width", "image_stride", "row_stride", "pixel_stride"),
     *("spans", "span", "tiles", "total", "heap", "num_classes", "ignored"),
@@ -182,7 +182,7 @@ def _product_kernel(
     else:
         by += image * pixels
         if tile == tiles:
-            # These programs count: a number has a byte for each of four classes, enough for 255 turns.
+            # These programs count pixels. An int32 has one byte for each of four classes, enough for 255 turns.
             fours = group * (WIDE_K // 4) + tl.arange(0, WIDE_K // 4)
             stop = tl.minimum(start + span, pixels)
             for first in range(start, stop, 255 * 4 * BLOCK_N):
@@ -193,7 +193,7 @@ def _product_kernel(
                     key = find_class(by, n, n < last, num_classes, ignored, True)
                     one = tl.full((4 * BLOCK_N,), 1, dtype=tl.int32) << (key & 3) * 8
                     counts += tl.where((key >> 2)[None, :] == fours[:, None], one[None, :], 0)
-                # Integers, whose sum no order changes.
+                # The order does not change a sum of integers.
                 for byte in tl.static_range(4):
                     count, k_of_byte = tl.sum(counts >> byte * 8 & 255, 1).to(tl.int64), fours * 4 + byte
                     to = tallies + table * num_classes + k_of_byte
@@ -201,20 +201,20 @@ def _product_kernel(
             return
     i = tile // STEP * BLOCK_C + tl.arange(0, BLOCK_C)
     c = tile % STEP + i * STEP
-    # Divided and multiplied, which changes nothing, so that Triton sees a multiple: here, in `offset` and in `_read`.
+    # Dividing and multiplying changes nothing, but lets Triton see a multiple: here, in `offset` and in `_read`.
     c_inside = c < (channels if BY_PLANE else channels // VECTOR * VECTOR)
     offset = image * image_stride + (tile % STEP).to(tl.int64) * channel_stride
     rows = i.to(tl.int64) * STEP * channel_stride
     lead = 0
     if BY_PLANE and VECTOR > 1:
-        # All channels of this program lie alike to a vector's border: begin where it is.
+        # All channels of this program have the same alignment: begin at a vector's border.
         lead = (offset % VECTOR).to(tl.int32)
         rows = tl.multiple_of(rows, VECTOR)
         by -= lead
     offset = (offset - lead) // VECTOR * VECTOR
     features += offset + rows[:, None]
     stop = tl.maximum(tl.minimum(start + span, pixels + lead), start)
-    # Whole vectors, of which whole blocks need no mask. In front and behind, less than a vector is left.
+    # Whole blocks of whole vectors need no mask. At either end, less than a vector is left.
     first_whole, last_whole = start, stop
     if BY_PLANE and VECTOR > 1:
         first_whole = tl.multiple_of(tl.where(lead > start, VECTOR, start), VECTOR)
@@ -251,8 +251,8 @@ def _product_kernel(
     added = high + (middle + low)
     if not SOFT:  # noqa: SIM102 - only what is known at compile time may be joined
         if tl.max((tl.abs(added) < float("inf")).to(tl.int32) ^ 1) > 0:
-            # In a product, 0 * inf reaches every class: add the three pieces again without such values, then find the
-            # classes of inf, -inf and nan. One turn for each, since few registers are left.
+            # In a product, 0 * inf makes every class nan. So add the three pieces again without such values, then find
+            # the classes of inf, -inf and nan. Each takes its own turn, since few registers are left.
             added = tl.zeros((BLOCK_C, WIDE_K), dtype=tl.float32)
             for turn in tl.range(0, 6, num_stages=1):
                 found = tl.zeros((BLOCK_C, WIDE_K), dtype=tl.float32)
@@ -265,7 +265,7 @@ def _product_kernel(
                     found = _dot(_piece(x.to(tl.float32), turn), hot, found, INTERPRETED)
                 value = tl.where(turn == 3, float("inf"), tl.where(turn == 4, float("-inf"), float("nan")))
                 added += tl.where(turn < 3, found, tl.where(found > 0, value, 0.0))
-    # A tile of partial sums is whole and lies dense, so it needs no mask.
+    # A tile of partial sums is complete and contiguous, so it needs no mask.
     dense = tl.arange(0, BLOCK_C)[:, None] + tl.arange(0, WIDE_K)[None, :] * BLOCK_C
     inside = c_inside[:, None] & (k < num_classes)[None, :]
     column = tile * GROUPS + group
@@ -279,7 +279,7 @@ def _product_kernel(
     sums += table * num_classes * channels
     to = k[None, :] * channels + c[:, None]
     tl.store(partial + program * apart + dense, added)
-    # Every store of this program before its arrival; the last to arrive sees those of all others.
+    # All stores of this program come before its arrival, so the last program to arrive sees the stores of all.
     tl.debug_barrier()
     if tl.atomic_add(arrivals + mine, 1, sem="acq_rel", scope="gpu") == members - 1:
         added = _gather(partial + first_of_heap * apart, dense, apart, members)

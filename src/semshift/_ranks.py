@@ -1,4 +1,4 @@
-"""Whether this process is one of a group."""
+"""Whether `torch.distributed` is in use."""
 
 from torch import distributed as dist
 
@@ -6,5 +6,5 @@ __all__ = ["initialised"]
 
 
 def initialised() -> bool:
-    """Whether there is a process group; some builds of torch have no `torch.distributed`."""
+    """Whether a process group is initialised; some builds of torch have no `torch.distributed`."""
     return dist.is_available() and dist.is_initialized()

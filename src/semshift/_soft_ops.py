@@ -1,4 +1,4 @@
-"""The op under weighted sums, `semshift::soft_class_sums`: body, fake and backward. Arguments have been checked."""
+"""Op of weighted sums, `semshift::soft_class_sums`: body, fake and backward. Its callers have checked all arguments."""
 
 from typing import Any, Optional
 
@@ -16,26 +16,26 @@ _EXACT_BLOCK = 2**20
 
 
 def soft_sums(features: Tensor, weights: Tensor) -> Tensor:
-    """`[B, C, N]` and `[B, K, N]`, multiplied and added up over N, to `[B, K, C]`."""
+    """The product of features `[B, C, N]` and weights `[B, K, N]`, added up over N: `[B, K, C]`."""
     sums: Tensor = _soft_class_sums(features, weights)
     return sums
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums of features: float64 stays, all else is float32."""
+    """The dtype of sums of features: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _rounds_products(device: torch.device) -> bool:
-    """Whether torch may multiply float32 in less precision, by its older switch or by its newer ones."""
+    """Whether torch's precision switches, older or newer, allow products of float32 in lower precision."""
     backend = {"cpu": torch.backends.mkldnn, "xpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(device.type)
     if backend is None:
         return False
     try:
-        # torch.get_float32_matmul_precision raises after a newer switch was set; these two know both kinds.
+        # torch.get_float32_matmul_precision raises after a newer switch was set. These backends know both kinds.
         precision: str = backend.matmul.fp32_precision
     except AttributeError:
-        # Before torch 2.9 there is one switch.
+        # Before torch 2.9 there is only one switch.
         return torch.get_float32_matmul_precision() != "highest"
     return precision in ("tf32", "bf16")
 
@@ -50,13 +50,13 @@ def _add_up(features: Tensor, weights: Tensor) -> Tensor:
     dtype = _soft_dtype(features, weights)
     sums = features.new_empty((features.shape[0], weights.shape[1], features.shape[1]), dtype=dtype)
     multiply = _multiply_exactly if dtype == torch.float32 and _rounds_products(features.device) else _multiply
-    # Small images together, others one by one: what is widened to float32 is never more than one.
+    # Small images are computed together, others one by one, so that at most one large image is widened at a time.
     some = max(1, len(features)) if features.numel() <= _BLOCK else 1
     for pooled, feature, weight in zip(sums.split(some), features.split(some), weights.split(some)):
         wide, by = feature.to(dtype), weight.to(dtype)
         multiply(by, wide, pooled)
         if features.device.type == "cpu" and not pooled.isfinite().all():
-            # A second look: in a product, a place that no class weighs still gives 0 * inf.
+            # Compute it again: in a product, a place whose weights are all 0 still gives 0 * inf.
             multiply(by, torch.where((by != 0).any(1, keepdim=True), wide, 0), pooled)
     return sums
 
@@ -68,7 +68,7 @@ def _add_up_on_cuda(features: Tensor, weights: Tensor) -> Tensor:
 
 
 def _multiply(weights: Tensor, features: Tensor, out: Tensor) -> None:
-    # With `out=`, since autocast leaves such products in float32. A batch of one is slower than a plain one by a tenth.
+    # With `out=`, since autocast leaves such products in float32. For one image, `bmm` is slower than `mm` by a tenth.
     if len(out) == 1:
         torch.mm(weights[0], features[0].mT, out=out[0])
     else:
@@ -76,7 +76,7 @@ def _multiply(weights: Tensor, features: Tensor, out: Tensor) -> None:
 
 
 def _multiply_exactly(weights: Tensor, features: Tensor, out: Tensor) -> None:
-    """The product in float64, which no switch affects. To set a switch and reset it would affect other threads."""
+    """The product in float64, which no switch affects. Setting and resetting a switch would affect other threads."""
     some = max(1, _EXACT_BLOCK // max(1, weights.shape[1], features.shape[1]))
     sums = torch.zeros_like(out, dtype=torch.float64)
     for weight, feature in zip(weights.split(some, 2), features.split(some, 2)):
@@ -90,7 +90,8 @@ def _definition(features: Tensor, weights: Tensor) -> Tensor:
     wide, by = features.to(dtype), weights.to(dtype)
     # Only non-finite features are replaced: a finite one still gives its weight of 0 a derivative.
     wide = torch.where((by == 0).all(1, keepdim=True) & ~wide.isfinite(), 0, wide)
-    # Not a matrix product, whose backward would follow the precision switches; by class, to hold no [B, K, C, N].
+    # Not a matrix product, since its backward would follow the precision switches. One class at a time, to avoid a
+    # tensor [B, K, C, N].
     return torch.cat([(wide[:, None] * weight[:, :, None]).sum(-1) for weight in by.split(1, 1)], 1)
 
 
@@ -101,7 +102,7 @@ def _(features: Tensor, weights: Tensor) -> Tensor:
 
 
 class _SoftSums(torch.autograd.Function):
-    """Weighted sums and their backward, which is two weighted sums again, so it can be derived to any order."""
+    """Weighted sums with their backward: two weighted sums again, so derivatives of any order exist."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What tracing and torch's transforms do to a tensor: whether its values can be read, whether it has a tangent."""
+"""Tensors under tracing and torch.func: whether their values can be read, and whether a transform is active."""
 
 from typing import Optional
 
@@ -10,15 +10,15 @@ __all__ = ["readable", "transformed", "values_of"]
 
 
 def values_of(tensor: Tensor) -> Optional[Tensor]:
-    """The tensor inside the wrappers of torch.func, which has values; None for a fake or meta tensor."""
-    # torch.func.debug_unwrap is public, but younger than torch 2.4.
+    """The tensor with values inside the wrappers of torch.func; None for a fake or meta tensor."""
+    # torch.func.debug_unwrap is public, but newer than torch 2.4.
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return None if tensor.untyped_storage().device.type == "meta" else tensor
 
 
 def readable(tensor: Tensor) -> Optional[Tensor]:
-    """`values_of` where reading it neither waits for a device nor breaks a graph; None elsewhere."""
+    """`values_of` where reading values neither forces a device sync nor breaks a graph; None elsewhere."""
     return None if tensor.device.type != "cpu" or torch.compiler.is_compiling() else values_of(tensor)
 
 

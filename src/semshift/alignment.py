@@ -1,6 +1,7 @@
-"""The two views of ASS as modules: semantic-level and global alignment, each with its own discriminator.
+"""Alignment modules: semantic-level and global alignment, each with its own discriminator.
 
-Both return two losses that share no gradient, so one backward serves the segmenter and the discriminator.
+Together they are the alignment of ASS (Wang et al. 2020, arXiv 2004.00794). Each returns two losses that share no
+gradient, so one backward serves both the segmenter and the discriminator.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ __all__ = ["AlignmentLosses", "GlobalAlignment", "SemanticAlignment", "balanced_
 
 
 class AlignmentLosses(NamedTuple):
-    """The two losses of an alignment module, and its figures.
+    """Losses of an alignment module, for the segmenter and for the discriminator, and its figures to log.
 
     Example:
         >>> align = semshift.SemanticAlignment(4, 2)
@@ -42,47 +43,51 @@ class AlignmentLosses(NamedTuple):
     """
 
     confusion: Tensor
-    """Adversarial loss for the segmenter: a scalar with a gradient at the target features alone. Weigh it."""
-    discriminator: Tensor
-    """Adversarial loss for the discriminator: a scalar with a gradient at its parameters alone.
+    """Adversarial loss for the segmenter: a scalar whose gradient reaches only the target features.
 
-    Both losses are float32, or float64 where the module was made so.
+    Multiply it by a weight.
+    """
+    discriminator: Tensor
+    """Adversarial loss for the discriminator: a scalar whose gradient reaches only the discriminator's parameters.
+
+    Both losses are float32, or float64 if the module was cast to float64.
     """
     figures: dict[str, Tensor]
-    """Detached float32 scalars to log, under the same keys at every step; nan where there is nothing to compare."""
+    """Detached float32 scalars to log, with the same keys at every step; nan where nothing can be compared."""
 
 
 class SemanticAlignment(nn.Module):
-    """Semantic-level alignment: class prototypes of source and labelled target features, and their discriminator.
+    """Semantic-level alignment: adversarial losses of a discriminator over class prototypes.
 
-    This is section 3 of Wang et al. 2020 (arXiv 2004.00794). The discriminator learns to tell the domains' prototypes
-    apart, class by class; the segmenter learns to have its target prototypes taken for source. A class takes part
-    where it is present in this batch and the other domain has shown it, in this batch or an earlier one: the buffer
-    `seen` `[2, K]` (source, target) remembers that.
+    This is section 3 of Wang et al. 2020 (arXiv 2004.00794). The module pools source features and labelled target
+    features to class prototypes. The discriminator learns to tell the domains' prototypes apart, class by class. The
+    segmenter learns to fool it, so that target prototypes are classified as source. A class of one domain counts if it
+    is present in this batch and the other domain has shown it, in this batch or an earlier one. The buffer `seen`
+    `[2, K]` (source, target) records which classes each domain has shown.
 
-    Train the module's parameters with an optimiser or a parameter group of their own. It stays in float32 whatever the
-    network's precision. Save its `state_dict` in your checkpoint.
+    Train the module's parameters with a separate optimiser or parameter group. The module must stay in float32,
+    whatever the network's precision. Save its `state_dict` in your checkpoint.
 
-    With `torch.distributed` initialised every rank must call it and run the backward. The losses are then those of the
-    whole batch, and after the backward every rank holds the whole gradient of the discriminator, wrapped in
-    `DistributedDataParallel` or not. The segmenter's own gradients must be averaged over ranks, as
-    `DistributedDataParallel` does, and so must those of a penalty that you compute on `.discriminator`.
+    With `torch.distributed` initialised, every rank must call the module and run the backward. The losses are then
+    computed over the batch of all ranks. After the backward, every rank holds the whole gradient of the discriminator,
+    whether or not the module is wrapped in `DistributedDataParallel`. Average the segmenter's own gradients over ranks,
+    as `DistributedDataParallel` does. Do the same with the gradients of a penalty that you compute on `.discriminator`.
 
     Args:
         in_channels: C, channels of the features; at least 1.
         num_classes: K, at least 1.
         hidden_channels: widths of the discriminator's hidden layers.
         conditioning: how the discriminator knows the class, see `PrototypeDiscriminator`.
-        objective: the form of the adversarial loss, see `Objective`; class-and-domain knows `"bce"` only.
+        objective: the form of the adversarial loss, see `Objective`; class-and-domain supports `"bce"` only.
         spectral_norm: divide each of the discriminator's matrices by its largest singular value.
-        resample: how labels meet the feature grid, see `class_sums`.
-        align_corners: of `"bilinear"`; as your network up-samples its logits.
+        resample: how labels are resampled to the feature grid, see `class_sums`.
+        align_corners: for `"bilinear"` only; set it as your network does where it up-samples its logits.
         per_image: one prototype for each image and class, as in the paper; False pools the batch.
-        ignore_index: id of pixels without a class, None if there is none.
+        ignore_index: id of pixels without a class; None if there is no such id.
 
     Raises:
         TypeError: a count that is not an int, widths that are not a sequence, or a flag that is not a bool.
-        ValueError: a count out of range, an unknown option, or class-and-domain with another objective than bce.
+        ValueError: a count out of range, an unknown option, or class-and-domain with an objective other than bce.
 
     Example:
         >>> align = semshift.SemanticAlignment(4, 2)
@@ -141,17 +146,17 @@ class SemanticAlignment(nn.Module):
         Args:
             source_features: `[B, C, h, w]`, floating point; detached inside.
             source_labels: `[B, H, W]` of any integer dtype, in `[0, K)` or `ignore_index`.
-            target_features: `[B', C, h', w']` of labelled target images, with a graph in training.
+            target_features: `[B', C, h', w']` of labelled target images; in training they must require grad.
             target_labels: `[B', H', W']`.
 
         Returns:
             `AlignmentLosses`: two scalars and the figures `source_accuracy`, `target_accuracy` and
-            `prototype_distance`. Both losses are 0, with gradients of 0, where the domains have no class in common.
+            `prototype_distance`. Both losses are 0, with gradients of 0, if the domains have no class in common.
 
         Raises:
-            TypeError: another dtype, or a module in half precision.
-            ValueError: other channels, shapes or devices; labels that look transposed; on the CPU, a label out of
-                range; target features without a graph in training mode.
+            TypeError: a wrong dtype, or a module in half precision.
+            ValueError: wrong channels, shapes or devices; labels that look transposed; on the CPU, a label out of
+                range; target features that do not require grad in training mode.
         """
         check_floating("source_features", source_features)
         check_floating("target_features", target_features)
@@ -159,7 +164,7 @@ class SemanticAlignment(nn.Module):
             self,
             "target_features",
             target_features,
-            "for the discriminator's step alone call compare() on class_sums of detached features",
+            "to train the discriminator alone, call compare() on class_sums of detached features",
         )
         source = self._pool("source", source_features.detach(), source_labels)
         return self.compare(source, self._pool("target", target_features, target_labels))
@@ -167,21 +172,22 @@ class SemanticAlignment(nn.Module):
     def compare(
         self, source: ClassSums, target: ClassSums, *, target_confusion: Optional[ClassSums] = None
     ) -> AlignmentLosses:
-        """Compare prototypes that were pooled elsewhere: banks, soft weights, several batches.
+        """Compare prototypes that you pooled yourself: from banks, with soft weights, over several batches.
 
         Detached sums are fine: the confusion loss then has no gradient, and the discriminator still learns.
 
         Args:
             source: sums `[K, C]` or, per image, `[B, K, C]`.
             target: sums `[K, C]` or `[B', K, C]`.
-            target_confusion: other target sums for the confusion loss alone, such as those without a bank's rows.
+            target_confusion: target sums for the confusion loss, such as sums without a bank's rows; None uses
+                `target`.
 
         Returns:
             `AlignmentLosses`, as `forward` does.
 
         Raises:
-            TypeError: something else than `ClassSums`, sums or masses of another dtype, or a module in half precision.
-            ValueError: another shape or device.
+            TypeError: not a `ClassSums`, sums or mass of a wrong dtype, or a module in half precision.
+            ValueError: a wrong shape or device.
         """
         confused = target if target_confusion is None else target_confusion
         for name, pooled in (("source", source), ("target", target), ("target_confusion", confused)):
@@ -230,7 +236,7 @@ class SemanticAlignment(nn.Module):
 
     def _check_sums(self, name: str, pooled: ClassSums) -> None:
         if not isinstance(pooled, ClassSums):
-            raise TypeError(f"expected {name} to be ClassSums, got {type(pooled).__name__}")
+            raise TypeError(f"expected {name} to be a ClassSums, got {type(pooled).__name__}")
         rows = (self.num_classes, self.in_channels)
         if pooled.sums.dim() not in (2, 3) or pooled.sums.shape[-2:] != rows:
             raise ValueError(
@@ -240,7 +246,7 @@ class SemanticAlignment(nn.Module):
             raise ValueError(f"expected {name} with mass {list(pooled.sums.shape[:-1])}, got {list(pooled.mass.shape)}")
         if pooled.sums.dtype not in FLOATS or pooled.mass.dtype not in (*INTEGERS, *FLOATS):
             raise TypeError(
-                f"expected {name} with floating-point sums and masses that are numbers, got {pooled.sums.dtype} and "
+                f"expected {name} with floating-point sums and a numeric mass, got {pooled.sums.dtype} and "
                 f"{pooled.mass.dtype}"
             )
         for tensor in (pooled.sums, pooled.mass):
@@ -248,19 +254,20 @@ class SemanticAlignment(nn.Module):
 
 
 class GlobalAlignment(nn.Module):
-    """Global alignment: the segmenter's output maps on source and target, and their discriminator.
+    """Global alignment: adversarial losses of a discriminator over the segmenter's output maps.
 
-    The output-level alignment of AdaptSegNet (Tsai et al. 2018, arXiv 1802.10349), section 4, or of ADVENT (Vu et al.
-    2019, arXiv 1811.12833), section 3.2, with `inputs="entropy"`. It needs no labels. What `SemanticAlignment` says of
-    optimisers, precision and ranks holds here too.
+    This is the output-level alignment of AdaptSegNet (Tsai et al. 2018, arXiv 1802.10349), section 4. With
+    `inputs="entropy"` it is that of ADVENT (Vu et al. 2019, arXiv 1811.12833), section 3.2. It needs no labels. The
+    notes on optimisers, precision and ranks at `SemanticAlignment` hold for this module too.
 
-    Output maps also tell the domains apart by how much of each class they hold. Where that differs, the segmenter can
-    hide the domain by predicting the source's shares on the target. On the three real pairs in `docs/results.md` this
-    view alone lost 1, 4 and 14 points of mIoU. Compare with a run without it, on labelled target images.
+    Output maps also show the class frequencies of a domain. Where these differ between the domains, the segmenter can
+    fool the discriminator by predicting the source's class frequencies on the target. On the three real pairs in
+    `docs/results.md`, global alignment alone lost 1, 4 and 14 points of mIoU. Compare with a run without it, on
+    labelled target images.
 
     Args:
         num_classes: K, channels of the logits; at least 2.
-        inputs: what the discriminator sees: class `"probabilities"` or their `"entropy"` map.
+        inputs: the discriminator's input: class `"probabilities"` or their `"entropy"` map.
         base_channels: channels of the discriminator's first layer.
         objective: the form of the adversarial loss, see `Objective`.
         spectral_norm: divide each of the discriminator's kernels by its largest singular value.
@@ -305,18 +312,19 @@ class GlobalAlignment(nn.Module):
 
         Args:
             source_logits: `[B, K, h, w]`, floating point; detached inside.
-            target_logits: `[B', K, h', w']`, with a graph in training; of any size, labelled or not.
-            size: `(H, W)` to which both are up-sampled before the softmax, usually the images' size; None leaves each
-                domain at its own, and the two may differ. The discriminator needs at least 32 x 32.
-            align_corners: of the up-sampling to `size`; as your network does it.
+            target_logits: `[B', K, h', w']` of labelled or unlabelled images, of any size; in training they must
+                require grad.
+            size: `(H, W)` to which both maps are up-sampled before the softmax, usually the images' size. None keeps
+                each domain's own size, and the two may differ. The discriminator needs at least 32 x 32.
+            align_corners: for the up-sampling to `size`; set it as your network does.
 
         Returns:
             `AlignmentLosses`: two scalars and the figures `source_accuracy` and `target_accuracy`.
 
         Raises:
             TypeError: logits that are not floating-point tensors, or a module in half precision.
-            ValueError: other channels, shapes or devices; maps below 32 x 32; align_corners without a size; target
-                logits without a graph in training mode.
+            ValueError: wrong channels, shapes or devices; maps below 32 x 32; align_corners without a size; target
+                logits that do not require grad in training mode.
         """
         check_floating("source_logits", source_logits)
         check_floating("target_logits", target_logits)
@@ -327,7 +335,7 @@ class GlobalAlignment(nn.Module):
             self,
             "target_logits",
             target_logits,
-            "to train the discriminator alone use `losses.discriminator` of the segmenter's step",
+            "to train the discriminator alone, use losses.discriminator of the segmenter's step",
         )
         source = self._map("source_logits", source_logits.detach(), size, align_corners)
         target = self._map("target_logits", target_logits, size, align_corners)
@@ -349,8 +357,8 @@ class GlobalAlignment(nn.Module):
         height, width = size or logits.shape[2:]
         if min(height, width) < 32:
             raise ValueError(
-                f"expected output maps of at least 32 x 32, got {height} x {width} of {name}: pass size=, the images' "
-                f"size, to up-sample them"
+                f"expected output maps of at least 32 x 32, got {height} x {width} for {name}: pass size=(H, W), "
+                f"the images' size, to up-sample them"
             )
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if size is not None and wide.shape[2:] != size:
@@ -360,22 +368,22 @@ class GlobalAlignment(nn.Module):
 
 
 def balanced_weight(loss: Tensor, confusion: Tensor, features: Tensor, ratio: float) -> Tensor:
-    """Adaptive weight: the one at which the confusion's gradient at the features is `ratio` times the task loss's.
+    """Adaptive weight: it makes the confusion loss's gradient at the features `ratio` times the task loss's.
 
-    The adaptive weight of VQGAN (Esser et al. 2021, arXiv 2012.09841), section 3.1, as a ratio of Euclidean norms. It
-    takes two more passes from the losses back to the features, and four in float16. Over ranks the norms are those of
-    the whole batch, and every rank must call it. With float16 autocast call it inside the context: small gradients are
-    then scaled.
+    This is the adaptive weight of VQGAN (Esser et al. 2021, arXiv 2012.09841), section 3.1, as a ratio of Euclidean
+    norms. It takes two more passes from the losses back to the features, or four in float16. With several ranks, the
+    norms are computed over the batch of all ranks, and every rank must call the function. With float16 autocast, call
+    it inside the autocast context: it then scales small gradients.
 
     Args:
         loss: the task loss, a scalar computed from `features`.
-        confusion: `AlignmentLosses.confusion`, computed from the same tensor.
-        features: that tensor, not a slice or a copy of it. Concatenate the images before the head where there are
-            several.
-        ratio: of the norms, finite and not negative; 0.1 lets the task lead.
+        confusion: `AlignmentLosses.confusion`, computed from `features` too.
+        features: the tensor that both losses were computed from, not a slice or a copy of it. Concatenate the images of
+            several batches before the head.
+        ratio: the ratio of the norms, finite and not negative; with 0.1 the task loss leads.
 
     Returns:
-        A detached float32 scalar, at least 0; 0 where either gradient vanishes.
+        A detached float32 scalar, at least 0; 0 if either gradient vanishes.
 
     Raises:
         TypeError: losses or features that are not floating-point tensors, or a ratio that is not a number.
@@ -394,9 +402,9 @@ def balanced_weight(loss: Tensor, confusion: Tensor, features: Tensor, ratio: fl
     return torch.where(vanishes, 0.0, float(ratio) * task / torch.where(vanishes, 1.0, adversarial))
 
 
-def _check_graph(module: nn.Module, name: str, tensor: Tensor, way_out: str) -> None:
+def _check_graph(module: nn.Module, name: str, tensor: Tensor, fix: str) -> None:
     if module.training and torch.is_grad_enabled() and not tensor.requires_grad:
         raise ValueError(
-            f"expected {name} with a graph in training mode, got ones without a gradient: they were detached, computed "
-            f"under torch.no_grad, or by a frozen network; {way_out}, and for figures alone call eval() first"
+            f"expected {name} that require grad in training mode, got a tensor without a graph: it was detached, or "
+            f"computed under torch.no_grad or by a frozen network; {fix}; for figures alone, call eval() first"
         )

@@ -1,4 +1,4 @@
-"""Pixel-to-prototype contrast: each feature is drawn to the prototypes of its class, and away from all others.
+"""Pixel-to-prototype contrast: it draws each feature to the prototypes of its class, and away from all others.
 
 It needs labels or pseudo-labels, and no discriminator.
 """
@@ -28,48 +28,50 @@ def prototype_contrast_loss(
     resample: Optional[Literal["nearest", "majority", "area", "bilinear"]] = "bilinear",
     align_corners: bool = False,
 ) -> Tensor:
-    """Pixel-to-prototype contrastive loss: cross-entropy of telling a pixel's class by its cosines to the prototypes.
+    """Pixel-to-prototype contrastive loss: cross-entropy over the cosines of each pixel's feature to the prototypes.
 
     With `p_dk` the prototype of class k in domain d and t the temperature, a pixel of class y with feature f costs::
 
         -mean_d log(exp(cos(f, p_dy) / t) / sum_dk exp(cos(f, p_dk) / t))
 
-    over the domains that have its class, and the loss is the mean over pixels. Prototypes of zeros are classes that a
-    domain lacks, as in the means of `PrototypeBank` and `ClassSums`: they are left out of the sums, and a pixel whose
-    class has no prototype in any domain is ignored.
+    The mean is over the domains that have class y. The loss is the mean cost over pixels. A prototype of zeros is a
+    class that the domain lacks, as in the means of `PrototypeBank` and `ClassSums`: it is left out of the sums. A pixel
+    is ignored if its class has no prototype in any domain.
 
-    The average over positives is L_out of Khosla et al. 2020 (arXiv 2004.11362). Prototypes in the place of pixels are
-    from ProCA (Jiang et al. 2022, arXiv 2207.06654), the centroid-aware contrast of SePiCo (Xie et al. 2022,
-    arXiv 2204.08808) and Zhou et al. 2022 (arXiv 2203.15102); Morales-Brotons et al. 2024 (arXiv 2411.18728) use
-    pixel contrast with a small labelled target set.
+    The average over positives is L_out of Khosla et al. 2020 (arXiv 2004.11362). Contrast with prototypes instead of
+    pixels is from ProCA (Jiang et al. 2022, arXiv 2207.06654), SePiCo (its centroid-aware contrast; Xie et al. 2022,
+    arXiv 2204.08808) and Zhou et al. 2022 (arXiv 2203.15102). Morales-Brotons et al. 2024 (arXiv 2411.18728) use pixel
+    contrast with a small labelled target set.
 
-    With `torch.distributed` initialised the loss is that of the whole batch. Every rank must call it, with the same
-    prototypes, and run the backward; average the gradients over ranks, as `DistributedDataParallel` does.
+    With `torch.distributed` initialised, the loss is computed over the batch of all ranks. Every rank must call the
+    function with the same prototypes and run the backward. Average the gradients over ranks, as
+    `DistributedDataParallel` does.
 
     Args:
-        features: `[B, C, *S]`, float16, bfloat16, float32 or float64, of either domain; differentiable. Where they
-            are 0 they have no direction: every cosine is 0, and so is the gradient.
+        features: `[B, C, *S]`, float16, bfloat16, float32 or float64, of either domain; differentiable. A feature of
+            zeros has no direction: all its cosines are 0, and so is its gradient.
         labels: `[B, *S']`, uint8, int8, int16, int32 or int64, in `[0, K)` or `ignore_index`; pseudo-labels too. On
-            CUDA any other label is ignored, since checking would force a device sync: see `check_labels`.
-        prototypes: `[K, C]`, or `[D, K, C]` of D domains, of any of the dtypes of features; finite, which is checked
-            on the CPU. Differentiable; those of a `PrototypeBank` are constants.
-        temperature: t, above 0; the smaller, the more the nearest wrong prototypes count.
-        ignore_index: id of pixels without a class, None if there is none. The default is refused with more than 255
-            classes.
-        resample: how labels meet a feature grid of another size, see `class_sums`. `"bilinear"` is the loss at the
-            labels' size, of log-probabilities that are up-sampled to it.
-        align_corners: of `"bilinear"`, as in `torch.nn.functional.interpolate`.
+            CUDA any other label is ignored without an error, since checking would force a device sync: see
+            `check_labels`.
+        prototypes: `[K, C]`, or `[D, K, C]` of D domains, of any dtype that features may have. They must be finite,
+            which is checked on the CPU. Differentiable; those of a `PrototypeBank` are constants.
+        temperature: t, above 0; the smaller it is, the more the nearest wrong prototypes count.
+        ignore_index: id of pixels without a class; None if there is no such id. The default is refused with more than
+            255 classes.
+        resample: how labels are resampled to a feature grid of a different size, see `class_sums`. `"bilinear"` gives
+            the loss at the labels' size, with log-probabilities that are up-sampled to it.
+        align_corners: for `"bilinear"` only, as in `torch.nn.functional.interpolate`.
 
     Returns:
-        A scalar, float32 (float64 if features or prototypes are); 0 with gradient 0 where no pixel counts. Loss and
-        gradient are nan if a pixel that counts has features that are not finite, or so large that their squares are
-        not.
+        A scalar, float32 (float64 if features or prototypes are); 0 with gradient 0 if no pixel counts. Loss and
+        gradient are nan if a pixel that counts has features that are not finite, or so large that their squares are not
+        finite.
 
     Raises:
-        TypeError: features, labels or prototypes of another dtype, a temperature that is not a number, or a flag that
+        TypeError: features, labels or prototypes of a wrong dtype, a temperature that is not a number, or a flag that
             is not a bool.
-        ValueError: shapes or devices that do not belong together, a temperature that is not above 0, an unknown option,
-            or on the CPU a label out of range or a prototype that is not finite.
+        ValueError: shapes or devices that do not match, a temperature that is not above 0, an unknown option, or on the
+            CPU a label out of range or a prototype that is not finite.
 
     Example:
         >>> prototypes = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -87,7 +89,7 @@ def prototype_contrast_loss(
     pooled = class_sums(
         costs, labels, num_classes, ignore_index=ignore_index, resample=resample, align_corners=align_corners
     )
-    # Row k adds up the pixels of class k, column k what they cost as class k, the last column those without a cost.
+    # Row k adds up the pixels of class k: in column k their costs as class k, in the last column those not finite.
     spoilt = present & (pooled.sums[:, -1] > 0)
     total = pooled.sums.diagonal() * torch.where(spoilt, math.nan, 1.0).to(pooled.sums.dtype)
     total = all_reduce_sum(total.sum())
@@ -96,10 +98,10 @@ def prototype_contrast_loss(
 
 
 def _costs(features: Tensor, prototypes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """What each pixel would cost as each class, 0 where that has no prototype, and which of the K classes have one.
+    """The cost of each pixel as each class, 0 if the class has no prototype; and which of the K classes have one.
 
-    `[B, K + 1, *S]`: the last map marks the pixels whose features are not finite. As nan, a pixel of one class would
-    spoil all of them wherever pooling is a matrix product.
+    The costs are `[B, K + 1, *S]`. The last map marks the pixels whose features are not finite. A cost of nan instead
+    would make all classes nan where pooling is a matrix product.
     """
     dtype = torch.promote_types(torch.promote_types(features.dtype, prototypes.dtype), torch.float32)
     info = torch.finfo(dtype)
@@ -109,7 +111,7 @@ def _costs(features: Tensor, prototypes: Tensor, temperature: float) -> tuple[Te
     pixels = torch.where(finite, pixels, 0).to(dtype)
     rows = prototypes.flatten(0, 1).to(dtype)
     rows, held = rows * _inverse_length(rows, 1) / temperature, (rows != 0).any(1, keepdim=True)
-    # Not `@`, which autocast and the precision switches would take below float32.
+    # Not `@`, since autocast and the precision switches would compute it below float32.
     logits = soft_sums(pixels.mT, rows.expand(len(pixels), -1, -1)) * _inverse_length(pixels, 1)
     # Not -inf: with no class at all the softmax would be nan.
     logits = torch.where(held, logits, info.min)
@@ -123,7 +125,7 @@ def _costs(features: Tensor, prototypes: Tensor, temperature: float) -> tuple[Te
 
 
 def _inverse_length(x: Tensor, dim: int) -> Tensor:
-    """1 / |x|; 0 with gradient 0 where x is 0, or so small that its square is."""
+    """1 / |x|; 0 with gradient 0 where x is 0, or so small that its square underflows."""
     square = x.square().sum(dim, keepdim=True)
     return torch.where(square < torch.finfo(x.dtype).tiny, math.inf, square).rsqrt()
 

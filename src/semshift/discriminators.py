@@ -1,9 +1,9 @@
-"""Discriminators of source against target: over output maps, over class prototypes, over pixels by class.
+"""Discriminators of source against target: over output maps, over class prototypes, and over classes of pixels.
 
-All return logits, never probabilities: positive for source where there is one output per judgement, and where there
-are 2K the first K are the source's classes and the other K the target's. All stay in float32 whatever the precision
-around them: half inputs are cast, autocast is off inside, and one that was itself cast to half precision says so.
-None has batch norm: a discriminator sees source and target one after another, and running statistics would be of
+All return logits, never probabilities. A single output is positive for source. Of 2K outputs, the first K are the
+source's classes and the other K the target's. All stay in float32, whatever the precision around them: they cast
+half-precision inputs and switch autocast off inside. A discriminator that was itself cast to half precision raises an
+error. None has batch norm: a discriminator sees source and target one after the other, so running statistics would fit
 neither.
 """
 
@@ -22,8 +22,8 @@ from semshift._checks import check_bool, check_device, check_floating, check_int
 
 __all__ = ["ClassPixelDiscriminator", "FCDiscriminator", "PrototypeDiscriminator", "frozen"]
 
-# Where there is no autocast to switch off, naming it is an error: "mps" before torch 2.5. Asked here, since torch 2.4
-# does not trace the question.
+# On devices without autocast, switching it off is an error: "mps" before torch 2.5. Checked at import, since torch 2.4
+# does not trace the check.
 _WITHOUT_AUTOCAST = frozenset(device for device in ("meta", "mps") if not torch.amp.is_autocast_available(device))
 
 
@@ -35,7 +35,7 @@ class FCDiscriminator(nn.Module):
 
     Args:
         in_channels: channels of the map, the number of classes for class probabilities; at least 1.
-        base_channels: of the first layer, at least 1.
+        base_channels: channels of the first layer, at least 1.
         spectral_norm: divide each kernel by its largest singular value (Miyato et al. 2018).
 
     Raises:
@@ -57,7 +57,7 @@ class FCDiscriminator(nn.Module):
         self.layers = _leaky_stack(layers, spectral_norm)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Judge maps.
+        """Classify maps as source or target.
 
         Args:
             maps: `[B, in_channels, H, W]`, floating point, H and W at least 32.
@@ -67,7 +67,7 @@ class FCDiscriminator(nn.Module):
 
         Raises:
             TypeError: maps that are not a floating-point tensor, or a discriminator in half precision.
-            ValueError: another shape or device, or a map that is too small for five halvings.
+            ValueError: a wrong shape or device, or a map below 32 x 32.
         """
         check_floating("maps", maps)
         if maps.dim() != 4 or maps.shape[1] != self.in_channels:
@@ -85,14 +85,14 @@ class PrototypeDiscriminator(nn.Module):
     """Discriminator of source against target over class prototypes: a multi-layer perceptron shared by all classes.
 
     This is the semantic-level discriminator of Wang et al. 2020 (arXiv 2004.00794), section 3. Its widths and the way
-    in which it knows the class were not published; they are ours.
+    in which it knows the class were not published; we chose them.
 
     Args:
         in_channels: C, the length of a prototype; at least 1.
         num_classes: K, at least 1.
         hidden_channels: widths of the hidden layers.
-        conditioning: how it knows the class. `"per-class"`: one output per class, of which row k takes the k-th, so
-            that each class has a boundary of its own over shared layers. `"none"`: one output for all.
+        conditioning: how the discriminator knows the class. `"per-class"`: one output per class, where row k uses
+            output k, so that each class has its own boundary over shared layers. `"none"`: one output for all classes.
             `"class-and-domain"`: 2K outputs, source classes then target classes, for the losses
             `class_discriminator_loss` and `class_confusion_loss` (FADA, Wang et al. 2020, arXiv 2007.09222).
         spectral_norm: divide each matrix by its largest singular value.
@@ -127,7 +127,7 @@ class PrototypeDiscriminator(nn.Module):
         self.layers = _leaky_stack([nn.Linear(a, b) for a, b in zip(widths, widths[1:])], spectral_norm)
 
     def forward(self, prototypes: Tensor) -> Tensor:
-        """Judge prototypes.
+        """Classify prototypes as source or target.
 
         Args:
             prototypes: `[..., K, C]`, floating point; row k is class k.
@@ -137,7 +137,7 @@ class PrototypeDiscriminator(nn.Module):
 
         Raises:
             TypeError: prototypes that are not a floating-point tensor, or a discriminator in half precision.
-            ValueError: another shape or device.
+            ValueError: a wrong shape or device.
         """
         check_floating("prototypes", prototypes)
         if prototypes.dim() < 2 or prototypes.shape[-2:] != (self.num_classes, self.in_channels):
@@ -196,17 +196,17 @@ class ClassPixelDiscriminator(nn.Module):
         self.layers = _leaky_stack(layers, spectral_norm)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Judge feature maps.
+        """Classify every pixel of feature maps by class and domain.
 
         Args:
             features: `[B, C, H, W]`, floating point.
 
         Returns:
-            Logits `[B, 2K, H, W]` float32; the losses take them as `.movedim(1, -1)`.
+            Logits `[B, 2K, H, W]` float32; pass them to the losses as `logits.movedim(1, -1)`.
 
         Raises:
             TypeError: features that are not a floating-point tensor, or a discriminator in half precision.
-            ValueError: another shape or device.
+            ValueError: a wrong shape or device.
         """
         check_floating("features", features)
         if features.dim() != 4 or features.shape[1] != self.in_channels:
@@ -222,13 +222,13 @@ class ClassPixelDiscriminator(nn.Module):
 
 
 def frozen(module: nn.Module) -> Callable[..., Any]:
-    """A callable that runs a module with its parameters detached: gradients reach its inputs and no parameter.
+    """A callable that runs a module with its parameters detached: gradients reach its inputs but no parameter.
 
     Use it for the segmenter's adversarial loss; the same module can be trained in the same step. Each call runs on
     copies of the parameters and buffers, so the module does not change and its optimiser may step before the backward.
     Activation checkpointing recomputes with the same copies, unless it is given a closure that was made outside the
-    module's methods. The wrappers `DistributedDataParallel`, `DataParallel` and `torch.compile` are bypassed, inside
-    the module too. No other thread may run the module during the call.
+    module's methods. The wrappers `DistributedDataParallel`, `DataParallel` and `torch.compile` are bypassed, also
+    inside the module. No other thread may run the module during the call.
 
     Args:
         module: any module.
@@ -237,8 +237,9 @@ def frozen(module: nn.Module) -> Callable[..., Any]:
         A callable that takes the module's arguments and keywords and returns its results.
 
     Raises:
-        TypeError: something else than a module, or a scripted one.
-        ValueError: a module that `fully_shard` was called on. Calling it on an enclosing module alone is fine.
+        TypeError: not a module, or a scripted module.
+        ValueError: a module on which `fully_shard` was called. Calling `fully_shard` on an enclosing module only is
+            fine.
 
     Example:
         >>> discriminator = semshift.FCDiscriminator(2)
@@ -268,10 +269,10 @@ def frozen(module: nn.Module) -> Callable[..., Any]:
 
 
 def _check_copies(module: nn.Module) -> None:
-    """Refuse a module that would not run over copies of its parameters."""
+    """Refuse a module that cannot run on copies of its parameters."""
     if any(isinstance(each, torch.jit.ScriptModule) for each in module.modules()):
         raise TypeError("expected a Python module, got a torch.jit.ScriptModule; pass the module it was scripted from")
-    # By name, since torch 2.4 keeps the class elsewhere. Its hooks would put other parameters in place of the copies.
+    # By name, since torch 2.4 has the class elsewhere. The hooks of FSDP would replace the copies by other parameters.
     if any(base.__name__ == "FSDPModule" for each in module.modules() for base in type(each).__mro__):
         raise ValueError(
             "expected a module with whole parameters, got one that fully_shard has split: shard the alignment module "
@@ -292,7 +293,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name. Each module has one name: swapped under two, it would keep a copy."""
+    """Parameters and buffers by name. Each module gets one name: swapped under two names, it would keep a copy."""
     tensors: dict[str, Tensor] = {}
     for prefix, each in module.named_modules():
         tensors |= dict(each.named_parameters(prefix, recurse=False, remove_duplicate=False))
@@ -301,7 +302,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 class _Twin(nn.Module):
-    """A module and its twin, which holds other tensors. The twin runs, and keeps them for a later recomputation."""
+    """A module and its twin, which holds the copies. The twin runs, and keeps the copies for a later recomputation."""
 
     def __init__(self, module: nn.Module, copies: dict[int, Any]) -> None:
         super().__init__()
@@ -319,7 +320,7 @@ class _Twin(nn.Module):
 
 
 def _moved(value: Any, twins: dict[int, Any]) -> Any:
-    """An attribute of a twin: the module's own modules, tensors and methods become the twin's, in containers too."""
+    """An attribute of a twin: the module's own modules, tensors and methods become the twin's, also in containers."""
     if isinstance(value, MethodType):
         return MethodType(value.__func__, twins.get(id(value.__self__), value.__self__))
     if isinstance(value, functools.partial):

@@ -1,4 +1,4 @@
-"""Sums over ranks as visible calls, which do nothing in one process."""
+"""Reductions over ranks as explicit calls, which also run in a single process."""
 
 from collections.abc import Iterable
 from typing import Any, Optional
@@ -14,23 +14,23 @@ __all__ = ["all_gather", "all_reduce_sum", "average_gradients"]
 
 
 def all_reduce_sum(tensor: Tensor, *, group: Optional[Any] = None) -> Tensor:
-    """Add a tensor up over all ranks, differentiably.
+    """Sum of a tensor over all ranks, differentiable.
 
-    Every rank gets the same sum. In the backward the gradients of all ranks are added up too, since each rank's input
-    feeds every rank's loss. So if every rank computes the same loss from the sum, each gets the gradient W times over,
-    for W ranks; `DistributedDataParallel`, which averages over ranks, brings that back to the gradient of the loss.
-    Forward and backward are reductions that all ranks must reach, in one order: a rank whose loss leaves the sum out
-    keeps the others waiting. Multiply by 0 instead.
+    Every rank gets the same sum. The backward also adds up the gradients of all ranks, since each rank's input affects
+    every rank's loss. So if all W ranks compute the same loss from the sum, each gets W times its gradient.
+    `DistributedDataParallel` averages over ranks, which gives the gradient of the loss again. All ranks must reach the
+    forward and the backward, in the same order. If a rank leaves the sum out of its loss, the others wait for it:
+    multiply the sum by 0 instead.
 
     Args:
-        tensor: of one shape and dtype on every rank; integers are fine and have no gradient.
+        tensor: of the same shape and dtype on every rank; integers are allowed and have no gradient.
         group: a process group, None for all ranks.
 
     Returns:
         The sum in the shape and dtype of `tensor`; `tensor` itself where `torch.distributed` is not initialised.
 
     Raises:
-        TypeError: something else than a tensor, or a bool one, whose sum is no bool.
+        TypeError: not a tensor, or a bool tensor, since its sum would not be bool.
 
     Example:
         >>> semshift.all_reduce_sum(torch.tensor([1.0, 2.0]))
@@ -38,7 +38,7 @@ def all_reduce_sum(tensor: Tensor, *, group: Optional[Any] = None) -> Tensor:
     """
     check_tensor("tensor", tensor)
     if tensor.dtype == torch.bool:
-        raise TypeError("expected tensor to hold numbers, got torch.bool")
+        raise TypeError("expected tensor to hold numbers, got torch.bool; pass tensor.long() to count")
     if not initialised():
         return tensor
     result: Tensor = _AllReduceSum.apply(tensor, group)  # type: ignore[no-untyped-call]  # because torch's apply is untyped
@@ -46,15 +46,15 @@ def all_reduce_sum(tensor: Tensor, *, group: Optional[Any] = None) -> Tensor:
 
 
 def all_gather(tensor: Tensor, *, group: Optional[Any] = None) -> Tensor:
-    """Stack the tensors of all ranks, differentiably.
+    """Stack of the tensors of all ranks, differentiable.
 
-    For losses that are weighted means of what lies on several ranks: gather a discriminator's logits and their
-    weights, and every rank computes the one loss of the whole batch. As with `all_reduce_sum`, the backward adds up
-    the gradients of all ranks, which `DistributedDataParallel` or `average_gradients` then bring back to the gradient
-    of that loss, and all ranks must reach both.
+    Use it for a loss that is a weighted mean over several ranks. Gather a discriminator's logits and their weights;
+    every rank then computes the same loss over the whole batch. As with `all_reduce_sum`, the backward adds up the
+    gradients of all ranks, and all ranks must reach the forward and the backward. `DistributedDataParallel` or
+    `average_gradients` then averages the gradients, which gives the gradient of that loss.
 
     Args:
-        tensor: of one shape and dtype on every rank; integers and bools are fine and have no gradient.
+        tensor: of the same shape and dtype on every rank; integers and bools are allowed and have no gradient.
         group: a process group, None for all ranks.
 
     Returns:
@@ -62,7 +62,7 @@ def all_gather(tensor: Tensor, *, group: Optional[Any] = None) -> Tensor:
         initialised.
 
     Raises:
-        TypeError: something else than a tensor.
+        TypeError: not a tensor.
 
     Example:
         >>> semshift.all_gather(torch.tensor([1.0, 2.0]))
@@ -79,20 +79,20 @@ def all_gather(tensor: Tensor, *, group: Optional[Any] = None) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor], *, group: Optional[Any] = None) -> None:
-    """Replace every parameter's gradient by its mean over all ranks: what `DistributedDataParallel` does, as a call.
+    """Average of the parameters' gradients over all ranks, in place: `DistributedDataParallel`'s averaging as a call.
 
-    For loops that run a network several times before one backward, or that ask for gradients in between. The order in
-    which ranks are added up is that of the parameters, from the first step on, so a resumed run has the same bits.
-    It waits for the backward to end, and needs memory for the gradients once more.
+    Use it in loops that run a network several times before one backward, or that compute gradients in between.
+    Gradients are reduced in the order of the parameters from the first step on, so a run resumes bit-identically. The
+    reduction starts only after the backward, and needs memory for a second copy of the gradients.
 
     Args:
-        parameters: the same on every rank and in the same order, such as `module.parameters()`; those that do not
-            require grad are left out. One without a gradient counts as 0 and has one afterwards.
+        parameters: the same on every rank and in the same order, such as `module.parameters()`. Parameters that do not
+            require grad are left out. A missing gradient counts as 0, and is set afterwards.
         group: a process group, None for all ranks.
 
     Raises:
-        TypeError: something else than tensors, or a single one.
-        ValueError: a group that this rank is not in.
+        TypeError: not tensors, or a single tensor.
+        ValueError: a group without this rank.
 
     Example:
         >>> weight = torch.ones(2, requires_grad=True)
@@ -102,7 +102,7 @@ def average_gradients(parameters: Iterable[Tensor], *, group: Optional[Any] = No
         tensor([2., 2.])
     """
     if isinstance(parameters, Tensor):
-        raise TypeError("expected parameters to be several tensors, got one: [parameter] is a list of it")
+        raise TypeError("expected parameters to be an iterable of tensors, got a single tensor; pass [parameter]")
     learning = list(parameters)
     for parameter in learning:
         check_tensor("each of parameters", parameter)
@@ -111,12 +111,12 @@ def average_gradients(parameters: Iterable[Tensor], *, group: Optional[Any] = No
     learning = [parameter for parameter in learning if parameter.requires_grad]
     ranks = dist.get_world_size(group)
     if ranks < 1:
-        raise ValueError("expected a group that this rank is in, got one without it")
-    # One reduction for all of one kind: hundreds of small ones would wait for each other.
+        raise ValueError("expected a group that contains this rank, got one without it")
+    # One reduction per device and dtype: hundreds of small ones would wait for each other.
     for kind in dict.fromkeys((parameter.device, parameter.dtype) for parameter in learning):
         alike = [parameter for parameter in learning if (parameter.device, parameter.dtype) == kind]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in alike])
-        # A sum of half precision may overflow where the mean does not.
+        # A half-precision sum may overflow where the mean does not.
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         dist.all_reduce(flat, group=group)
         for parameter, mean in zip(alike, torch.split(flat.div_(ranks), [p.numel() for p in alike])):
@@ -129,7 +129,7 @@ class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        # A copy that is dense, since the reduction is in place.
+        # A contiguous copy, since the reduction is in place.
         total = tensor.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
@@ -150,5 +150,5 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        # Each rank's row went to every rank, so what they send back adds up.
+        # Each rank's row went to every rank, so its gradients from all ranks are added up.
         return all_reduce_sum(gradients[0], group=ctx.group)[dist.get_rank(ctx.group)], None

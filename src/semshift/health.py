@@ -1,8 +1,9 @@
-"""Health of the adversarial game: figures to log beside the losses.
+"""Health figures of adversarial training, to log beside the losses.
 
-A discriminator whose accuracy stays at 1 on both domains teaches the segmenter nothing; one that stays at one half has
-lost, or there is nothing to tell; a term whose gradient at the features is a thousandth of the segmentation loss's
-changes nothing, and one that exceeds it takes over.
+A discriminator whose accuracy stays at 1 on both domains teaches the segmenter nothing. A discriminator that stays at
+one half has lost, or the domains do not differ. An adversarial term changes nothing if its gradient at the features is
+a thousandth of the segmentation loss's. If its gradient exceeds the segmentation loss's, the term dominates the
+training.
 """
 
 import math
@@ -26,13 +27,13 @@ __all__ = [
     "prototype_distance",
 ]
 
-# docs/health.md gives the reason of each.
+# docs/health.md gives the reason for each threshold.
 _CERTAIN, _CHANCE, _SILENT, _DOMINATES, _STEPS = 0.98, 0.55, 1e-3, 2.0, 10
 _FIGURES = ("source_accuracy", "target_accuracy", "gradient_ratio")
 
 
 class DomainAccuracy(NamedTuple):
-    """Accuracy of a discriminator on each domain: the share of its elements that the discriminator gets right.
+    """Accuracy of a discriminator on each domain: the share of the domain's elements that it classifies correctly.
 
     Example:
         >>> logits = torch.tensor([2.0, -1.0])
@@ -41,9 +42,9 @@ class DomainAccuracy(NamedTuple):
     """
 
     source: Tensor
-    """Scalar in [0, 1], nan where nothing of the source takes part."""
+    """Scalar in [0, 1], nan if no source element counts."""
     target: Tensor
-    """Scalar in [0, 1], nan where nothing of the target takes part."""
+    """Scalar in [0, 1], nan if no target element counts."""
 
 
 def domain_accuracy(
@@ -53,24 +54,24 @@ def domain_accuracy(
     source_weight: Optional[Tensor] = None,
     target_weight: Optional[Tensor] = None,
 ) -> DomainAccuracy:
-    """Accuracy of a discriminator, domain by domain.
+    """Accuracy of a discriminator on each domain.
 
-    One number for both would hide the usual collapse, in which everything is taken for one domain. A logit of exactly
-    0 is wrong on both sides.
+    One number for both domains would hide the usual collapse, in which everything is classified as one domain. A logit
+    of exactly 0 is wrong in both domains.
 
     Args:
-        source_logits: any shape, positive for source; nan is wrong on both sides too.
+        source_logits: any shape, positive for source; nan is wrong in both domains too.
         target_logits: any shape.
-        source_weight: bool or floating point in the shape of `source_logits`; elements of weight 0 take no part and
-            the others count alike. None counts all.
+        source_weight: bool or floating point in the shape of `source_logits`; elements of weight 0 do not count, and
+            all others count equally. None counts all elements.
         target_weight: the same for `target_logits`.
 
     Returns:
-        `DomainAccuracy`, two float32 scalars on the logits' device; nan where nothing takes part.
+        `DomainAccuracy`, two float32 scalars on the logits' device; nan if no element counts.
 
     Raises:
         TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
-        ValueError: a weight of another shape or device.
+        ValueError: a weight of a wrong shape or device.
 
     Example:
         >>> accuracy = semshift.domain_accuracy(torch.tensor([1.0, -1.0]), torch.tensor([-2.0, -1.0]))
@@ -91,7 +92,7 @@ def class_domain_accuracy(
     source_weight: Optional[Tensor] = None,
     target_weight: Optional[Tensor] = None,
 ) -> DomainAccuracy:
-    """`domain_accuracy` of a class-and-domain discriminator, whose domain is the half with the larger probability.
+    """Accuracy of a class-and-domain discriminator on each domain: it chooses the half with the larger probability.
 
     Args:
         source_logits: `[..., 2K]`, source classes then target classes.
@@ -100,11 +101,11 @@ def class_domain_accuracy(
         target_weight: `[...]`, as for `domain_accuracy`.
 
     Returns:
-        `DomainAccuracy`, two float32 scalars on the logits' device; nan where nothing takes part.
+        `DomainAccuracy`, two float32 scalars on the logits' device; nan if no element counts.
 
     Raises:
         TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
-        ValueError: logits with an odd last dimension, or a weight of another shape or device.
+        ValueError: logits with an odd last dimension, or a weight of a wrong shape or device.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0, 0.0, 0.0]])
@@ -124,8 +125,8 @@ def class_domain_accuracy(
 def gradient_norm(loss: Tensor, features: Tensor) -> Tensor:
     """Gradient norm: the Euclidean norm of a loss term's gradient at the features.
 
-    The graph is kept and no `.grad` is written, so it can be asked for just before the backward; only features that
-    `retain_grad` was called on get theirs. Multiply by the term's weight to compare terms.
+    The function keeps the graph and writes no `.grad`, so you can call it just before the backward. Only features on
+    which `retain_grad` was called get their `.grad`. Multiply the norm by the term's weight to compare terms.
 
     Args:
         loss: scalar, a function of `features`.
@@ -136,7 +137,7 @@ def gradient_norm(loss: Tensor, features: Tensor) -> Tensor:
 
     Raises:
         TypeError: a loss or features that are not a floating-point tensor.
-        ValueError: a loss that is not a scalar or does not depend on features. A loss in which nothing takes part does
+        ValueError: a loss that is not a scalar or does not depend on features. A loss in which no element counts does
             depend on them: its norm is 0.
         RuntimeError: a network that is checkpointed with `use_reentrant=True` or compiled with donated buffers.
 
@@ -154,22 +155,23 @@ def gradient_norm(loss: Tensor, features: Tensor) -> Tensor:
 def prototype_distance(source_means: Tensor, target_means: Tensor, *, weight: Optional[Tensor] = None) -> Tensor:
     """Distance between the two domains' prototypes of each class, in units of the distance between classes.
 
-    The unit is the mean distance between different classes, each at the middle of its two prototypes. Without it,
-    features that shrink would look like domains that meet. Where all prototypes have become one point there is no
-    unit, and the distance is nan rather than 0.
+    The unit is the mean distance between different classes, where each class is at the middle of its two prototypes.
+    Without this unit, features that shrink would look like domains that come closer. If all prototypes are one point,
+    there is no unit, and the distance is nan rather than 0.
 
     Args:
         source_means: prototypes `[K, C]`.
         target_means: prototypes `[K, C]`.
-        weight: bool or floating point `[K]`, the classes that are present in both; None takes all.
+        weight: bool or floating point `[K]`, positive for the classes that are present in both domains; None uses all
+            classes.
 
     Returns:
-        `[K]` float32 (float64 for float64 means), without gradient; nan for classes that take no part, and for all
-        with fewer than two that do.
+        `[K]` float32 (float64 for float64 means), without gradient; nan for classes that are not used, and for all
+        classes if fewer than two are used.
 
     Raises:
         TypeError: means that are not floating-point tensors, or a weight that is neither bool nor floating point.
-        ValueError: shapes or devices that do not belong together.
+        ValueError: shapes or devices that do not match.
 
     Example:
         >>> source, target = torch.tensor([[0.0], [4.0]]), torch.tensor([[0.0], [2.0]])
@@ -186,9 +188,9 @@ def prototype_distance(source_means: Tensor, target_means: Tensor, *, weight: Op
     check_device("target_means", target_means, "source_means", source_means)
     wide = torch.promote_types(torch.promote_types(source_means.dtype, target_means.dtype), torch.float32)
     source, target = source_means.detach().to(wide), target_means.detach().to(wide)
-    here = _taking_part("weight", weight, "source_means", source[:, 0])
+    here = _mask("weight", weight, "source_means", source[:, 0])
     middle = torch.where(here[:, None], (source + target) / 2, 0.0)
-    # Of two ways to the same, the one that holds no [K, K, C] and cancels nothing.
+    # This mode needs no tensor [K, K, C], and it avoids cancellation.
     between = torch.cdist(middle, middle, compute_mode="donot_use_mm_for_euclid_dist")
     pairs = here[:, None] & here & ~torch.eye(len(here), dtype=torch.bool, device=here.device)
     unit = torch.where(pairs, between, 0.0).sum() / pairs.sum()
@@ -197,20 +199,20 @@ def prototype_distance(source_means: Tensor, target_means: Tensor, *, weight: Op
 
 
 def health_warnings(history: Sequence[Mapping[str, float | Tensor]], *, objective: Objective = "bce") -> list[str]:
-    """Health warnings: what is wrong with a discriminator, judged by the figures of many steps.
+    """Health warnings: faults of a discriminator, found in the figures of many steps.
 
-    Pass the last tenth of a run, and only steps at which the weight has reached its value: before that the
-    discriminator should be ahead. Fewer than ten steps that hold a figure are not judged. Tensors on a device are
-    waited for here.
+    Pass the last tenth of a run, and only steps at which the weight has reached its final value: before that, the
+    discriminator should be ahead. A figure is judged if at least ten steps hold it. Reading tensors on a device forces
+    a device sync.
 
     Args:
-        history: one mapping for each step: `AlignmentLosses.figures`, or floats under these keys. `gradient_ratio` may
-            be added: the norm of the weighted confusion loss's gradient at the features, divided by that of the task
-            loss's. Other keys are ignored, and so is nan.
-        objective: the discriminator's. The accuracy of a `"wasserstein"` one is not judged.
+        history: one mapping for each step: `AlignmentLosses.figures`, or floats under these keys. You may add
+            `gradient_ratio`: the norm of the weighted confusion loss's gradient at the features, divided by the norm of
+            the task loss's gradient. Other keys are ignored, and so is nan.
+        objective: the discriminator's. With `"wasserstein"`, its accuracy is not judged.
 
     Returns:
-        A sentence for each fault. It begins with the fault's kind: `certain`, `chance` or `idle`, `silent` or
+        One warning for each fault. It begins with the fault's kind: `certain`, `chance` or `idle`, `silent` or
         `dominates`.
 
     Raises:
@@ -225,15 +227,15 @@ def health_warnings(history: Sequence[Mapping[str, float | Tensor]], *, objectiv
     check_option("objective", objective, get_args(Objective))
     source, target, ratios = (_figures(history, name) for name in _FIGURES)
     if history and not (source or target or ratios):
-        raise ValueError(f"expected history with figures among {', '.join(_FIGURES)}, got {list(history[0])}")
+        raise ValueError(f"expected history with at least one of {', '.join(_FIGURES)}, got {list(history[0])}")
     found = []
     if min(len(source), len(target)) >= _STEPS:
         source, target = ([value for value in values if not math.isnan(value)] for values in (source, target))
         if not (source and target):
-            # Then the gradient is 0 for the same reason.
+            # The gradient is then 0 for the same reason.
             return [
-                "idle: no class was in the labels of one domain and seen in the other, so nothing was compared; check "
-                "the labels, or label more images"
+                "idle: no class in the labels of one domain was seen in the other, so nothing was compared; check the "
+                "label ids, or label more images"
             ]
         # With the Wasserstein objective the sign of a logit means nothing; only differences do.
         if min(len(source), len(target)) >= _STEPS and objective != "wasserstein":
@@ -251,7 +253,7 @@ def _figures(history: Sequence[Mapping[str, float | Tensor]], name: str) -> list
     values = []
     for row in history:
         if not isinstance(row, Mapping):
-            raise TypeError(f"expected history to be a sequence of mappings, got one of {type(row).__name__}")
+            raise TypeError(f"expected history to be a sequence of mappings, got a sequence with {type(row).__name__}")
         if name in row:
             given = row[name]
             if isinstance(given, Tensor) and given.dim() == 0:
@@ -265,40 +267,40 @@ def _figures(history: Sequence[Mapping[str, float | Tensor]], name: str) -> list
 
 
 def _judge_accuracy(source: float, target: float) -> list[str]:
-    came = f"(accuracy {source:.2f} on source and {target:.2f} on target)"
+    found = f"(accuracy {source:.2f} on source and {target:.2f} on target)"
     if min(source, target) >= _CERTAIN:
         return [
-            f"certain: the discriminator separates the domains almost without error {came}, so the network does not "
-            "fool it; lower the discriminator's learning rate, set spectral_norm, or raise the weight if the "
-            "validation score does not fall with it"
+            f"certain: the discriminator separates the domains almost without error {found}, so the segmenter does not "
+            "fool it. Lower the discriminator's learning rate or set spectral_norm. Or raise the weight, as long as "
+            "the validation score does not fall"
         ]
     if (source + target) / 2 <= _CHANCE:
         return [
-            f"chance: the discriminator is at chance {came}, so its gradient is noise; see that its parameters change, "
-            "raise its learning rate, or lower the weight if the accuracy fell as the weight rose; if "
+            f"chance: the discriminator is at chance {found}, so its gradient is noise. Check that its parameters "
+            "change. Raise its learning rate, or lower the weight if the accuracy fell as the weight rose. If "
             "prototype_distance is near 0, the domains are aligned"
         ]
     return []
 
 
 def _judge_ratio(ratio: float) -> list[str]:
-    came = f"the weighted confusion loss's gradient at the features is {ratio:.2g} times the task loss's"
+    found = f"the weighted confusion loss's gradient at the features is {ratio:.2g} times the task loss's"
     if ratio < _SILENT:
-        return [f"silent: {came}, so it changes nothing; raise the weight"]
+        return [f"silent: {found}, so it changes nothing; raise the weight"]
     if ratio > _DOMINATES:
-        return [f"dominates: {came}, so it outweighs the task; lower the weight"]
+        return [f"dominates: {found}, so it outweighs the task; lower the weight"]
     return []
 
 
 def _share(domain: str, right: Tensor, weight: Optional[Tensor]) -> Tensor:
-    here = _taking_part(f"{domain}weight", weight, f"{domain}logits", right)
-    # Integers divided would come in the default dtype.
+    here = _mask(f"{domain}weight", weight, f"{domain}logits", right)
+    # A quotient of integers would have the default dtype.
     return (right & here).sum().float() / here.sum()
 
 
-def _taking_part(name: str, weight: Optional[Tensor], of: str, like: Tensor) -> Tensor:
+def _mask(name: str, weight: Optional[Tensor], of: str, like: Tensor) -> Tensor:
     if weight is None:
         return torch.ones_like(like, dtype=torch.bool)
-    # Their values are the losses' business: here a weight is positive or not.
+    # The losses check the values; here it only matters whether a weight is positive.
     check_weight(name, weight, of, like, like.shape, values=False)
     return weight > 0

@@ -1,4 +1,4 @@
-"""Label maps on the feature grid, and the checks that belong where labels are loaded."""
+"""Label maps: checks and remapping for loading, and resampling to the feature grid."""
 
 from collections.abc import Mapping
 from typing import Literal, Optional, Union
@@ -25,17 +25,17 @@ __all__ = ["check_labels", "class_shares", "remap_labels", "resize_labels"]
 def check_labels(labels: Tensor, num_classes: int, *, ignore_index: Optional[int] = 255) -> None:
     """Refuse labels outside `[0, num_classes)` that are not `ignore_index`, on any device.
 
-    It waits for the device. Call it where labels are loaded: pooling on CUDA does not look, and such a label takes no
-    part there.
+    The check forces a device sync. Call it where labels are loaded: pooling on CUDA does not check, and ignores such a
+    label.
 
     Args:
         labels: any shape, uint8, int8, int16, int32 or int64.
         num_classes: K, at least 1.
-        ignore_index: id of pixels without a class; None if there is none.
+        ignore_index: id of pixels without a class; None if there is no such id.
 
     Raises:
-        TypeError: labels of another dtype, or a count that is not an int.
-        ValueError: a label out of range, with how many of which there are; or `num_classes` over 255 with the
+        TypeError: labels of a wrong dtype, or a count that is not an int.
+        ValueError: a label out of range, with the number of pixels of each value; or `num_classes` over 255 with the
             default `ignore_index`.
 
     Example:
@@ -49,23 +49,23 @@ def check_labels(labels: Tensor, num_classes: int, *, ignore_index: Optional[int
 
 
 def remap_labels(labels: Tensor, table: Union[Mapping[int, int], Tensor], *, default: Optional[int] = None) -> Tensor:
-    """Give every label its new id by a table.
+    """Remap labels: replace every label by its new id from a table.
 
-    An id that the table lacks is an error unless there is a `default`: a data set whose ids are not what one thinks
-    scores 1 %. The function waits for the device.
+    An id that the table lacks is an error unless you give a `default`: without this error, a data set with unexpected
+    ids scores 1 %. The function forces a device sync.
 
     Args:
         labels: any shape, uint8, int8, int16, int32 or int64.
-        table: old id to new id, for every id that occurs, the ignored one included; or `[N]` of such a dtype, the
-            new ids of 0 to N - 1.
-        default: the new id of every label that the table lacks, such as 255; None makes those an error.
+        table: maps old id to new id, for every id that occurs, including the ignored id; or a tensor `[N]` of one of
+            these dtypes, with the new ids of 0 to N - 1.
+        default: the new id of every label that the table lacks, such as 255; with None such labels are an error.
 
     Returns:
-        Labels of the same shape and dtype. Widen uint8 first where a new id does not fit.
+        Labels of the same shape and dtype. Widen uint8 labels first if a new id does not fit.
 
     Raises:
-        TypeError: labels or a table of another dtype, or an id in the table or a default that is not an int.
-        ValueError: a label that the table lacks, an empty table or one of another shape, or a new id that the dtype
+        TypeError: labels or a table of a wrong dtype, or an id in the table or a default that is not an int.
+        ValueError: a label that the table lacks, an empty table, a table of a wrong shape, or a new id that the dtype
             of the labels cannot hold.
 
     Example:
@@ -111,8 +111,8 @@ def remap_labels(labels: Tensor, table: Union[Mapping[int, int], Tensor], *, def
         values = torch.unique(seen[lacking])
         more = f" and {len(values) - 5} more" if len(values) > 5 else ""
         count = int(lacking.sum())
-        came = f"{', '.join(map(str, values[:5].tolist()))}{more} ({count} pixel{'s' if count > 1 else ''})"
-        raise ValueError(f"expected labels to be ids of table, or a default for those that it lacks, got {came}")
+        got = f"{', '.join(map(str, values[:5].tolist()))}{more} ({count} pixel{'s' if count > 1 else ''})"
+        raise ValueError(f"expected labels to be ids in table, or a default for ids that table lacks, got {got}")
     return news[place].to(labels.dtype)
 
 
@@ -125,23 +125,23 @@ def resize_labels(
     ignore_index: Optional[int] = 255,
     min_share: float = 0.0,
 ) -> Tensor:
-    """Bring a label map to another size, one label a cell.
+    """Resample a label map to a different size, with one label per cell.
 
     Args:
         labels: `[B, H, W]`, uint8, int8, int16, int32 or int64.
         size: `(h, w)` of the result, coarser or finer.
         num_classes: K, at least 1.
-        resample: `"nearest"` takes the label at the cell's centre (PyTorch's `nearest-exact`); `"majority"` the label
-            that covers most of the cell, pixels on its border by the part inside. Ignored pixels vote for ignoring;
-            ties go to the lower id, and to a class before ignoring.
-        ignore_index: id of pixels without a class; None if there is none.
+        resample: `"nearest"` takes the label at the cell's centre (PyTorch's `nearest-exact`); `"majority"` takes the
+            label that covers most of the cell; a pixel on the cell's border counts by its part inside. Ignored pixels
+            vote for an ignored cell. Ties go to the lower id, and to a class rather than to an ignored cell.
+        ignore_index: id of pixels without a class; None if there is no such id.
         min_share: with `"majority"`, a cell whose label covers less than this share of it is ignored; in [0, 1].
 
     Returns:
         `[B, h, w]` in the dtype of `labels`.
 
     Raises:
-        TypeError: labels of another dtype, or a min_share that is not a number.
+        TypeError: labels of a wrong dtype, or a min_share that is not a number.
         ValueError: a wrong shape, size, resample or share; on the CPU, a label out of range.
 
     Example:
@@ -173,26 +173,26 @@ def class_shares(
     align_corners: bool = False,
     ignore_index: Optional[int] = 255,
 ) -> Tensor:
-    """The weight of each class in each cell of another grid.
+    """Class shares: the weight of each class in each cell of a grid of a different size.
 
-    With `"area"`, the share of the cell that the class covers, so the weights of a cell sum to at most 1; ignored
-    pixels fill the rest. With `"bilinear"`, the transpose of bilinear interpolation from the grid to the labels,
-    applied to the class's mask, so the weights of a class sum to its label pixels, and pooling features by them is
-    pooling the up-sampled features.
+    With `"area"`, the weight is the share of the cell that the class covers. The weights of a cell sum to at most 1;
+    ignored pixels fill the rest. With `"bilinear"`, the weights are the transpose of bilinear interpolation from the
+    grid to the labels, applied to the class's mask. The weights of a class then sum to its number of label pixels, and
+    pooling features with these weights is the same as pooling the up-sampled features.
 
     Args:
         labels: `[B, H, W]`, uint8, int8, int16, int32 or int64.
         size: `(h, w)` of the grid, coarser or finer than the labels.
         num_classes: K, at least 1.
         resample: `"area"` or `"bilinear"`.
-        align_corners: of the interpolation; only with `"bilinear"`.
-        ignore_index: id of pixels without a class; None if there is none.
+        align_corners: for `"bilinear"` only, as in `torch.nn.functional.interpolate`.
+        ignore_index: id of pixels without a class; None if there is no such id.
 
     Returns:
         `[B, K, h, w]` float32.
 
     Raises:
-        TypeError: labels of another dtype, or an align_corners that is not a bool.
+        TypeError: labels of a wrong dtype, or an align_corners that is not a bool.
         ValueError: a wrong shape, size or resample; on the CPU, a label out of range.
 
     Example:
@@ -209,7 +209,7 @@ def class_shares(
     shares = label_shares(labels, height, width, num_classes, resample, align_corners, ignore_index)
     shares = shares[:, :num_classes]
     if resample == "area":
-        # An empty label map covers no part of any cell; its shares are zeros already.
+        # An empty label map covers no part of any cell: its shares are zeros already.
         shares = shares / max(labels.shape[1] * labels.shape[2], 1)
     return shares.float()
 
@@ -221,7 +221,7 @@ def _check_map(labels: Tensor, size: tuple[int, int]) -> tuple[int, int]:
         raise ValueError(f"expected size (h, w), got {size!r}")
     height, width = (check_int("size", extent) for extent in size)
     if min(height, width) < 0:
-        raise ValueError(f"expected size (h, w) of at least 0 each way, got {tuple(size)}")
+        raise ValueError(f"expected size (h, w) with h and w at least 0, got {tuple(size)}")
     if 0 in labels.shape[1:] and 0 not in (height, width):
         raise ValueError(f"expected labels with pixels for a grid of {tuple(size)}, got {list(labels.shape)}")
     return height, width

@@ -1,13 +1,13 @@
 """Adversarial losses for the discriminator and for the segmenter.
 
-Every function takes logits, never probabilities, positive for source, and the boundary between the domains is 0 in
-every objective but `wasserstein`, which is blind to an offset that both domains share. Weights say which elements take
-part: where the weight is 0, neither the loss nor its gradient sees the logit, whatever it holds; where nothing takes
-part, the loss is 0 with gradient 0. A weight that is negative or not finite is an error on the CPU and not looked for
-elsewhere, since checking would force a device sync.
+Every loss takes logits, never probabilities; positive logits mean source. The boundary between the domains is 0 for
+every objective except `wasserstein`, which does not see an offset that both domains share. Weights say which elements
+count. Where the weight is 0, the loss and its gradient ignore the logit, whatever its value. If no element counts, the
+loss is 0 with gradient 0. A weight that is negative or not finite is an error on the CPU. It is not checked elsewhere,
+since checking would force a device sync.
 
-Losses are float32 (float64 for float64 logits), whatever the logits' dtype: a float16 sum overflows beyond 65504, and
-so does a float16 loss times the first scale of `GradScaler`; a sum in bfloat16 stops counting at 256.
+Losses are float32 (float64 for float64 logits), whatever the logits' dtype. A float16 sum overflows beyond 65504, and
+so does a float16 loss times the first scale of `GradScaler`. A bfloat16 sum stops counting at 256.
 """
 
 import math
@@ -39,10 +39,10 @@ __all__ = [
 ]
 
 Objective: TypeAlias = Literal["bce", "least-squares", "hinge", "wasserstein"]
-"""The form of the adversarial loss, the same for discriminator and segmenter.
+"""Objective: the form of the adversarial loss, the same for the discriminator and the segmenter.
 
 `bce`: Goodfellow et al. 2014, the non-saturating form. `least-squares`: Mao et al. 2017, towards 1 and -1. `hinge`: Lim
-and Ye 2017. `wasserstein`: Arjovsky et al. 2017, which needs a penalty or spectral norm beside it.
+and Ye 2017. `wasserstein`: Arjovsky et al. 2017, which also needs a penalty or spectral norm.
 
 Example:
     >>> objective: semshift.Objective = "least-squares"
@@ -67,7 +67,7 @@ def discriminator_loss(
         source_logits: any shape, from detached inputs.
         target_logits: any shape, from detached inputs.
         objective: see `Objective`.
-        source_weight: bool or floating point in the shape of `source_logits`, not negative; None weighs all alike.
+        source_weight: bool or floating point in the shape of `source_logits`, not negative; None means equal weights.
         target_weight: the same for `target_logits`.
 
     Returns:
@@ -75,7 +75,7 @@ def discriminator_loss(
 
     Raises:
         TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
-        ValueError: a weight of another shape or device, one that is negative or not finite, or an unknown objective.
+        ValueError: a weight of a wrong shape or device, negative or not finite, or an unknown objective.
 
     Example:
         >>> semshift.discriminator_loss(torch.tensor([2.0]), torch.tensor([-3.0]), objective="hinge")
@@ -87,8 +87,8 @@ def discriminator_loss(
     check_weight("source_weight", source_weight, "source_logits", source_logits, source_logits.shape)
     check_weight("target_weight", target_weight, "target_logits", target_logits, target_logits.shape)
     check_device("target_logits", target_logits, "source_logits", source_logits)
-    source, source_weight = _taking_part(source_logits, source_weight)
-    target, target_weight = _taking_part(target_logits, target_weight)
+    source, source_weight = _masked(source_logits, source_weight)
+    target, target_weight = _masked(target_logits, target_weight)
     if objective == "bce":
         losses = F.softplus(-source), F.softplus(target)
     elif objective == "least-squares":
@@ -101,19 +101,19 @@ def discriminator_loss(
 
 
 def confusion_loss(logits: Tensor, *, objective: Objective = "bce", weight: Optional[Tensor] = None) -> Tensor:
-    """Adversarial loss for the segmenter: a weighted mean over target logits, low where they look like source.
+    """Adversarial loss for the segmenter: a weighted mean over target logits, low if they are classified as source.
 
     Args:
         logits: any shape, of target inputs, from a `frozen` discriminator.
-        objective: see `Objective`; the discriminator's.
-        weight: bool or floating point in the shape of `logits`, not negative; None weighs all alike.
+        objective: the discriminator's, see `Objective`.
+        weight: bool or floating point in the shape of `logits`, not negative; None means equal weights.
 
     Returns:
         A scalar, float32 (float64 for float64 logits).
 
     Raises:
         TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
-        ValueError: a weight of another shape or device, one that is negative or not finite, or an unknown objective.
+        ValueError: a weight of a wrong shape or device, negative or not finite, or an unknown objective.
 
     Example:
         >>> semshift.confusion_loss(torch.tensor([0.0, float("nan")]), weight=torch.tensor([True, False]))
@@ -122,7 +122,7 @@ def confusion_loss(logits: Tensor, *, objective: Objective = "bce", weight: Opti
     check_option("objective", objective, _OBJECTIVES)
     check_floating("logits", logits)
     check_weight("weight", weight, "logits", logits, logits.shape)
-    wide, weight = _taking_part(logits, weight)
+    wide, weight = _masked(logits, weight)
     if objective == "bce":
         losses = F.softplus(-wide)
     elif objective == "least-squares":
@@ -141,19 +141,19 @@ def class_discriminator_loss(
     source_weight: Optional[Tensor] = None,
     target_weight: Optional[Tensor] = None,
 ) -> Tensor:
-    """Adversarial loss for a class-and-domain discriminator: cross-entropy of class and domain at once.
+    """Adversarial loss for a class-and-domain discriminator: cross-entropy over class and domain jointly.
 
     FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2, here with half the sum of the two domains' means.
 
     Args:
-        source_logits: `[..., 2K]`, source classes then target classes; maps `[B, 2K, H, W]` come as
-            `.movedim(1, -1)`.
+        source_logits: `[..., 2K]`, source classes then target classes; pass maps `[B, 2K, H, W]` as
+            `maps.movedim(1, -1)`.
         target_logits: `[..., 2K]`.
-        source_classes: class probabilities `[..., K]`, detached; None says that the logits are `[..., K, 2K]` of
-            prototypes and row k is class k.
+        source_classes: class probabilities `[..., K]`, detached. None means that the logits are `[..., K, 2K]` of
+            prototypes, where row k is class k.
         target_classes: the same for `target_logits`.
         source_weight: bool or floating point `[...]`, the logits' shape without the last dimension, not negative;
-            None weighs all alike.
+            None means equal weights.
         target_weight: the same for `target_logits`.
 
     Returns:
@@ -161,7 +161,7 @@ def class_discriminator_loss(
 
     Raises:
         TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
-        ValueError: shapes or devices that do not belong together, or a weight that is negative or not finite.
+        ValueError: shapes or devices that do not match, or a weight that is negative or not finite.
 
     Example:
         >>> semshift.class_discriminator_loss(torch.zeros(3, 6), torch.zeros(3, 6))
@@ -176,22 +176,22 @@ def class_discriminator_loss(
 def class_confusion_loss(
     logits: Tensor, *, classes: Optional[Tensor] = None, weight: Optional[Tensor] = None
 ) -> Tensor:
-    """Adversarial loss for the segmenter from a class-and-domain discriminator: towards the same class in the source.
+    """Adversarial loss for the segmenter with a class-and-domain discriminator: cross-entropy to the same source class.
 
     FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2.
 
     Args:
         logits: `[..., 2K]`, of target inputs, source classes then target classes.
-        classes: class probabilities `[..., K]`, detached; None says that the logits are `[..., K, 2K]` of prototypes
-            and row k is class k.
-        weight: bool or floating point `[...]`, not negative; None weighs all alike.
+        classes: class probabilities `[..., K]`, detached. None means that the logits are `[..., K, 2K]` of prototypes,
+            where row k is class k.
+        weight: bool or floating point `[...]`, not negative; None means equal weights.
 
     Returns:
         A scalar, float32 (float64 for float64 logits).
 
     Raises:
         TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
-        ValueError: shapes or devices that do not belong together, or a weight that is negative or not finite.
+        ValueError: shapes or devices that do not match, or a weight that is negative or not finite.
 
     Example:
         >>> semshift.class_confusion_loss(torch.zeros(3, 6))
@@ -203,7 +203,7 @@ def class_confusion_loss(
 def entropy_map(probabilities: Tensor) -> Tensor:
     """Entropy map, `-p log p / log K` for each class and pixel: the input of ADVENT's discriminator.
 
-    Vu et al. 2019 (arXiv 1811.12833), section 3.2. Summed over classes it is 1 where all are equally likely. The
+    Vu et al. 2019 (arXiv 1811.12833), section 3.2. Its sum over classes is 1 where all classes are equally likely. The
     gradient is finite at 0.
 
     Args:
@@ -214,7 +214,7 @@ def entropy_map(probabilities: Tensor) -> Tensor:
 
     Raises:
         TypeError: probabilities that are not a floating-point tensor.
-        ValueError: another shape; on the CPU, a value outside [0, 1], as of logits passed by mistake.
+        ValueError: a wrong shape; on the CPU, a value outside [0, 1], for example in logits passed by mistake.
 
     Example:
         >>> semshift.entropy_map(torch.tensor([[[0.5], [0.5]]])).flatten()
@@ -225,9 +225,11 @@ def entropy_map(probabilities: Tensor) -> Tensor:
         raise ValueError(f"expected probabilities [B, K, *S] with K of at least 2, got {list(probabilities.shape)}")
     if (seen := readable(probabilities)) is not None and seen.numel() > 0:
         low, high = (value.item() for value in seen.detach().aminmax())
-        # Interpolated maps exceed 1 by rounding; nan passes through, for the caller's own check of the loss.
+        # Interpolated maps may exceed 1 by rounding. nan passes through, so that the caller's check of the loss sees
+        # it.
         if low < 0 or high > 1 + 8 * torch.finfo(probabilities.dtype).eps:
-            raise ValueError(f"expected probabilities in [0, 1], got {low if low < 0 else high}")
+            wrong = low if low < 0 else high
+            raise ValueError(f"expected probabilities in [0, 1], got {wrong}; for logits pass logits.softmax(1)")
     smallest = torch.finfo(probabilities.dtype).tiny
     # Not clamp, whose gradient at the limit itself differs between versions of PyTorch.
     positive = torch.where(probabilities < smallest, smallest, probabilities)
@@ -235,17 +237,17 @@ def entropy_map(probabilities: Tensor) -> Tensor:
 
 
 def r1_penalty(logits: Tensor, inputs: Tensor, *, sample_dims: int = 1, weight: Optional[Tensor] = None) -> Tensor:
-    """R1 gradient penalty: half the mean squared gradient of a discriminator at its source inputs.
+    """R1 gradient penalty: half the mean squared norm of a discriminator's gradient at its source inputs.
 
-    R1 of Mescheder et al. 2018 (arXiv 1801.04406), equation 9, without its factor gamma. Add it to the
-    discriminator's loss; its own backward goes through the gradient.
+    This is equation 9 of Mescheder et al. 2018 (arXiv 1801.04406) without the factor gamma. Add it to the
+    discriminator's loss. Its backward differentiates the gradient once more.
 
     Args:
         logits: any shape, computed from `inputs`.
-        inputs: detached and then set to require grad.
-        sample_dims: how many leading dimensions of `inputs` count samples: 1 for maps `[B, C, H, W]`, all but the
+        inputs: the discriminator's inputs, detached and then set to require grad.
+        sample_dims: number of leading dimensions of `inputs` that count samples: 1 for maps `[B, C, H, W]`, all but the
             last for prototypes `[..., K, C]`.
-        weight: bool or floating point in the shape of those dimensions, not negative; None weighs all alike.
+        weight: bool or floating point in the shape of those dimensions, not negative; None means equal weights.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs).
@@ -253,8 +255,8 @@ def r1_penalty(logits: Tensor, inputs: Tensor, *, sample_dims: int = 1, weight: 
     Raises:
         TypeError: logits or inputs that are not a floating-point tensor, a sample_dims that is not an int, or a weight
             that is neither bool nor floating point.
-        ValueError: logits that do not depend on inputs, a number of dimensions that inputs do not have, or a weight
-            of another shape or device, negative or not finite.
+        ValueError: logits that do not depend on inputs, a sample_dims out of range, or a weight of a wrong shape or
+            device, negative or not finite.
 
     Example:
         >>> inputs = torch.ones(2, 3, requires_grad=True)
@@ -270,25 +272,25 @@ def r1_penalty(logits: Tensor, inputs: Tensor, *, sample_dims: int = 1, weight: 
         )
     check_weight("weight", weight, "inputs", inputs, inputs.shape[:sample_dims])
     if not (inputs.requires_grad and logits.requires_grad):
-        raise ValueError("expected logits computed from inputs that require grad, got no gradient between them")
+        raise ValueError("expected logits computed from inputs that require grad, got no gradient of logits at inputs")
     (gradient,) = torch.autograd.grad(logits.sum(), inputs, create_graph=True, allow_unused=True)
     if gradient is None:
-        raise ValueError("expected logits computed from inputs that require grad, got no gradient between them")
-    # A last axis of one, so that there is something to flatten where every dimension counts samples.
+        raise ValueError("expected logits computed from inputs that require grad, got no gradient of logits at inputs")
+    # A last axis of size 1, so that `flatten` also works where every dimension counts samples.
     gradient = gradient.unsqueeze(-1).flatten(sample_dims)
-    gradient, weight = _taking_part(gradient, weight, trailing=1)
+    gradient, weight = _masked(gradient, weight, trailing=1)
     return _weighted_mean(gradient.square().sum(-1), weight) / 2
 
 
 def reverse_gradient(features: Tensor, *, scale: float = 1.0) -> Tensor:
-    """Gradient reversal: the features unchanged, their gradient multiplied by `-scale`.
+    """Gradient reversal: the features are unchanged, and their gradient is multiplied by `-scale`.
 
-    Ganin and Lempitsky 2015 (arXiv 1409.7495), section 3: minimising the discriminator's loss behind this trains the
-    discriminator and confuses it by the same pass.
+    Ganin and Lempitsky 2015 (arXiv 1409.7495), section 3. Apply it to the discriminator's inputs. Minimising the
+    discriminator's loss then trains the discriminator, and teaches the network to fool it by the same backward.
 
     Args:
         features: any shape, floating point.
-        scale: the gradient is multiplied by minus this; finite, not negative. A schedule's value goes here.
+        scale: the gradient is multiplied by `-scale`; finite, not negative. Pass a schedule's value to vary it.
 
     Returns:
         A tensor equal to `features`.
@@ -309,13 +311,13 @@ def reverse_gradient(features: Tensor, *, scale: float = 1.0) -> Tensor:
     try:
         result: Tensor = _Reverse.apply(features, scale)  # type: ignore[no-untyped-call]  # because torch's apply is untyped
     except NotImplementedError as error:
-        # With a `jvp` of ours, torch would silently give 0 for forward mode nested in forward mode.
+        # If we defined `jvp`, torch would silently give 0 for forward mode nested in forward mode.
         raise NotImplementedError("reverse_gradient has no forward mode: use reverse mode, such as jacrev") from error
     return result
 
 
 class _Reverse(torch.autograd.Function):
-    # With the context apart from the forward, torch.func's transforms work as well.
+    # With a separate `setup_context`, torch.func's transforms work too.
     generate_vmap_rule = True
 
     @staticmethod
@@ -352,24 +354,24 @@ def _class_domain_losses(
             )
         check_device(f"{prefix}classes", classes, f"{prefix}logits", logits)
     check_weight(f"{prefix}weight", weight, f"{prefix}logits", logits, logits.shape[:-1])
-    wide, weight = _taking_part(logits, weight, trailing=1)
+    wide, weight = _masked(logits, weight, trailing=1)
     log_probabilities = wide.log_softmax(-1)
     half = log_probabilities[..., :num_classes] if of_source else log_probabilities[..., num_classes:]
     if classes is None:
         losses = -half.diagonal(dim1=-2, dim2=-1)
     else:
-        classes, _ = _taking_part(classes, weight, trailing=1)
+        classes, _ = _masked(classes, weight, trailing=1)
         losses = -(classes.to(half.dtype) * half).sum(-1)
     return _weighted_mean(losses, weight)
 
 
-def _taking_part(values: Tensor, weight: Optional[Tensor], *, trailing: int = 0) -> tuple[Tensor, Optional[Tensor]]:
+def _masked(values: Tensor, weight: Optional[Tensor], *, trailing: int = 0) -> tuple[Tensor, Optional[Tensor]]:
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     if weight is None:
         return values, None
-    # Cast before it is compared: a weight that the cast takes to 0 counts as 0.
+    # Cast before comparing: a weight that the cast rounds to 0 counts as 0.
     weight = weight.to(values.dtype)
-    # Anything may stand where the weight is 0, and 0 * nan would be nan, in the value or in the gradient.
+    # Where the weight is 0, a value may be nan, and 0 * nan would be nan, in the loss or in the gradient.
     here = (weight > 0).reshape(*weight.shape, *[1] * trailing)
     return torch.where(here, values, 0.0), weight
 

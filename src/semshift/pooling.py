@@ -1,6 +1,6 @@
-"""Class-prototype pooling: the sum of the features of each class, and its mass, divided once at the end.
+"""Class-prototype pooling: the features of each class are added up, and divided by its mass once at the end.
 
-Sums and masses add up over images, batches, shards and ranks, so a prototype over any of these is one division away:
+Sums and masses add up over images, batches, shards and ranks. So a prototype over any of these takes one division:
 `(a + b).means`, never the mean of means.
 """
 
@@ -34,14 +34,15 @@ __all__ = ["ClassSums", "class_sums", "weighted_class_sums"]
 # properties nor its addition.
 @dataclass(eq=False)
 class ClassSums:
-    """Sums and mass of each class: add first, divide last.
+    """Class sums: the summed features and the mass of each class; add first, divide last.
 
     Args:
         sums: `[(B,) K, C]` float32 (float64 for float64 features), the features of each class added up.
-        mass: `[(B,) K]`, how much was added: int64 pixels, or in the dtype of `sums` for area and for weights.
+        mass: `[(B,) K]`, the amount that was added: int64 pixels, or in the dtype of `sums` for `"area"` and for
+            weights.
 
     Raises:
-        ValueError: two that are added are of unlike shape or dtype.
+        ValueError: on addition, shapes or dtypes that differ.
 
     Example:
         >>> one = semshift.class_sums(torch.ones(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), 2)
@@ -56,20 +57,20 @@ class ClassSums:
     def means(self) -> Tensor:
         """Prototypes `[(B,) K, C]` in the dtype of `sums`; an absent class is 0 with gradient 0."""
         present = self.present[..., None]
-        # The inner `where` keeps 0 / 0 out of the backward, the outer one whatever the sums hold.
+        # The inner `where` keeps 0 / 0 out of the backward; the outer one hides what an absent class's sums hold.
         mass = torch.where(self.present, self.mass, 1)[..., None].to(self.sums.dtype)
         return torch.where(present, self.sums / mass, 0.0)
 
     @property
     def present(self) -> Tensor:
-        """`[(B,) K]` bool, the classes of which anything was added."""
+        """`[(B,) K]` bool, the classes with a mass above 0."""
         return self.mass > 0
 
     def to(self, *args: Any, **kwargs: Any) -> "ClassSums":
-        """Sums and mass on another device or in another floating dtype, as `torch.Tensor.to`; counts stay int64.
+        """Sums and mass on a device or in a floating dtype, as by `torch.Tensor.to`; counts stay int64.
 
         Returns:
-            Both of them, moved.
+            The moved `ClassSums`.
 
         Raises:
             TypeError: a dtype that is not floating point.
@@ -86,28 +87,28 @@ class ClassSums:
         """Sums and mass without their graph.
 
         Returns:
-            Both of them, detached.
+            The detached `ClassSums`.
         """
         return ClassSums(self.sums.detach(), self.mass.detach())
 
     def pin_memory(self) -> "ClassSums":
-        """Sums and mass in pinned memory: what a `DataLoader` with `pin_memory=True` calls.
+        """Sums and mass in pinned memory; a `DataLoader` with `pin_memory=True` calls this.
 
         Returns:
-            Both of them, pinned.
+            The pinned `ClassSums`.
         """
         return ClassSums(self.sums.pin_memory(), self.mass.pin_memory())
 
     def __add__(self, other: "ClassSums") -> "ClassSums":
-        """Sums and mass of both; `sum(parts)` merges a list."""
+        """Sums and mass of both, added up; `sum(parts)` adds up a list."""
         if not isinstance(other, ClassSums):
             return NotImplemented
         for name in ("sums", "mass"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
                 raise ValueError(
-                    f"expected two ClassSums of like shape and dtype, got {name} {list(ours.shape)} {ours.dtype} and "
-                    f"{list(theirs.shape)} {theirs.dtype}"
+                    f"expected two ClassSums of the same shape and dtype, got {name} {list(ours.shape)} {ours.dtype} "
+                    f"and {list(theirs.shape)} {theirs.dtype}"
                 )
         return ClassSums(self.sums + other.sums, self.mass + other.mass)
 
@@ -117,7 +118,7 @@ class ClassSums:
 
 
 with warnings.catch_warnings():
-    # In torch 2.4 this calls a function that torch 2.4 itself deprecates; importing semshift is to be silent.
+    # In torch 2.4 this calls a function that torch 2.4 itself deprecates; importing semshift must be silent.
     warnings.simplefilter("ignore", FutureWarning)
     torch.export.register_dataclass(ClassSums)
 
@@ -127,7 +128,7 @@ def _collate(batch: list[ClassSums], **options: Any) -> ClassSums:
     return ClassSums(collate(sums, **options), collate(mass, **options))
 
 
-# How the documentation of `torch.utils.data.default_collate` adds a type.
+# The documentation of `torch.utils.data.default_collate` adds a type in this way.
 default_collate_fn_map[ClassSums] = _collate
 
 
@@ -141,7 +142,7 @@ def class_sums(
     align_corners: bool = False,
     per_image: bool = False,
 ) -> ClassSums:
-    """Add up the features under each class's pixels.
+    """Class sums: the features of each class added up, and its number of pixels.
 
     `.means` of the result are the class prototypes of Wang et al. 2020 (arXiv 2004.00794), section 3:
     `v_k = sum_i [y_i = k] f_i / sum_i [y_i = k]`. A pixel whose label is `ignore_index` is ignored, whatever its
@@ -150,26 +151,26 @@ def class_sums(
     Args:
         features: `[B, C, *S]`, float16, bfloat16, float32 or float64, any strides; differentiable, twice in eager mode.
         labels: `[B, *S']`, uint8, int8, int16, int32 or int64, in `[0, num_classes)` or `ignore_index`. On CUDA any
-            other label is ignored, since checking would force a device sync: see `check_labels`.
+            other label is ignored without an error, since checking would force a device sync: see `check_labels`.
         num_classes: K, at least 1.
-        ignore_index: id of pixels without a class, None if there is none. The default is refused with more than 255
-            classes.
-        resample: how labels meet a feature grid of another size, two spatial dimensions only; at equal sizes all are
-            the same. `"bilinear"`: exactly what pooling bilinearly up-sampled features at the labels' size gives,
-            without up-sampling them. `"nearest"`: the label at the cell's centre. `"majority"`: the label that covers
-            most of the cell. `"area"`: each class weighs by the share of the cell that it covers. None refuses labels
-            of another size.
-        align_corners: of `"bilinear"`, as in `torch.nn.functional.interpolate`.
-        per_image: one row of prototypes per image instead of one for the batch.
+        ignore_index: id of pixels without a class; None if there is no such id. The default is refused with more than
+            255 classes.
+        resample: how labels are resampled to a feature grid of a different size, for two spatial dimensions only. At
+            equal sizes all options give the same sums. `"bilinear"`: the exact sums of features that are bilinearly
+            up-sampled to the labels' size, without up-sampling them. `"nearest"`: the label at the cell's centre.
+            `"majority"`: the label that covers most of the cell. `"area"`: each class is weighted by the share of the
+            cell that it covers. None refuses labels of a different size.
+        align_corners: for `"bilinear"` only, as in `torch.nn.functional.interpolate`.
+        per_image: one set of prototypes per image instead of one for the batch.
 
     Returns:
         `ClassSums` with sums `[(B,) K, C]` and mass `[(B,) K]`: int64 label pixels, or with `"area"` cells in the
         dtype of the sums.
 
     Raises:
-        TypeError: features or labels of another dtype, or a flag that is not a bool.
-        ValueError: shapes that do not belong together, labels of another size with `resample=None`, labels whose
-            aspect ratio is that of a transposed map, an unknown option, or on the CPU a label out of range.
+        TypeError: features or labels of a wrong dtype, or a flag that is not a bool.
+        ValueError: shapes that do not match, labels of a different size with `resample=None`, labels that look
+            transposed by their aspect ratio, an unknown option, or on the CPU a label out of range.
 
     Example:
         >>> features = torch.tensor([[[1.0, 3.0, 5.0, 9.0]]])
@@ -194,23 +195,24 @@ def class_sums(
 
 
 def weighted_class_sums(features: Tensor, weights: Tensor, *, per_image: bool = False) -> ClassSums:
-    """Add up features by the weight of each class at each place, such as a network's probabilities.
+    """Weighted class sums: features added up with a weight per class and place, such as a network's probabilities.
 
-    A cell that no class weighs contributes nothing on the CPU, whatever its features hold; on CUDA this is a matrix
-    product, exact for finite features.
+    On the CPU, a cell whose weights are all 0 adds nothing, whatever its features hold. On CUDA this is a matrix
+    product, so all features must be finite.
 
     Args:
         features: `[B, C, *S]`, float16, bfloat16, float32 or float64; differentiable.
-        weights: `[B, K, *S]`, of any of these dtypes, not negative for means to be means; differentiable.
-        per_image: one row of prototypes per image instead of one for the batch.
+        weights: `[B, K, *S]`, of any of these dtypes; differentiable. They must not be negative if `.means` are to be
+            means.
+        per_image: one set of prototypes per image instead of one for the batch.
 
     Returns:
         `ClassSums` with sums `[(B,) K, C]` and mass `[(B,) K]`, the sum of the weights, both float32 (float64 if
         either argument is).
 
     Raises:
-        TypeError: features or weights of another dtype, or a per_image that is not a bool.
-        ValueError: shapes or devices that do not belong together.
+        TypeError: features or weights of a wrong dtype, or a per_image that is not a bool.
+        ValueError: shapes or devices that do not match.
 
     Example:
         >>> weights = torch.tensor([[[0.25, 0.75]]])
@@ -230,7 +232,7 @@ def weighted_class_sums(features: Tensor, weights: Tensor, *, per_image: bool = 
             f"expected weights [B, K, *S] for features [B, C, *S], got {list(weights.shape)} for {list(features.shape)}"
         )
     check_device("features", features, "weights", weights)
-    # A last axis of one, so that there is something to flatten in `[B, C]` too.
+    # A last axis of size 1, so that `flatten` also works for `[B, C]`.
     weights = weights.unsqueeze(-1).flatten(2)
     sums = soft_sums(features.unsqueeze(-1).flatten(2), weights)
     mass = weights.sum(2, dtype=sums.dtype)

@@ -1,7 +1,7 @@
-"""Running prototypes of a domain, which remember the classes that a batch lacks.
+"""Prototype bank: running class prototypes of a domain, which keep the classes that a batch lacks.
 
-Sums and mass are averaged apart and divided last, as in pooling: an average of means would count a class of three
-pixels as much as one that fills the image.
+Sums and mass are averaged separately and divided last, as in pooling. An average of means would count three pixels of a
+class as much as a whole image of that class.
 """
 
 import math
@@ -21,7 +21,7 @@ _DTYPES = (torch.float32, torch.float64)
 
 
 class FilledPrototypes(NamedTuple):
-    """Prototypes of a batch, and the bank's where the batch has none.
+    """Prototypes of a batch, filled in from the bank where the batch lacks a class.
 
     Example:
         >>> bank = semshift.PrototypeBank(1, 2)
@@ -32,26 +32,27 @@ class FilledPrototypes(NamedTuple):
     """
 
     means: Tensor
-    """`[(B,) K, C]`; 0 for a class that neither has ever seen."""
+    """`[(B,) K, C]`; 0 for a class that neither the batch nor the bank has."""
     present: Tensor
-    """`[(B,) K]` bool, the classes that either has."""
+    """`[(B,) K]` bool, the classes that the batch or the bank has."""
 
 
 class PrototypeBank(nn.Module):
-    """Running class prototypes of one domain over many batches; use one bank for each domain.
+    """Prototype bank: running class prototypes of one domain over many batches; use one bank for each domain.
 
-    A class k that is present in an update moves by `S_k = m S_k + (1 - m) s_k` and `M_k = m M_k + (1 - m) n_k`, for
-    the update's sums s and mass n and the momentum m; one that is absent keeps both, bit for bit. Its prototype is
-    `S_k / M_k`: the mean over all features so far, those of j updates of the class ago at a weight of `m ** j`. So an
-    update counts by its mass, and the start from 0 leaves no bias, since it is the same in both.
+    An update has sums s and mass n; m is the momentum. For a class k that is present in it, the bank sets
+    `S_k = m S_k + (1 - m) s_k` and `M_k = m M_k + (1 - m) n_k`. For an absent class, both stay bit-identical. The
+    prototype is `S_k / M_k`: the mean over all features so far, where those from j updates of the class ago have a
+    weight of `m ** j`. So an update counts by its mass. Starting from 0 causes no bias, since it affects `S_k` and
+    `M_k` alike.
 
-    The state is two buffers, which a checkpoint holds and which no gradient reaches. The bank stays in float32
-    whatever the model's precision: keep it out of what you cast to half precision, or it says so.
+    The state is two buffers without gradients, which a checkpoint includes. The bank must stay in float32, whatever the
+    model's precision: after a cast to half precision it raises an error.
 
     Args:
         in_channels: C, the length of a prototype, at least 1.
         num_classes: K, at least 1.
-        momentum: m, in [0, 1); 0 remembers the last update of a class alone.
+        momentum: m, in [0, 1); with 0 the bank keeps only the last update of a class.
 
     Raises:
         TypeError: a count that is not an int, or a momentum that is not a number.
@@ -89,7 +90,7 @@ class PrototypeBank(nn.Module):
 
     @property
     def present(self) -> Tensor:
-        """`[K]` bool, the classes that were ever seen.
+        """`[K]` bool, the classes that were seen in any update.
 
         Raises:
             TypeError: the bank was cast to half precision.
@@ -98,28 +99,27 @@ class PrototypeBank(nn.Module):
 
     @torch.no_grad()
     def update(self, pooled: ClassSums) -> None:
-        """Take in a batch; on several ranks, the batches of all of them, so that every rank holds the same bank.
+        """Update the bank with a batch; with several ranks, with all ranks' batches, so that all banks are the same.
 
-        Every rank must call it, also one whose batch lacks every class. Images are added up first, each rank's sums
-        and mass then go through `all_reduce_sum`. Sums that were already added up over ranks do no harm,
-        since the prototype is a ratio.
+        Every rank must call it, even if its batch lacks every class. Images are added up first; then each rank's sums
+        and mass go through `all_reduce_sum`. Sums that were already added up over ranks do no harm, since the prototype
+        is a ratio.
 
         Args:
             pooled: sums `[K, C]` or, with `per_image`, `[B, K, C]`.
 
         Raises:
-            TypeError: something else than `ClassSums`, sums that are not float32 or float64, or a bank in half
-                precision.
-            ValueError: another shape or device; on the CPU, sums of a present class that are not finite in the
-                bank's dtype, or a mass that is negative or not finite; the bank is then as it was. Elsewhere, where
-                checking would wait for the device, such a class keeps its value, and so it does in a compiled graph.
+            TypeError: not a `ClassSums`, sums that are not float32 or float64, or a bank in half precision.
+            ValueError: a wrong shape or device; on the CPU, sums of a present class that are not finite in the bank's
+                dtype, or a mass that is negative or not finite. The bank is then unchanged. On other devices checking
+                would force a device sync: there, and in a compiled graph, such a class keeps its value.
         """
         state = self._state()
         self._check(pooled)
         sums, mass = pooled.sums, pooled.mass
         if sums.dim() == 3:
             sums, mass = sums.sum(0), mass.sum(0)
-        # Counts are added up as integers; what is checked is the total, so that ranks refuse together or not at all.
+        # Counts are added up as integers. The total is checked, so that either all ranks raise or none does.
         sums = all_reduce_sum(sums).to(state.sums.dtype)
         mass = all_reduce_sum(mass).to(state.mass.dtype)
         weighs = (mass >= 0) & mass.isfinite()
@@ -128,14 +128,14 @@ class PrototypeBank(nn.Module):
             _check_values(sums, mass, weighs, finite)
         moves = (mass > 0) & weighs & finite
         momentum = self.momentum
-        # An absent class keeps its bits, and whatever its sums hold is thrown away.
+        # An absent class keeps its bits; its sums are discarded, whatever they hold.
         self.sums.copy_(torch.where(moves[:, None], momentum * state.sums + (1 - momentum) * sums, state.sums))
         self.mass.copy_(torch.where(moves, momentum * state.mass + (1 - momentum) * mass, state.mass))
 
     def forward(self, pooled: ClassSums) -> FilledPrototypes:
-        """Fill in the classes that a batch lacks; the bank itself stays as it is.
+        """Fill in the classes that a batch lacks; the bank itself does not change.
 
-        Gradients flow to the batch's own rows; those of the bank are constants.
+        Gradients flow to the batch's own rows; the bank's rows are constants.
 
         Args:
             pooled: sums `[K, C]` or `[B, K, C]`.
@@ -144,8 +144,8 @@ class PrototypeBank(nn.Module):
             `FilledPrototypes` of the shape of `pooled`, means in the dtype of its sums.
 
         Raises:
-            TypeError: what `update` refuses.
-            ValueError: another shape or device.
+            TypeError: as in `update`.
+            ValueError: a wrong shape or device.
         """
         state = self._state()
         self._check(pooled)
@@ -163,7 +163,7 @@ class PrototypeBank(nn.Module):
 
     def _check(self, pooled: ClassSums) -> None:
         if not isinstance(pooled, ClassSums):
-            raise TypeError(f"expected pooled to be ClassSums, got {type(pooled).__name__}")
+            raise TypeError(f"expected pooled to be a ClassSums, got {type(pooled).__name__}")
         if pooled.sums.dtype not in _DTYPES:
             raise TypeError(f"expected pooled.sums of dtype float32 or float64, got {pooled.sums.dtype}")
         if pooled.sums.dim() not in (2, 3) or pooled.sums.shape[-2:] != self.sums.shape:

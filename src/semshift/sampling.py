@@ -1,4 +1,4 @@
-"""Batches mixed from several domains, each batch a pure function of the seed and the step."""
+"""Sampler of batches mixed from several domains; each batch is a pure function of the seed and the step."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,37 +18,39 @@ _BLOCK = 512
 
 
 class MixedBatchSampler:
-    """Draw every batch from all domains, so many images of each.
+    """Sampler of mixed batches: each batch has a fixed number of images from every domain.
 
-    Each domain is one endless stream of draws that passes through the domain again and again, each pass in an order
-    of its own. At step s the ranks in order hold draws `[s * W * n, (s + 1) * W * n)` of it, for n images a batch and
-    W ranks. A batch is a function of (seed, world size, rank, step) and nothing else: resuming is `first_step`, takes
-    no time, and needs no state. Orders are computed, not stored, so a billion images cost what a thousand do. A
-    domain's stream hangs on its name and length, not on which other domains there are.
+    Each domain is one endless stream of draws: passes through all of its images, each pass in a different random order.
+    With n images per batch and W ranks, step s uses draws `[s * W * n, (s + 1) * W * n)` of the stream. The ranks
+    divide these draws in their order. A batch depends on (seed, world size, rank, step) and nothing else. To resume,
+    set `first_step`: this takes no time and needs no state. Orders are computed, not stored, so a billion images cost
+    the same as a thousand. A domain's stream depends on its name and length, not on the other domains.
 
-    It is a `batch_sampler` for `torch.utils.data.DataLoader` over the `ConcatDataset` of the domains in this order.
-    It is a value: it prints, compares and pickles. Each iteration starts at `first_step` again, so a loop of several
-    epochs calls `set_epoch`, as Lightning, Fabric and Accelerate do: each epoch continues where the last one ended.
+    Pass it as `batch_sampler` to a `torch.utils.data.DataLoader` over the `ConcatDataset` of the domains in this order.
+    It is a value: you can print, compare and pickle it. Each iteration starts at `first_step` again. So a loop over
+    several epochs must call `set_epoch`, as Lightning, Fabric and Accelerate do: then each epoch continues where the
+    last one ended.
 
-    It distributes the batches over ranks, and nothing else may do so again. Lightning and Fabric need
-    `use_distributed_sampler=False`. Accelerate, which gives each of W processes every W-th batch, needs
-    `rank=0, world_size=1` and `steps` times W.
+    The sampler distributes the batches over ranks, so no other tool may distribute them again. With Lightning and
+    Fabric, set `use_distributed_sampler=False`. Accelerate gives each of W processes every W-th batch: pass
+    `rank=0, world_size=1` and W times the `steps`.
 
     Args:
-        sizes: a domain's name to its number of images, at least 1; the order counts.
-        per_batch: the same names in the same order, to images in a batch on each rank, at least 1.
-        seed: of all streams, at least 0.
-        rank: this process, in `[0, world_size)`.
-        world_size: number of processes, at least 1. A run may go on with another one from the same step if
-            world size times images per batch stays the same; `resume` makes sure.
+        sizes: maps a domain's name to its number of images, at least 1; the order matters.
+        per_batch: maps the same names, in the same order, to the number of images per batch on each rank, at least 1.
+        seed: seed of all streams, at least 0.
+        rank: the rank of this process, in `[0, world_size)`.
+        world_size: number of processes, at least 1. A run may resume at a step with a different number of processes if
+            world size times images per batch stays the same; `resume` checks this.
         first_step: the step of the first batch, at least 0.
         steps: number of batches, at least 0; None for endless.
-        weights: a domain's name to a weight for each of its images, not negative; these domains are drawn
-            independently with replacement, in proportion. See `rare_class_weights`.
+        weights: maps a domain's name to one weight per image, not negative. Images of these domains are drawn
+            independently with replacement, in proportion to their weights. See `rare_class_weights`.
 
     Raises:
-        TypeError: no mapping, a name that is not a str, a count that is not an int, or weights that are no numbers.
-        ValueError: an empty domain, names that do not agree, a count out of range, or weights that are no weights.
+        TypeError: not a mapping, a name that is not a str, a count that is not an int, or weights that are not numbers.
+        ValueError: an empty domain, names that do not match, a count out of range, or weights of a wrong length,
+            negative, not finite or all 0.
 
     Example:
         >>> sizes, per_batch = {"source": 1000, "target": 50}, {"source": 2, "target": 1}
@@ -95,7 +97,8 @@ class MixedBatchSampler:
         self.steps = None if steps is None else check_int("steps", steps, 0)
         self.weights = {name: tuple(_weights(name, weight, sizes)) for name, weight in (weights or {}).items()}
         self.epoch = 0
-        # The first step of epoch 0 and the length of an epoch; after `resume`, first_step and steps are what is left.
+        # The first step of epoch 0 and the length of an epoch; after `resume`, first_step and steps are those of the
+        # rest.
         self._first, self._length = self.first_step, self.steps
         self._cumulative = {name: _cumulative(weight) for name, weight in self.weights.items()}
 
@@ -109,22 +112,23 @@ class MixedBatchSampler:
             step += steps
 
     def __len__(self) -> int:
-        """Number of batches; a TypeError where there is no end."""
+        """Number of batches; raises TypeError if the sampler is endless."""
         if self.steps is None:
-            raise TypeError("expected steps to be given for a length, got an endless sampler")
+            raise TypeError("expected a sampler with steps for len(), got an endless sampler; pass steps=")
         return self.steps
 
     def set_epoch(self, epoch: int) -> None:
         """Move to an epoch: its first step is that of epoch 0 plus `epoch * steps`.
 
-        For a loop that resumes by calling this, as Lightning does, create the sampler with the first step of epoch 0.
+        If your loop resumes by calling `set_epoch`, as Lightning does, create the sampler with the first step of epoch
+        0.
 
         Args:
-            epoch: 0 or more. The current epoch changes nothing, so that a sampler from `resume` keeps its place.
+            epoch: 0 or more. Setting the current epoch changes nothing, so a sampler from `resume` keeps its position.
 
         Raises:
             TypeError: an epoch that is not an int.
-            ValueError: a negative epoch, or one above 0 of an endless sampler, which needs `steps`.
+            ValueError: a negative epoch, or an epoch above 0 of an endless sampler, which needs `steps`.
 
         Example:
             >>> sampler = semshift.MixedBatchSampler({"source": 1000}, {"source": 4}, seed=0, steps=100)
@@ -170,29 +174,28 @@ class MixedBatchSampler:
         """
         if self.world_size > 1:
             raise ValueError(
-                f"this sampler already distributes its batches over world_size {self.world_size}: with Accelerate pass "
-                f"rank=0, world_size=1 and steps times the number of processes"
+                f"this sampler already distributes its batches over world_size {self.world_size}: with Accelerate "
+                f"pass rank=0, world_size=1 and the number of processes times steps"
             )
         return False
 
     def resume(
         self, first_step: int, *, rank: int, world_size: int, per_batch: Mapping[str, int]
     ) -> "MixedBatchSampler":
-        """The same streams from a step on, perhaps on another number of ranks.
+        """Sampler of the same streams from a step on, with the same or a different number of ranks.
 
         Args:
             first_step: the step to resume at; `steps` is reduced, so that the epoch ends where it would have ended.
-            rank: this process, in `[0, world_size)`.
+            rank: the rank of this process, in `[0, world_size)`.
             world_size: number of processes, at least 1.
-            per_batch: images in a batch on each rank; times `world_size` it must be what it was.
+            per_batch: images per batch on each rank; `world_size` times each number must stay the same.
 
         Returns:
             A sampler.
 
         Raises:
-            TypeError: what the constructor refuses.
-            ValueError: draws of a step that are not as many as before, a step outside the run, or what the
-                constructor refuses.
+            TypeError: as in the constructor.
+            ValueError: a changed number of draws per step, a step outside the run, or as in the constructor.
 
         Example:
             >>> sampler = semshift.MixedBatchSampler({"source": 1000}, {"source": 4}, seed=0, steps=100)
@@ -215,18 +218,19 @@ class MixedBatchSampler:
             steps=None if end is None else end - first_step,
             weights=self.weights,
         )
-        # After the constructor, which has refused what is no count.
+        # After the constructor, which has checked the counts.
         for name, images in self.per_batch.items():
             before, now = images * self.world_size, resumed.per_batch[name] * resumed.world_size
             if before != now:
                 raise ValueError(
-                    f"expected world_size * per_batch[{name!r}] to stay {before}, so that the stream goes on, got {now}"
+                    f"expected world_size * per_batch[{name!r}] to stay {before}, so that the stream continues, got "
+                    f"{now}"
                 )
         resumed.epoch, resumed._first, resumed._length = self.epoch, self._first, self._length
         return resumed
 
     def _batches(self, step: int, steps: int) -> list[list[int]]:
-        """Many steps at once: NumPy's cost is by the call, not by the number."""
+        """The batches of many steps at once: NumPy's cost is per call, not per number."""
         parts, offset = [], 0
         for name, size in self.sizes.items():
             images = self.per_batch[name]
@@ -265,7 +269,7 @@ class MixedBatchSampler:
         )
 
     def _values(self) -> tuple[Any, ...]:
-        # Dicts compare without their order, but the order of domains is the meaning of an index.
+        # Dicts compare without their order, but the order of domains decides what an index means.
         ordered = tuple(self.sizes.items()), tuple(self.per_batch.items())
         epochs = self.epoch, self._first, self._length
         return (*ordered, self.seed, self.rank, self.world_size, self.first_step, self.steps, self.weights, epochs)
@@ -276,14 +280,14 @@ def collate_by_domain(samples: Sequence[Any], per_batch: Mapping[str, int]) -> d
 
     Args:
         samples: as `MixedBatchSampler` draws them, domain after domain.
-        per_batch: the sampler's; give it with `functools.partial`.
+        per_batch: the sampler's; bind it with `functools.partial`.
 
     Returns:
-        A domain's name to its samples under `torch.utils.data.default_collate`.
+        A dictionary of each domain's samples by name, collated by `torch.utils.data.default_collate`.
 
     Raises:
         TypeError: a count that is not an int.
-        ValueError: another number of samples, or a count below 1.
+        ValueError: a wrong number of samples, or a count below 1.
 
     Example:
         >>> semshift.collate_by_domain([1, 2, 3.5], {"source": 2, "target": 1})
@@ -301,25 +305,25 @@ def collate_by_domain(samples: Sequence[Any], per_batch: Mapping[str, int]) -> d
 def rare_class_weights(
     class_counts: np.ndarray | torch.Tensor, *, temperature: float = 0.01, min_pixels: int = 1
 ) -> np.ndarray:
-    """Weights for images such that rare classes are seen more often.
+    """Image weights for rare class sampling: images with rare classes are drawn more often.
 
-    DAFormer's rare class sampling (Hoyer et al. 2022, arXiv 2111.14887), section 3.2: a class of frequency f is chosen
-    with probability proportional to `exp((1 - f) / temperature)`, then one of the images that hold it. This is the
-    probability of each image under that. A class that no image holds is never chosen.
+    DAFormer's rare class sampling (Hoyer et al. 2022, arXiv 2111.14887), section 3.2. A class of frequency f is chosen
+    with probability proportional to `exp((1 - f) / temperature)`, then one of the images that hold this class. The
+    weight of an image is its probability under this scheme. A class that no image holds is never chosen.
 
     Args:
         class_counts: `[N, K]`, pixels of each class in each image, not negative.
-        temperature: the smaller, the more the rarest class is favoured; positive.
-        min_pixels: an image holds a class from so many of its pixels on, at least 1. A random crop of an image that
-            has a handful mostly misses them. Frequencies count every pixel.
+        temperature: positive; the smaller it is, the more the rarest class is favoured.
+        min_pixels: an image holds a class if it has at least this number of its pixels; at least 1. If an image has a
+            handful, a random crop mostly misses them. Frequencies count every pixel.
 
     Returns:
         `float64 [N]`, summing to 1; 0 for images without any class.
 
     Raises:
-        TypeError: counts or a temperature that are no numbers, or a min_pixels that is not an int.
-        ValueError: another shape, counts that are negative, all 0 or all below `min_pixels`, a temperature that is
-            not positive, or a min_pixels below 1.
+        TypeError: counts or a temperature that are not numbers, or a min_pixels that is not an int.
+        ValueError: a wrong shape, counts that are negative, all 0 or all below `min_pixels`, a temperature that is not
+            positive, or a min_pixels below 1.
 
     Example:
         >>> semshift.rare_class_weights(np.array([[90, 0], [90, 10]]), temperature=0.5).round(2)
@@ -336,9 +340,12 @@ def rare_class_weights(
     frequency = counts.sum(0) / counts.sum()
     held = counts >= min_pixels
     if not held.any():
-        raise ValueError(f"expected class_counts of at least min_pixels {min_pixels} somewhere, got {counts.max()}")
+        raise ValueError(
+            f"expected class_counts with a count of at least min_pixels {min_pixels}, got at most {counts.max()}"
+        )
     occurs = held.any(0)
-    # Only ratios count: the rarest class is put at exp(0), or a small temperature would overflow. Others may vanish.
+    # Only ratios matter: the rarest class is set to exp(0), or a small temperature would overflow. Others may
+    # underflow.
     with np.errstate(over="ignore"):
         exponent = np.where(occurs, (frequency[occurs].min() - frequency) / temperature, -np.inf)
     chosen = np.exp(exponent)
@@ -358,7 +365,7 @@ def _weights(name: str, weights: Any, sizes: Mapping[str, int]) -> list[float]:
 
 
 def _cumulative(weights: Sequence[float]) -> np.ndarray:
-    # Scaled by a power of two, which rounds nothing, so that neither huge nor tiny weights leave the range of floats.
+    # Scaled by a power of two, which is exact, so that neither huge nor tiny weights leave the range of floats.
     exponent = math.frexp(max(weights))[1]
     return np.cumsum(np.ldexp(weights, -exponent))
 
@@ -375,9 +382,9 @@ def _check_weights(name: str, values: np.ndarray) -> None:
     if wrong.size:
         raise ValueError(f"expected {name} to be finite and not negative, got {wrong[0]}")
     if not values.any():
-        raise ValueError(f"expected {name} to be positive somewhere, got {'only 0' if values.size else 'none'}")
+        raise ValueError(f"expected {name} with a positive value, got {'only 0' if values.size else 'no values'}")
 
 
 def _check_mapping(name: str, value: object) -> None:
     if not isinstance(value, Mapping):
-        raise TypeError(f"expected {name} to map names of domains, got {value!r}")
+        raise TypeError(f"expected {name} to be a mapping from domain names, got {value!r}")

@@ -1,6 +1,6 @@
-"""Weights and rates as functions of the step.
+"""Schedules: weights and learning rates as functions of the step.
 
-A schedule is a value: it prints, compares, hashes and pickles, and holds no counter. `schedule(step)` is a plain float,
+A schedule is a value without a counter: you can print, compare, hash and pickle it. `schedule(step)` is a plain float,
 so a resumed run needs the step and nothing else.
 """
 
@@ -15,7 +15,7 @@ from semshift._checks import check_finite, check_int
 __all__ = ["Constant", "Cosine", "Linear", "Polynomial", "Schedule", "Sigmoid", "Then"]
 
 Schedule: TypeAlias = Callable[[int], float]
-"""Anything that maps a step, 0 or more, to a float.
+"""Schedule: any function of a step (0 or more) that returns a float.
 
 Example:
     >>> halved: semshift.Schedule = lambda step: 0.01 * 0.5 ** (step // 1000)
@@ -26,7 +26,7 @@ Example:
 
 @dataclass(frozen=True)
 class Constant:
-    """The same value at every step.
+    """Constant schedule: the same value at every step.
 
     Args:
         value: any finite number.
@@ -53,12 +53,12 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """A straight line from `start` at step 0 to `stop` at step `steps`, held from there on.
+    """Linear schedule: a straight line from `start` at step 0 to `stop` at step `steps`, fixed from there on.
 
     Args:
         start: value at step 0, finite.
         stop: value from step `steps` on, finite.
-        steps: length of the way, at least 1.
+        steps: number of steps from `start` to `stop`, at least 1.
 
     Raises:
         ValueError: a value is not finite, or `steps` is below 1.
@@ -84,12 +84,12 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Half a cosine from `start` at step 0 to `stop` at step `steps`, held from there on.
+    """Cosine schedule: half a cosine from `start` at step 0 to `stop` at step `steps`, fixed from there on.
 
     Args:
         start: value at step 0, finite.
         stop: value from step `steps` on, finite.
-        steps: length of the way, at least 1.
+        steps: number of steps from `start` to `stop`, at least 1.
 
     Raises:
         ValueError: a value is not finite, or `steps` is below 1.
@@ -115,15 +115,15 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Polynomial:
-    """Polynomial decay, `stop + (start - stop) * (1 - step / steps) ** power`, held from step `steps` on.
+    """Polynomial decay, `stop + (start - stop) * (1 - step / steps) ** power`, fixed from step `steps` on.
 
     With the default power this is the decay of DeepLab (Chen et al. 2017, section 4.1) and AdaptSegNet.
 
     Args:
         start: value at step 0, finite.
         stop: value from step `steps` on, finite.
-        steps: length of the way, at least 1.
-        power: 0 keeps `start` until the last step, 1 is a straight line; finite, not negative.
+        steps: number of steps from `start` to `stop`, at least 1.
+        power: finite, not negative; 0 keeps `start` until step `steps`, 1 is a straight line.
 
     Raises:
         ValueError: a value is not finite, `steps` is below 1, or `power` is negative.
@@ -155,15 +155,16 @@ class Polynomial:
 
 @dataclass(frozen=True)
 class Sigmoid:
-    """DANN's sigmoid, `start + (stop - start) * (2 / (1 + exp(-gain * step / steps)) - 1)`, held from step `steps` on.
+    """DANN's sigmoid, `start + (stop - start) * (2 / (1 + exp(-gain * step / steps)) - 1)`, fixed from step `steps` on.
 
-    Ganin et al. 2016 (JMLR 17), section 5.2.2, with gain 10. It ends at 0.9999 of the way.
+    Ganin et al. 2016 (JMLR 17), section 5.2.2, with gain 10. At step `steps` the value is 0.9999 of the way from
+    `start` to `stop`.
 
     Args:
         start: value at step 0, finite.
         stop: the value that it approaches, finite.
-        steps: length of the way, at least 1.
-        gain: how soon it rises, finite and positive.
+        steps: number of steps from `start` to `stop`, at least 1.
+        gain: how fast the value changes at the start, finite and positive.
 
     Raises:
         ValueError: a value is not finite, `steps` is below 1, or `gain` is not positive.
@@ -193,12 +194,12 @@ class Sigmoid:
 
 @dataclass(frozen=True)
 class Then:
-    """One schedule for `steps` steps, then a second one, which counts from 0 again.
+    """Sequence of two schedules: the first for `steps` steps, then the second, whose steps start at 0 again.
 
     Args:
-        first: for steps 0 to `steps - 1`.
+        first: the schedule for steps 0 to `steps - 1`.
         steps: length of the first, at least 1.
-        second: from step `steps` on.
+        second: the schedule from step `steps` on; its own steps start at 0.
 
     Raises:
         ValueError: `steps` is below 1.
@@ -216,8 +217,8 @@ class Then:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if field.name != "steps" and not callable(getattr(self, field.name)):
-                came = getattr(self, field.name)
-                raise TypeError(f"expected {field.name} to be a schedule, a function of the step, got {came!r}")
+                given = getattr(self, field.name)
+                raise TypeError(f"expected {field.name} to be a schedule (a function of the step), got {given!r}")
         object.__setattr__(self, "steps", check_int("steps", self.steps, 1))
 
     def __call__(self, step: int) -> float:
@@ -232,7 +233,7 @@ def _progress(step: int, steps: int) -> float:
 
 
 def _settle(schedule: Any) -> None:
-    """Check the numbers of a schedule and keep them as Python's, so that it prints, compares and pickles as theirs."""
+    """Check the numbers of a schedule and store them as Python's, so that it prints, compares and pickles with them."""
     for field in dataclasses.fields(schedule):
         value = getattr(schedule, field.name)
         checked = check_int("steps", value, 1) if field.name == "steps" else check_finite(field.name, value)

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md: each row's message is the code's, and each row without one is what happens."""
+"""docs/troubleshooting.md: each entry's message is the code's, and each entry without a message is what happens."""
 
 import collections
 import copy
@@ -16,16 +16,16 @@ import semshift
 from tests.errors import refuses
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "troubleshooting.md").read_text()
+# An entry is a heading of the third level and the text below it, up to the next heading.
 RAISES, SILENT = (
-    {cells[0]: cells[1] for cells in re.findall(r"^\| (?!what you did)(.+?) \| (.+?) \| .+ \|$", part, flags=re.M)}
-    for part in PAGE.split("## It does not raise")
+    dict(re.findall(r"^### (.+)\n((?:(?!##).*\n?)*)", part, flags=re.M)) for part in PAGE.split("## It does not raise")
 )
 F, Y = torch.randn(2, 256, 8, 16), torch.randint(0, 19, (2, 64, 128))
 MEANS = torch.zeros(19, 256)
 
 
 def now_and_then():
-    """A figure behind a compiled head, after a step without one."""
+    """A gradient norm behind a compiled head, after a step without it."""
     head = torch.compile(nn.Sequential(nn.BatchNorm2d(256), nn.ReLU(), nn.Conv2d(256, 19, 1)), backend="aot_eager")
     for asked in (False, True):
         features = F.clone().requires_grad_()
@@ -81,7 +81,7 @@ def balance(network, at=lambda features: features):
 
 
 def hooked(network, name):
-    """What a hook keeps of a network of which only the backbone runs."""
+    """The outputs that a hook records in a network of which only the backbone runs."""
     kept = collections.deque(maxlen=2)
     network.get_submodule(name).register_forward_hook(lambda _, __, out: kept.append(out))
     network.backbone(torch.randn(1, 3, 8, 16))
@@ -95,45 +95,45 @@ def stored():
 
 
 CALLS = {
-    "transposed the labels": lambda: semshift.class_sums(F, Y.mT, 19),
-    "kept a channel axis": lambda: semshift.class_sums(F, Y[:, None], 19),
-    "let the labels become floats": lambda: semshift.class_sums(F, Y.float(), 19),
-    "passed all stages": lambda: align()((F,), Y, F, Y),
-    "passed a transformer's tokens": lambda: semshift.class_sums(F.flatten(2).mT, Y, 19),
-    "left labels in the data set's own ids": lambda: semshift.check_labels(masked(7, 26, 33), 19),
-    "wrote a table that lacks an id": lambda: semshift.remap_labels(masked(7, 34), {7: 0}),
-    "marked ignored pixels by -100": lambda: semshift.check_labels(masked(7, -100), 19),
-    "have more than 255 classes": lambda: semshift.class_sums(F, Y, 300),
-    "built the alignment module for another width": lambda: align(512)(F, Y, F.clone().requires_grad_(), Y),
-    "built the discriminator for another width": lambda: semshift.PrototypeDiscriminator(512, 19)(MEANS),
-    "built the discriminator for other classes": lambda: semshift.PrototypeDiscriminator(256, 16)(MEANS),
-    "cast everything to bfloat16": lambda: align().bfloat16()(F, Y, F.clone().requires_grad_(), Y),
-    "computed target features without a graph": lambda: align()(F, Y, F, Y),
-    "gave small maps to `GlobalAlignment`": lambda: semshift.GlobalAlignment(256)(F, F.clone().requires_grad_()),
-    "gave a small map to `FCDiscriminator`": lambda: semshift.FCDiscriminator(19)(torch.zeros(1, 19, 8, 16)),
-    "gave logits to `entropy_map`": lambda: semshift.entropy_map(torch.tensor([[[3.0], [-1.5]]])),
-    "pooled `per_image=True`": pooled_apart,
-    "asked `balanced_weight` or `gradient_norm`": lambda: balance(Network(), lambda features: features[:1]),
-    "asked `balanced_weight` for the gradient in a network that is compiled": lambda: balance(
-        torch.compile(Network(), backend="aot_eager")
+    "The labels are transposed": lambda: semshift.class_sums(F, Y.mT, 19),
+    "The labels have a channel axis": lambda: semshift.class_sums(F, Y[:, None], 19),
+    "The labels are floats": lambda: semshift.class_sums(F, Y.float(), 19),
+    "The labels have the data set's own ids": lambda: semshift.check_labels(masked(7, 26, 33), 19),
+    "The table of `remap_labels` lacks an id": lambda: semshift.remap_labels(masked(7, 34), {7: 0}),
+    "Ignored pixels are -100": lambda: semshift.check_labels(masked(7, -100), 19),
+    "There are more than 255 classes": lambda: semshift.class_sums(F, Y, 300),
+    "The features are all stages of a backbone": lambda: align()((F,), Y, F, Y),
+    "The features are a transformer's tokens": lambda: semshift.class_sums(F.flatten(2).mT, Y, 19),
+    "The alignment module has a different number of channels": lambda: align(512)(F, Y, F.clone().requires_grad_(), Y),
+    "The discriminator has a different number of channels": lambda: semshift.PrototypeDiscriminator(512, 19)(MEANS),
+    "The discriminator has a different number of classes": lambda: semshift.PrototypeDiscriminator(256, 16)(MEANS),
+    "The alignment module was cast to bfloat16": lambda: align().bfloat16()(F, Y, F.clone().requires_grad_(), Y),
+    "The target features have no graph": lambda: align()(F, Y, F, Y),
+    "The maps for `GlobalAlignment` are too small": lambda: semshift.GlobalAlignment(256)(
+        F, F.clone().requires_grad_()
     ),
-    "asked `gradient_norm` now and then": now_and_then,
-    "asked `balanced_weight` for the gradient in a network with activation": lambda: balance(Checkpointed()),
-    "shared the batches of `MixedBatchSampler` out twice": lambda: prepare_data_loader(
+    "The map for `FCDiscriminator` is too small": lambda: semshift.FCDiscriminator(19)(torch.zeros(1, 19, 8, 16)),
+    "`entropy_map` got logits": lambda: semshift.entropy_map(torch.tensor([[[3.0], [-1.5]]])),
+    "The weight is pooled over the batch, the prototypes per image": pooled_apart,
+    "The discriminator's loss is not detached": undetached,
+    "The features are a slice of the tensor": lambda: balance(Network(), lambda features: features[:1]),
+    "The whole network is compiled": lambda: balance(torch.compile(Network(), backend="aot_eager")),
+    "The head is compiled, and `gradient_norm` is called at some steps only": now_and_then,
+    "The network uses activation checkpointing": lambda: balance(Checkpointed()),
+    "The batches are distributed over processes twice": lambda: prepare_data_loader(
         DataLoader(range(9), batch_sampler=semshift.MixedBatchSampler({"a": 9}, {"a": 1}, seed=0, world_size=2)),
         num_processes=2,
         process_index=0,
         put_on_device=False,
     ),
-    "wrote the losses by hand and forgot": undetached,
-    "hooked a layer that did not run": lambda: hooked(Network(), "head")[0],
-    "stored features on the network": stored,
-    "trained batch norm on one image": lambda: nn.BatchNorm2d(256)(F[:1].mean((2, 3), keepdim=True)),
+    "The hook has recorded nothing": lambda: hooked(Network(), "head")[0],
+    "The network cannot be copied": stored,
+    "Batch norm gets one value per channel": lambda: nn.BatchNorm2d(256)(F[:1].mean((2, 3), keepdim=True)),
 }
 
 
 def losses(align, features, labels):
-    """An alignment module's losses of features [2, C, h, w] of source and target, and what its figures say."""
+    """An alignment module's losses of features [2, C, h, w] of source and target, and its figures."""
     confusion, discriminator, figures = align(features[:1], labels[:1], features[1:], labels[1:])
     return confusion, discriminator, {name: value.item() for name, value in figures.items()}
 
@@ -200,20 +200,20 @@ def module_in_eval():
     images, labels = batch()
     labels[0], labels[1] = 0, 1
     before = labels.flip(0)
-    for training, takes_part in ((True, True), (False, False)):
+    for training, counts in ((True, True), (False, False)):
         align, network = small().train(training), model()
         losses(align, network(images), before)
-        assert (losses(align, network(images), labels)[0].item() > 0) == takes_part
+        assert (losses(align, network(images), labels)[0].item() > 0) == counts
         assert bool(align.seen.any()) == training
 
 
-def one_player(*, discriminator_learns):
+def train_one(*, discriminator_learns):
     """A hundred steps of the discriminator alone, or of the network alone; the discriminator's accuracy at the end."""
     images, labels = batch()
     images[1] += 1
     network, align = model(), small()
-    player = align if discriminator_learns else network
-    optimiser = torch.optim.Adam(player.parameters(), 0.003)
+    trained = align if discriminator_learns else network
+    optimiser = torch.optim.Adam(trained.parameters(), 0.003)
     rights = []
     for _ in range(100):
         confusion, loss, figures = losses(align, network(images), labels)
@@ -225,7 +225,7 @@ def one_player(*, discriminator_learns):
 
 
 def discriminator_left_out():
-    assert one_player(discriminator_learns=False) <= 0.75
+    assert train_one(discriminator_learns=False) <= 0.75
 
 
 def gradients_cleared():
@@ -242,7 +242,7 @@ def gradients_cleared():
 
 
 def confusion_left_out():
-    assert one_player(discriminator_learns=True) >= 0.95
+    assert train_one(discriminator_learns=True) >= 0.95
 
 
 def probabilities():
@@ -266,9 +266,9 @@ def other_corners():
     features = model()(images).detach()
     up = nn.functional.interpolate(features, labels.shape[1:], mode="bilinear", align_corners=True)
     expected = semshift.class_sums(up, labels, 4).means
-    told, untold = (semshift.class_sums(features, labels, 4, align_corners=aligned).means for aligned in (True, False))
-    torch.testing.assert_close(told, expected)
-    assert (untold - expected).norm() > 0.01 * expected.norm()
+    right, wrong = (semshift.class_sums(features, labels, 4, align_corners=aligned).means for aligned in (True, False))
+    torch.testing.assert_close(right, expected)
+    assert (wrong - expected).norm() > 0.01 * expected.norm()
 
 
 def features_of_a_teacher():
@@ -297,35 +297,43 @@ def bad_ids_on_cuda():
 
 
 BEHAVIOUR = {
-    "trained a batch in which no class takes part": nothing_in_common,
-    "trained in half precision under autocast": under_autocast,
-    "trained a model that is bfloat16 throughout": lambda: narrow(torch.bfloat16, autocast=False),
-    "left the model in `eval`": model_in_eval,
-    "left the alignment module in `eval`": module_in_eval,
-    "left the discriminator out": discriminator_left_out,
-    "cleared the discriminator's gradients": gradients_cleared,
-    "left the confusion out": confusion_left_out,
-    "gave the losses probabilities": probabilities,
-    "up-sampled the logits with": other_corners,
-    "gave the alignment the features of a teacher": features_of_a_teacher,
-    "left bad label ids": bad_ids_on_cuda,
+    "A batch has no class to compare": nothing_in_common,
+    "Training uses half precision under autocast": under_autocast,
+    "The model is in bfloat16, except for the alignment module": lambda: narrow(torch.bfloat16, autocast=False),
+    "The model is in `eval` mode": model_in_eval,
+    "The alignment module is in `eval` mode": module_in_eval,
+    "The optimiser does not have the discriminator's parameters": discriminator_left_out,
+    "The discriminator's gradients are cleared before its step": gradients_cleared,
+    "The confusion loss is left out, or its weight is 0": confusion_left_out,
+    "The losses get probabilities instead of logits": probabilities,
+    "The network up-samples its logits with `align_corners=True`": other_corners,
+    "The alignment module gets the features of a teacher": features_of_a_teacher,
+    "Labels on CUDA have ids out of range": bad_ids_on_cuda,
 }
 
 
-@pytest.mark.parametrize(("rows", "tests"), [(RAISES, CALLS), (SILENT, BEHAVIOUR)], ids=["raises", "silent"])
-def test_every_row_has_a_test(rows, tests):
-    assert len(rows) == len(tests)
-    assert all(row.startswith(start) for row, start in zip(rows, tests))
+@pytest.mark.parametrize(("entries", "tests"), [(RAISES, CALLS), (SILENT, BEHAVIOUR)], ids=["raises", "silent"])
+def test_every_entry_has_a_test_and_a_fix(entries, tests):
+    assert list(entries) == list(tests)
+    assert all(re.search(r"^\*\*Fix:\*\* \S", text, flags=re.M) for text in entries.values())
 
 
-@pytest.mark.parametrize("start", CALLS)
-def test_message(start):
-    (cell,) = (cell for row, cell in RAISES.items() if row.startswith(start))
-    promised = re.fullmatch(r"`(.+?)`( \(and more\))?", cell)
+def test_every_heading_and_every_message_belong_to_an_entry():
+    assert len(re.findall(r"^###", PAGE, flags=re.M)) == len(CALLS) + len(BEHAVIOUR)
+    # A block has two fences.
+    assert PAGE.count("```") == 2 * len(CALLS)
+
+
+@pytest.mark.parametrize("title", CALLS)
+def test_message(title):
+    """The page may break a message's lines anywhere; three dots stand for the rest of a message."""
+    (block,) = re.findall(r"^```text\n(.+?)^```$", RAISES[title], flags=re.M | re.DOTALL)
+    words = block.split()
+    promised, cut = " ".join(words).removesuffix(" ..."), words[-1] == "..."
     with pytest.raises((TypeError, ValueError, RuntimeError, IndexError)) as caught:
-        CALLS[start]()
-    message = str(caught.value)
-    assert message.startswith(promised[1]) if promised[2] else message == promised[1]
+        CALLS[title]()
+    message = " ".join(str(caught.value).split())
+    assert message.startswith(promised) if cut else message == promised
 
 
 ON_CUDA = [
@@ -335,8 +343,8 @@ ON_CUDA = [
 
 
 @pytest.mark.parametrize(
-    "start",
-    [pytest.param(start, marks=ON_CUDA if start == "left bad label ids" else ()) for start in BEHAVIOUR],
+    "title",
+    [pytest.param(title, marks=ON_CUDA if "CUDA" in title else ()) for title in BEHAVIOUR],
 )
-def test_behaviour(start):
-    BEHAVIOUR[start]()
+def test_behaviour(title):
+    BEHAVIOUR[title]()
