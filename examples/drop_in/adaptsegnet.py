@@ -69,12 +69,12 @@ def train(steps: int = 100) -> tuple[nn.Module, list[dict[str, Tensor]]]:
     labelled = [load("target") for _ in range(8)]
     model = Segmenter()
     discriminators = nn.ModuleDict({"auxiliary": discriminator(), "main": discriminator()})
-    optimiser = torch.optim.SGD(model.parameters(), 0.005, momentum=0.9, weight_decay=5e-4)
-    optimiser_d = torch.optim.Adam(discriminators.parameters(), 3e-3, betas=(0.9, 0.99))
+    sgd = torch.optim.SGD(model.parameters(), 0.005, momentum=0.9, weight_decay=5e-4)
+    adam = torch.optim.Adam(discriminators.parameters(), 3e-3, betas=(0.9, 0.99))
     align = semshift.SemanticAlignment(CHANNELS, CLASSES, align_corners=True)  # +
-    optimiser_d.add_param_group({"params": align.parameters(), "lr": 3e-3})  # +
+    adam.add_param_group({"params": align.parameters(), "lr": 3e-3})  # +
     for step in range(steps):
-        for each, rate in ((optimiser, 0.005), (optimiser_d, 3e-3)):
+        for each, rate in ((sgd, 0.005), (adam, 3e-3)):
             each.param_groups[0]["lr"] = rate * (1 - step / steps) ** 0.9
             each.zero_grad()
 
@@ -96,7 +96,7 @@ def train(steps: int = 100) -> tuple[nn.Module, list[dict[str, Tensor]]]:
         loss = 0.0002 * bce(discriminators["auxiliary"](maps_t[0].softmax(1)), 1.0)
         loss += 0.001 * bce(discriminators["main"](maps_t[1].softmax(1)), 1.0)
         loss.backward()
-        optimiser.step()
+        sgd.step()
 
         # Discriminator step, on detached outputs.
         discriminators.requires_grad_(True)
@@ -105,7 +105,7 @@ def train(steps: int = 100) -> tuple[nn.Module, list[dict[str, Tensor]]]:
             loss += bce(discriminators[name](map_s.detach().softmax(1)), 1.0) / 2
             loss += bce(discriminators[name](map_t.detach().softmax(1)), 0.0) / 2
         loss.backward()
-        optimiser_d.step()
+        adam.step()
 
         log.append(losses.figures)  # check
     return model, log

@@ -110,12 +110,12 @@ def train(steps: int = 100, library: str = "torchvision") -> tuple[nn.Module, li
     log: list[dict[str, Tensor]] = []
     labelled = [load("target") for _ in range(2)]
     model: Any = MODELS[library]()
-    optimiser = torch.optim.Adam(model.parameters(), 5e-4)
+    adam = torch.optim.Adam(model.parameters(), 5e-4)
     layer = model.get_submodule(LAYER[library])
     kept: deque[Tensor] = deque(maxlen=2)  # +
     layer.register_forward_hook(lambda m, _, x: kept.append(take(x)) if m is layer else None)  # +
     align = semshift.SemanticAlignment(CHANNELS, CLASSES)  # +
-    optimiser.add_param_group({"params": align.parameters(), "lr": 3e-3, "betas": (0.9, 0.99)})  # +
+    adam.add_param_group({"params": align.parameters(), "lr": 3e-3, "betas": (0.9, 0.99)})  # +
     for step in range(steps):
         images_s, labels_s = load("source")
         loss = cross_entropy(model(images_s), labels_s)
@@ -123,9 +123,9 @@ def train(steps: int = 100, library: str = "torchvision") -> tuple[nn.Module, li
         loss = loss + cross_entropy(model(images_t), labels_t)
         losses = align(kept[0], labels_s, kept[1], labels_t)  # +
         loss = loss + 1.0 * losses.confusion + losses.discriminator  # +
-        optimiser.zero_grad()
+        adam.zero_grad()
         loss.backward()
-        optimiser.step()
+        adam.step()
 
         log.append(losses.figures)  # check
     return model, log

@@ -41,7 +41,7 @@ class Module(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One optimiser, with a higher rate for the head."""
-        groups: list[dict[str, Any]] = [{"params": self.backbone.parameters(), "lr": 5e-4}]
+        groups = [{"params": self.backbone.parameters(), "lr": 5e-4}]
         groups.append({"params": self.head.parameters(), "lr": 1e-3})
         adam = {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0}  # +
         groups.append({"params": self.align.parameters(), **adam})  # +

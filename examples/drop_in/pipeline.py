@@ -44,7 +44,7 @@ class Blocks(data.Dataset[dict[str, Any]]):
 
 
 def batches(step: int, left: int) -> Iterable[dict[str, Any]]:
-    """The next `left` batches `{domain: its images}`, from `step` on. Two processes load them."""
+    """The next `left` batches `{domain: its images}` from `step` on, with two workers."""
     domains = {name: Blocks(name, size) for name, size in SIZES.items()}
     # - options = {"shuffle": True, "num_workers": 2}
     # - loaders = [data.DataLoader(d, PER_BATCH[name], **options) for name, d in domains.items()]

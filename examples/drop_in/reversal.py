@@ -76,10 +76,10 @@ def train(steps: int = 100) -> tuple[nn.Module, list[dict[str, Tensor]]]:
     labelled = [load("target") for _ in range(8)]
     model = Segmenter()
     discriminators = nn.ModuleDict({"auxiliary": discriminator(), "main": discriminator()})
-    optimiser = torch.optim.SGD(model.parameters(), 0.005, momentum=0.9, weight_decay=5e-4)
-    optimiser_d = torch.optim.Adam(discriminators.parameters(), 3e-3, betas=(0.9, 0.99))
+    sgd = torch.optim.SGD(model.parameters(), 0.005, momentum=0.9, weight_decay=5e-4)
+    adam = torch.optim.Adam(discriminators.parameters(), 3e-3, betas=(0.9, 0.99))
     align = semshift.SemanticAlignment(CHANNELS, CLASSES)  # +
-    optimiser_d.add_param_group({"params": align.parameters(), "lr": 3e-3})  # +
+    adam.add_param_group({"params": align.parameters(), "lr": 3e-3})  # +
     for step in range(steps):
         (images_s, labels_s), (images_l, labels_l), (images_u, _) = (
             load("source"),
@@ -100,10 +100,10 @@ def train(steps: int = 100) -> tuple[nn.Module, list[dict[str, Tensor]]]:
 
         losses = align(features_s, labels_s, features_l, labels_l)  # +
         loss = loss + 0.03 * losses.confusion + losses.discriminator  # +
-        optimiser.zero_grad()
-        optimiser_d.zero_grad()
+        sgd.zero_grad()
+        adam.zero_grad()
         loss.backward()
-        for each, rate in ((optimiser, 0.005), (optimiser_d, 3e-3)):
+        for each, rate in ((sgd, 0.005), (adam, 3e-3)):
             each.param_groups[0]["lr"] = rate * (1 - step / steps) ** 0.9
             each.step()
 

@@ -138,12 +138,13 @@ def test_a_hook_under_torch_compile():
 
 
 def rows():
-    """The rows of the table of layers: library, models, layer, channels and stride."""
-    table = OTHER[OTHER.index("| models | layer |") :].split("\n\n")[0]
-    for line in table.splitlines()[2:]:
-        models, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        library, names = re.fullmatch(r"\*\*(.+):\*\* (.+)", models).groups()
-        yield library, names, *cells
+    """The layers that the page lists: library, output to take, models, layer, channels and stride."""
+    library = taken = None
+    for line in OTHER.splitlines():
+        if found := re.match(r"\*\*([\w-]+):\*\* take `(x.*?)`\.", line):
+            library, taken = found.groups()
+        elif found := re.match(r"- (.+): layer `(.+)`, channels `(.+)`, stride (\d+)$", line):
+            yield library, taken, *found.groups()
 
 
 def models_of(library, names):
@@ -163,19 +164,22 @@ def marked(row):
     """A row of the table. Skipped if its library needs an older PyTorch."""
     old = row[0] not in ("torchvision", "segmentation-models-pytorch", "timm")
     reason = f"because {row[0]} cannot be installed beside a current PyTorch"
-    return pytest.param(row, marks=pytest.mark.skipif(old, reason=reason), id=row[1])
+    return pytest.param(row, marks=pytest.mark.skipif(old, reason=reason), id=row[2])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [marked(row) for row in rows()])
 def test_layers_of_the_real_libraries(row):
     """Each model of a row has that layer. Its map has the row's channels and stride."""
-    library, names, layer, channels, stride = row
-    last = library in re.search(r"by `x\[-1\]` for (.*?)\.", OTHER)[1]
+    library, taken, names, layer, channels, stride = row
     for model in models_of(library, re.findall(r"`(\w+)`", names)):
         kept = []
-        at = model if layer == "the model itself" else model.get_submodule(layer.strip("`"))
-        at.register_forward_hook(lambda m, _, out, kept=kept: kept.append(out[-1] if last else out))
+        at = model if layer == "model" else model.get_submodule(layer)
+        at.register_forward_hook(lambda m, _, x, kept=kept: kept.append(eval(taken, {"x": x})))
         model.eval()(torch.randn(2, 3, 64, 96))
-        width = eval(channels.strip("`"), {name: getattr(model, name, None) for name in ("encoder", "feature_info")})
+        width = eval(channels, {"model": model})
         assert list(kept[0].shape) == [2, width, 64 // int(stride), 96 // int(stride)]
+
+
+def test_the_page_lists_layers():
+    assert len(list(rows())) == OTHER.count(", stride ") == 7
