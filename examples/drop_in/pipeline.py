@@ -47,7 +47,7 @@ def batches(step: int, left: int) -> Iterable[dict[str, Any]]:
     """The next `left` batches `{domain: its images}` from `step` on, with two workers."""
     domains = {name: Blocks(name, size) for name, size in SIZES.items()}
     # - options = {"shuffle": True, "num_workers": 2}
-    # - loaders = [data.DataLoader(d, PER_BATCH[name], **options) for name, d in domains.items()]
+    # - loaders = [data.DataLoader(d, PER_BATCH[n], **options) for n, d in domains.items()]
     # - endless = (chain.from_iterable(repeat(loader)) for loader in loaders)
     # - return (dict(zip(domains, parts)) for parts in islice(zip(*endless), left))
     images: data.ConcatDataset[Any] = data.ConcatDataset(domains.values())  # +
