@@ -1,4 +1,5 @@
-"""Other people's loops, each with semantic-level alignment added in at most six lines, and each a program that runs.
+"""Training loops of other projects, with semantic-level alignment added. Each file is a program that runs.
 
-Lines that end in `# +` are added; `# check` marks the line that logs what they do.
+A program adds at most six lines, eight with a hook. Lines that end in `# +` are added. A line that ends in `# check`
+logs the figures for the tests.
 """

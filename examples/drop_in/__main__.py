@@ -1,4 +1,4 @@
-"""Print what each program here adds to its loop; with `--write PAGE`, update the diffs of a page."""
+"""Print the lines that each program adds to its loop. With `--write PAGE ...`, update the diffs on these pages."""
 
 import argparse
 import difflib
@@ -11,7 +11,7 @@ _BLOCK = re.compile(r"(<!-- diff of (\w+)\.py[^\n]*-->\n+)```diff\n.*?^```", fla
 
 
 def versions(source: str) -> tuple[str, str]:
-    """A program without its marked lines, and with those that are added; the lines that log are in neither."""
+    """The program without and with its added lines. Lines that end in `# check` are left out of both."""
     before, after = [], []
     for line in source.splitlines():
         code = line.strip()
@@ -28,13 +28,13 @@ def versions(source: str) -> tuple[str, str]:
 
 
 def diff(source: str) -> str:
-    """The unified diff between the two; each piece is titled by the function around it."""
+    """The unified diff between both versions. The title of each hunk is the function around it."""
     before, after = (version.splitlines() for version in versions(source))
     lines: list[str] = []
     for line in list(difflib.unified_diff(before, after, n=2, lineterm=""))[2:]:
         if line.startswith("@@"):
             start = int(line.split("+")[1].split(",")[0])
-            # The first line of a piece may be the definition itself.
+            # The first line of a hunk may be the definition itself.
             inside = [above.strip() for above in after[:start] if re.match(r" *(def|class) ", above)]
             line = f"@@ {re.split('[(:]', inside[-1])[0] if inside else 'imports'} @@"
         lines.append(line.rstrip())
@@ -42,7 +42,7 @@ def diff(source: str) -> str:
 
 
 def updated(page: str) -> str:
-    """The page with up-to-date diffs of the programs."""
+    """The page's text with up-to-date diffs of the programs."""
 
     def block(match: re.Match[str]) -> str:
         program = Path(__file__).with_name(f"{match[2]}.py")
@@ -52,12 +52,13 @@ def updated(page: str) -> str:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m examples.drop_in", description=__doc__)
-    parser.add_argument("--write", type=Path, metavar="PAGE")
-    page: Path | None = parser.parse_args().write
-    if page is not None:
-        page.write_text(updated(page.read_text()))
+    parser.add_argument("--write", type=Path, nargs="+", metavar="PAGE")
+    pages: list[Path] | None = parser.parse_args().write
+    if pages is not None:
+        for page in pages:
+            page.write_text(updated(page.read_text()))
         return
     for program in sorted(Path(__file__).parent.glob("[!_]*.py")):
         print(f"{program.name}\n{diff(program.read_text())}\n")

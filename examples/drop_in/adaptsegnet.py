@@ -1,8 +1,9 @@
 """AdaptSegNet's loop (Tsai et al. 2018, arXiv 1802.10349), with semantic-level alignment added.
 
-Two output levels with a discriminator each; the segmenter's step with the discriminators frozen, then theirs on
-detached outputs; one image of each kind a step; polynomial decay. A few target images have labels. Written from the
-paper, with a small network on random images. Lines that end in `# +` are added, `# check` logs what they do.
+Each of two output levels has a discriminator. The segmenter's step runs with the discriminators frozen. The
+discriminators' step follows, on detached outputs. Each step takes one image of each kind, and the rates decay
+polynomially. A few target images have labels. We wrote the program from the paper, with a small network on random
+images. Lines that end in `# +` are added. The line that ends in `# check` logs the figures.
 """
 
 from typing import Any
@@ -62,22 +63,22 @@ def supervised(maps: tuple[Tensor, ...], labels: Tensor) -> Tensor:
 
 
 def train(steps: int = 100) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """Train; returns the network and the alignment's figures at every step."""
+    """Train. Returns the network and the alignment's figures at every step."""
     torch.manual_seed(0)
     log: list[dict[str, Tensor]] = []
     labelled = [load("target") for _ in range(8)]
     model = Segmenter()
     discriminators = nn.ModuleDict({"auxiliary": discriminator(), "main": discriminator()})
-    optimiser = torch.optim.SGD(model.parameters(), 0.005, momentum=0.9, weight_decay=5e-4)
-    discriminator_optimiser = torch.optim.Adam(discriminators.parameters(), 3e-3, betas=(0.9, 0.99))
+    sgd = torch.optim.SGD(model.parameters(), 0.005, momentum=0.9, weight_decay=5e-4)
+    adam = torch.optim.Adam(discriminators.parameters(), 3e-3, betas=(0.9, 0.99))
     align = semshift.SemanticAlignment(CHANNELS, CLASSES, align_corners=True)  # +
-    discriminator_optimiser.add_param_group({"params": align.parameters(), "lr": 3e-3})  # +
+    adam.add_param_group({"params": align.parameters(), "lr": 3e-3})  # +
     for step in range(steps):
-        for player, rate in ((optimiser, 0.005), (discriminator_optimiser, 3e-3)):
-            player.param_groups[0]["lr"] = rate * (1 - step / steps) ** 0.9
-            player.zero_grad()
+        for each, rate in ((sgd, 0.005), (adam, 3e-3)):
+            each.param_groups[0]["lr"] = rate * (1 - step / steps) ** 0.9
+            each.zero_grad()
 
-        # The segmenter, with the discriminators frozen: source, then target images with labels, then without.
+        # Segmenter step, with the discriminators frozen: source, labelled target, then unlabelled target images.
         discriminators.requires_grad_(False)
         images_s, labels_s = load("source")
         maps_s = model(images_s)
@@ -95,29 +96,29 @@ def train(steps: int = 100) -> tuple[nn.Module, list[dict[str, Tensor]]]:
         loss = 0.0002 * bce(discriminators["auxiliary"](maps_t[0].softmax(1)), 1.0)
         loss += 0.001 * bce(discriminators["main"](maps_t[1].softmax(1)), 1.0)
         loss.backward()
-        optimiser.step()
+        sgd.step()
 
-        # The discriminators, on detached outputs.
+        # Discriminator step, on detached outputs.
         discriminators.requires_grad_(True)
         loss = torch.zeros(())
         for name, map_s, map_t in zip(("auxiliary", "main"), maps_s, maps_t):
             loss += bce(discriminators[name](map_s.detach().softmax(1)), 1.0) / 2
             loss += bce(discriminators[name](map_t.detach().softmax(1)), 0.0) / 2
         loss.backward()
-        discriminator_optimiser.step()
+        adam.step()
 
         log.append(losses.figures)  # check
     return model, log
 
 
 def features(model: Any, images: Tensor) -> Tensor:
-    """What was aligned."""
+    """The features that were aligned."""
     result: Tensor = model.last(model.stages(images))
     return result
 
 
 def report(log: list[dict[str, Tensor]]) -> None:
-    """Means over twenty steps."""
+    """Print the mean of each figure over every twenty steps."""
     for step in range(0, len(log), 20):
         rows = log[step : step + 20]
         means = {name: torch.stack([row[name] for row in rows]).nanmean().item() for name in rows[0]}

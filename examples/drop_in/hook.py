@@ -1,8 +1,8 @@
 """Features from a forward hook, for models that you may not edit, with semantic-level alignment added.
 
-Stand-ins with the module structure of torchvision, segmentation-models-pytorch and mmsegmentation; `LAYER` names the
-layer in each, and `take` picks the map from what it returns. One backward and one optimiser serve the segmenter and the
-discriminator. Lines that end in `# +` are added, `# check` logs what they do.
+The models have the module structure of torchvision, segmentation-models-pytorch and mmsegmentation. `LAYER` names the
+layer in each model, and `take` picks the map from the layer's output. One backward and one optimiser serve the
+segmenter and the discriminator. Lines that end in `# +` are added. The line that ends in `# check` logs the figures.
 """
 
 from collections import deque  # +
@@ -31,7 +31,7 @@ def load(domain: str, count: int = 4) -> tuple[Tensor, Tensor]:
 
 
 class Backbone(nn.Module):
-    """A small ResNet's shape: a stem and four named layers."""
+    """A small backbone with a ResNet's modules: a stem and four named layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Backbone(nn.Module):
 
 
 class Torchvision(nn.Module):
-    """As `torchvision.models.segmentation`: a dictionary goes in between and comes out."""
+    """As in `torchvision.models.segmentation`: the model returns a dictionary."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Torchvision(nn.Module):
 
 
 class SegmentationModelsPytorch(nn.Module):
-    """As `segmentation_models_pytorch`: encoder, decoder and head, logits at the images' size."""
+    """As in `segmentation_models_pytorch`: encoder, decoder and head. It returns logits at the images' size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class SegmentationModelsPytorch(nn.Module):
 
 
 class Mmsegmentation(nn.Module):
-    """As `mmseg.models.EncoderDecoder`: with `mode="tensor"` it returns logits at the features' size."""
+    """As in `mmseg.models.EncoderDecoder`: with `mode="tensor"` it returns logits at the features' size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,29 +93,29 @@ MODELS = {
 
 
 def take(output: Any) -> Tensor:
-    """The map of a layer that returns one, or the last of several."""
+    """The layer's output, or the last map where the layer returns a list of maps."""
     result: Tensor = output[-1] if isinstance(output, list) else output
     return result
 
 
 def cross_entropy(output: Any, labels: Tensor) -> Tensor:
-    """Of what any of these models returns."""
+    """Cross-entropy of the output of any of these models."""
     logits = output["out"] if isinstance(output, dict) else output
     return F.cross_entropy(F.interpolate(logits, labels.shape[-2:]), labels)
 
 
 def train(steps: int = 100, library: str = "torchvision") -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """Train; returns the network and the alignment's figures at every step."""
+    """Train. Returns the network and the alignment's figures at every step."""
     torch.manual_seed(0)
     log: list[dict[str, Tensor]] = []
     labelled = [load("target") for _ in range(2)]
     model: Any = MODELS[library]()
-    optimiser = torch.optim.AdamW(model.parameters(), 5e-4)
+    adam = torch.optim.Adam(model.parameters(), 5e-4)
     layer = model.get_submodule(LAYER[library])
     kept: deque[Tensor] = deque(maxlen=2)  # +
-    layer.register_forward_hook(lambda m, _, out: kept.append(take(out)) if m is layer else None)  # +
+    layer.register_forward_hook(lambda m, _, x: kept.append(take(x)) if m is layer else None)  # +
     align = semshift.SemanticAlignment(CHANNELS, CLASSES)  # +
-    optimiser.add_param_group({"params": align.parameters(), "lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0})  # +
+    adam.add_param_group({"params": align.parameters(), "lr": 3e-3, "betas": (0.9, 0.99)})  # +
     for step in range(steps):
         images_s, labels_s = load("source")
         loss = cross_entropy(model(images_s), labels_s)
@@ -123,23 +123,23 @@ def train(steps: int = 100, library: str = "torchvision") -> tuple[nn.Module, li
         loss = loss + cross_entropy(model(images_t), labels_t)
         losses = align(kept[0], labels_s, kept[1], labels_t)  # +
         loss = loss + 1.0 * losses.confusion + losses.discriminator  # +
-        optimiser.zero_grad()
+        adam.zero_grad()
         loss.backward()
-        optimiser.step()
+        adam.step()
 
         log.append(losses.figures)  # check
     return model, log
 
 
 def features(model: Any, images: Tensor) -> Tensor:
-    """What was aligned."""
+    """The features that were aligned."""
     backbone = model.encoder if hasattr(model, "encoder") else model.backbone
     result: Tensor = backbone(images)[-1]
     return result
 
 
 def report(log: list[dict[str, Tensor]]) -> None:
-    """Means over twenty steps."""
+    """Print the mean of each figure over every twenty steps."""
     for step in range(0, len(log), 20):
         rows = log[step : step + 20]
         means = {name: torch.stack([row[name] for row in rows]).nanmean().item() for name in rows[0]}

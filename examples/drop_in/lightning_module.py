@@ -1,7 +1,7 @@
 """A LightningModule under automatic optimisation, with semantic-level alignment added.
 
-The module has one optimiser with parameter groups; the discriminator gets a group of its own. Lines that end in `# +`
-are added, `# check` logs what they do.
+The module has one optimiser with parameter groups, and the discriminator gets its own group. Lines that end in `# +`
+are added. The line that ends in `# check` logs the figures.
 """
 
 import warnings
@@ -41,16 +41,18 @@ class Module(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One optimiser, with a higher rate for the head."""
-        groups: list[dict[str, Any]] = [{"params": self.backbone.parameters(), "lr": 5e-4}]
+        groups = [{"params": self.backbone.parameters(), "lr": 5e-4}]
         groups.append({"params": self.head.parameters(), "lr": 1e-3})
-        groups.append({"params": self.align.parameters(), "lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0})  # +
+        adam = {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0}  # +
+        groups.append({"params": self.align.parameters(), **adam})  # +
         return torch.optim.AdamW(groups)
 
     def training_step(self, batch: dict[str, tuple[Tensor, Tensor]], _: int) -> Tensor:
         """The loss of one batch of both domains."""
         (images_s, labels_s), (images_t, labels_t) = batch["source"], batch["target"]
         features_s, features_t = self.backbone(images_s), self.backbone(images_t)
-        maps_s, maps_t = (F.interpolate(self.head(f), size=(32, 48)) for f in (features_s, features_t))
+        up = nn.Upsample((32, 48))
+        maps_s, maps_t = up(self.head(features_s)), up(self.head(features_t))
         loss: Tensor = F.cross_entropy(maps_s, labels_s) + F.cross_entropy(maps_t, labels_t)
         losses = self.align(features_s, labels_s, features_t, labels_t)  # +
         loss = loss + 1.0 * losses.confusion + losses.discriminator  # +
@@ -59,7 +61,7 @@ class Module(lightning.LightningModule):
 
 
 def train(steps: int = 100, **options: Any) -> tuple[Module, list[dict[str, Tensor]]]:
-    """Train; returns the network and the alignment's figures at every step."""
+    """Train. Returns the network and the alignment's figures at every step."""
     torch.manual_seed(0)
     loaders = {
         "source": DataLoader(TensorDataset(*load("source", 4 * steps)), batch_size=4),
@@ -76,13 +78,13 @@ def train(steps: int = 100, **options: Any) -> tuple[Module, list[dict[str, Tens
 
 
 def features(model: Any, images: Tensor) -> Tensor:
-    """What was aligned."""
+    """The features that were aligned."""
     result: Tensor = model.backbone(images)
     return result
 
 
 def report(log: list[dict[str, Tensor]]) -> None:
-    """Means over twenty steps."""
+    """Print the mean of each figure over every twenty steps."""
     for step in range(0, len(log), 20):
         rows = log[step : step + 20]
         means = {name: torch.stack([row[name] for row in rows]).nanmean().item() for name in rows[0]}

@@ -1,11 +1,12 @@
-"""A pipeline of three data sets with worker processes, moved to `MixedBatchSampler`, and resumed.
+"""A `DataLoader` pipeline of three data sets, with `MixedBatchSampler` in place of cycled loaders.
 
-Lines that end in `# +` are added, comments that begin with `# - ` are the lines that they replace.
+The program shows that a resumed run ends with the same weights as an uninterrupted one. Lines that end in `# +` are
+added. Comments that begin with `# - ` are the lines that they replace.
 """
 
-# - import itertools
+# - from itertools import chain, islice, repeat
 import functools  # +
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ PER_BATCH = {"source": 2, "labelled": 1, "unlabelled": 2}
 
 
 class Blocks(data.Dataset[dict[str, Any]]):
-    """Images of coloured blocks and labels, as from a folder; the number of an image is its seed."""
+    """Images of coloured blocks, with labels. An image's number is the seed that draws it."""
 
     def __init__(self, domain: str, count: int) -> None:
         self.domain, self.count = domain, count
@@ -31,7 +32,7 @@ class Blocks(data.Dataset[dict[str, Any]]):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """An image and its number; its labels too, except in the unlabelled domain."""
+        """An image and its number, and its labels except in the unlabelled domain."""
         generator = torch.Generator().manual_seed(index)
         labels = torch.randint(0, CLASSES, (4, 6), generator=generator)
         labels = labels.repeat_interleave(8, 0).repeat_interleave(8, 1)
@@ -42,20 +43,21 @@ class Blocks(data.Dataset[dict[str, Any]]):
         return sample if self.domain == "unlabelled" else sample | {"labels": labels}
 
 
-def batches(step: int, steps: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Batches `{domain: its images}` from `step` on, by a pool of two processes."""
+def batches(step: int, left: int) -> Iterable[dict[str, Any]]:
+    """The next `left` batches `{domain: its images}` from `step` on, with two workers."""
     domains = {name: Blocks(name, size) for name, size in SIZES.items()}
-    # - loaders = [data.DataLoader(d, PER_BATCH[n], shuffle=True, num_workers=2) for n, d in domains.items()]
-    # - parts = zip(*(itertools.chain.from_iterable(itertools.repeat(loader)) for loader in loaders))
-    # - return (dict(zip(domains, part)) for part in itertools.islice(parts, steps - step))
-    everything: data.ConcatDataset[Any] = data.ConcatDataset(domains.values())  # +
-    sampler = semshift.MixedBatchSampler(SIZES, PER_BATCH, seed=seed, first_step=step, steps=steps - step)  # +
+    # - options = {"shuffle": True, "num_workers": 2}
+    # - loaders = [data.DataLoader(d, PER_BATCH[n], **options) for n, d in domains.items()]
+    # - endless = (chain.from_iterable(repeat(loader)) for loader in loaders)
+    # - return (dict(zip(domains, parts)) for parts in islice(zip(*endless), left))
+    images: data.ConcatDataset[Any] = data.ConcatDataset(domains.values())  # +
+    sampler = semshift.MixedBatchSampler(SIZES, PER_BATCH, seed=0, first_step=step, steps=left)  # +
     collate = functools.partial(semshift.collate_by_domain, per_batch=PER_BATCH)  # +
-    return iter(data.DataLoader(everything, batch_sampler=sampler, num_workers=2, collate_fn=collate))  # +
+    return data.DataLoader(images, batch_sampler=sampler, num_workers=2, collate_fn=collate)  # +
 
 
 def train(steps: int = 100, checkpoint: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Train from a checkpoint or from scratch; returns a checkpoint, and how often each image was seen."""
+    """Train from a checkpoint or from scratch. Returns a checkpoint, and how often each image was seen."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, CLASSES, 1))
     optimiser = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
@@ -63,7 +65,8 @@ def train(steps: int = 100, checkpoint: dict[str, Any] | None = None) -> tuple[d
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimiser.load_state_dict(checkpoint["optimiser"])
-    for batch in batches(checkpoint["step"] if checkpoint is not None else 0, steps):
+    first = 0 if checkpoint is None else checkpoint["step"]
+    for batch in batches(first, steps - first):
         loss = torch.zeros(())
         for domain, part in batch.items():
             seen[domain][part["number"]] += 1

@@ -1,8 +1,9 @@
 """AdaptSegNet's structure in a single pass with gradient reversal, with semantic-level alignment added.
 
-As in `adaptsegnet.py`, but with one loss and one backward: a layer between the segmenter and its discriminators
-reverses the gradient (Ganin and Lempitsky 2015, arXiv 1409.7495). The alignment needs no reversal: its two losses share
-no gradient, so the same backward serves both. Lines that end in `# +` are added, `# check` logs what they do.
+This is the loop of `adaptsegnet.py` with one loss and one backward. A layer between the segmenter and its
+discriminators reverses the gradient (Ganin and Lempitsky 2015, arXiv 1409.7495). The alignment needs no reversal: its
+two losses share no gradient, so the same backward serves both. Lines that end in `# +` are added. The line that ends in
+`# check` logs the figures.
 """
 
 from typing import Any
@@ -25,7 +26,7 @@ def load(domain: str, count: int = 1) -> tuple[Tensor, Tensor]:
 
 
 class Segmenter(nn.Module):
-    """A backbone with an output level on each of its last two stages; it returns its features too."""
+    """A backbone with an output level on each of its last two stages. It returns its features too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class Segmenter(nn.Module):
         self.auxiliary, self.main = nn.Conv2d(CHANNELS, CLASSES, 1), nn.Conv2d(CHANNELS, CLASSES, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of both levels at the images' size, and features at a quarter of it."""
+        """Logits of both levels at the images' size, and features at a quarter of that size."""
         middle = self.stages(images)
         deep = self.last(middle)
         size = images.shape[-2:]
@@ -42,7 +43,7 @@ class Segmenter(nn.Module):
 
 
 class Reverse(torch.autograd.Function):
-    """The loop's own reversal; `semshift.reverse_gradient` is the same."""
+    """The loop's own gradient reversal. `semshift.reverse_gradient` computes the same."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, scale: float) -> Tensor:
@@ -69,16 +70,16 @@ def bce(logits: Tensor, label: float) -> Tensor:
 
 
 def train(steps: int = 100) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """Train; returns the network and the alignment's figures at every step."""
+    """Train. Returns the network and the alignment's figures at every step."""
     torch.manual_seed(0)
     log: list[dict[str, Tensor]] = []
     labelled = [load("target") for _ in range(8)]
     model = Segmenter()
     discriminators = nn.ModuleDict({"auxiliary": discriminator(), "main": discriminator()})
-    optimiser = torch.optim.SGD(model.parameters(), 0.005, momentum=0.9, weight_decay=5e-4)
-    discriminator_optimiser = torch.optim.Adam(discriminators.parameters(), 3e-3, betas=(0.9, 0.99))
+    sgd = torch.optim.SGD(model.parameters(), 0.005, momentum=0.9, weight_decay=5e-4)
+    adam = torch.optim.Adam(discriminators.parameters(), 3e-3, betas=(0.9, 0.99))
     align = semshift.SemanticAlignment(CHANNELS, CLASSES)  # +
-    discriminator_optimiser.add_param_group({"params": align.parameters(), "lr": 3e-3})  # +
+    adam.add_param_group({"params": align.parameters(), "lr": 3e-3})  # +
     for step in range(steps):
         (images_s, labels_s), (images_l, labels_l), (images_u, _) = (
             load("source"),
@@ -99,25 +100,25 @@ def train(steps: int = 100) -> tuple[nn.Module, list[dict[str, Tensor]]]:
 
         losses = align(features_s, labels_s, features_l, labels_l)  # +
         loss = loss + 0.03 * losses.confusion + losses.discriminator  # +
-        optimiser.zero_grad()
-        discriminator_optimiser.zero_grad()
+        sgd.zero_grad()
+        adam.zero_grad()
         loss.backward()
-        for player, rate in ((optimiser, 0.005), (discriminator_optimiser, 3e-3)):
-            player.param_groups[0]["lr"] = rate * (1 - step / steps) ** 0.9
-            player.step()
+        for each, rate in ((sgd, 0.005), (adam, 3e-3)):
+            each.param_groups[0]["lr"] = rate * (1 - step / steps) ** 0.9
+            each.step()
 
         log.append(losses.figures)  # check
     return model, log
 
 
 def features(model: Any, images: Tensor) -> Tensor:
-    """What was aligned."""
+    """The features that were aligned."""
     result: Tensor = model(images)[-1]
     return result
 
 
 def report(log: list[dict[str, Tensor]]) -> None:
-    """Means over twenty steps."""
+    """Print the mean of each figure over every twenty steps."""
     for step in range(0, len(log), 20):
         rows = log[step : step + 20]
         means = {name: torch.stack([row[name] for row in rows]).nanmean().item() for name in rows[0]}

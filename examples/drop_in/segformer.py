@@ -1,8 +1,8 @@
 """Hugging Face's SegFormer under Accelerate, with semantic-level alignment added.
 
-`SegformerForSemanticSegmentation` from a tiny random configuration; the features are the encoder's last hidden states.
-One backward and one optimiser serve the segmenter and the discriminator. Lines that end in `# +` are added, `# check`
-logs what they do.
+The model is `SegformerForSemanticSegmentation` with a tiny configuration and random weights. The features are the
+encoder's last hidden states. One backward and one optimiser serve the segmenter and the discriminator. Lines that end
+in `# +` are added. The line that ends in `# check` logs the figures.
 """
 
 from typing import Any
@@ -29,16 +29,16 @@ def load(domain: str, count: int = 1) -> tuple[Tensor, Tensor]:
 def loader(domain: str, count: int) -> DataLoader[dict[str, Tensor]]:
     """Batches as from an image processor: `pixel_values` and `labels`."""
     images, labels = load(domain, count)
-    return DataLoader([{"pixel_values": i, "labels": y} for i, y in zip(images, labels)], batch_size=4)  # type: ignore[arg-type]  # because a list will do
+    return DataLoader([{"pixel_values": i, "labels": y} for i, y in zip(images, labels)], batch_size=4)  # type: ignore[arg-type]  # a list is a data set too
 
 
 def train(steps: int = 100, **options: Any) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """Train; returns the network and the alignment's figures at every step."""
+    """Train. Returns the network and the alignment's figures at every step."""
     torch.manual_seed(0)
     log: list[dict[str, Tensor]] = []
     accelerator = Accelerator(cpu=True, **options)
     config = SegformerConfig(
-        num_labels=CLASSES,  # type: ignore[call-arg]  # because it goes to the base class
+        num_labels=CLASSES,  # type: ignore[call-arg]  # the base class takes it
         num_encoder_blocks=2,
         depths=[1, 1],
         hidden_sizes=[16, 32],
@@ -54,34 +54,35 @@ def train(steps: int = 100, **options: Any) -> tuple[nn.Module, list[dict[str, T
     )
     config.output_hidden_states = True  # +
     model = SegformerForSemanticSegmentation(config)
-    optimiser = torch.optim.AdamW(model.parameters(), 1e-3)
+    adam = torch.optim.Adam(model.parameters(), 1e-3)
     loaders = loader("source", 4 * steps), loader("target", 8)
-    model, optimiser, *loaders = accelerator.prepare(model, optimiser, *loaders)
+    model, adam, *loaders = accelerator.prepare(model, adam, *loaders)
     align = accelerator.prepare(semshift.SemanticAlignment(32, CLASSES, spectral_norm=True))  # +
-    optimiser.add_param_group({"params": align.parameters(), "lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0})  # +
+    adam.add_param_group({"params": align.parameters(), "lr": 3e-3, "betas": (0.9, 0.99)})  # +
     few = list(loaders[1])
     for step, batch_s in enumerate(loaders[0]):
         batch_t = few[step % len(few)]
+        labels_s, labels_t = batch_s["labels"], batch_t["labels"]
         out_s, out_t = model(**batch_s), model(**batch_t)
         loss = out_s.loss + out_t.loss
-        losses = align(out_s.hidden_states[-1], batch_s["labels"], out_t.hidden_states[-1], batch_t["labels"])  # +
-        loss = loss + semshift.Sigmoid(0.0, 0.3, 50)(step) * losses.confusion + losses.discriminator  # +
-        optimiser.zero_grad()
+        losses = align(out_s.hidden_states[-1], labels_s, out_t.hidden_states[-1], labels_t)  # +
+        loss += semshift.Sigmoid(0.0, 0.3, 50)(step) * losses.confusion + losses.discriminator  # +
+        adam.zero_grad()
         accelerator.backward(loss)
-        optimiser.step()
+        adam.step()
 
         log.append(losses.figures)  # check
     return model, log
 
 
 def features(model: Any, images: Tensor) -> Tensor:
-    """What was aligned."""
+    """The features that were aligned."""
     result: Tensor = model(pixel_values=images, output_hidden_states=True).hidden_states[-1]
     return result
 
 
 def report(log: list[dict[str, Tensor]]) -> None:
-    """Means over twenty steps."""
+    """Print the mean of each figure over every twenty steps."""
     for step in range(0, len(log), 20):
         rows = log[step : step + 20]
         means = {name: torch.stack([row[name] for row in rows]).nanmean().item() for name in rows[0]}

@@ -1,4 +1,4 @@
-"""The recipes of docs/labels.md, each run on files in the format of the tool that it is for."""
+"""The recipes of docs/labels.md, each run on files in the format of its annotation tool."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from examples.workbench.options import read_settings
 from examples.workbench.settings import Settings
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "labels.md"
-# What is on every image: a belt, and a box on it that covers a part.
+# Every image shows a belt, and a box that covers a part of it.
 IDS = np.zeros((48, 64), np.uint8)
 IDS[20:, 8:56] = 1
 IDS[10:30, 20:40] = 2
@@ -26,7 +26,7 @@ NAMES = ["a", "b c"]
 
 
 def recipes():
-    """Blocks by heading."""
+    """The blocks of each section, by heading."""
     text = PAGE.read_text(encoding="utf-8").splitlines()
     found = {}
     for block in read_blocks(PAGE):
@@ -69,7 +69,7 @@ def check(found, expected, names=NAMES):
         assert np.array_equal(label, expected)
 
 
-# pycocotools has NumPy's older protocol.
+# pycocotools uses NumPy's older array protocol.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
@@ -96,7 +96,7 @@ def masks_of_colours():
 
 
 def cvat():
-    """As CVAT packs `Segmentation mask 1.1`: palette PNGs, a list of names, and instances beside the classes."""
+    """CVAT's export `Segmentation mask 1.1`: palette PNGs of classes and of instances, and a list of names."""
     root = Path("cvat")
     table = {"background": (0, 0, 0), "belt": (60, 60, 60), "box": (250, 50, 83)}
     for name in NAMES:
@@ -111,7 +111,7 @@ def cvat():
     (root / "ImageSets/Segmentation/default.txt").write_text("\n".join(NAMES))
     data = settings("CVAT").data
     check(labels(data.target, data.classes), np.array([255, 0, 1])[IDS])
-    # The second piece of advice of the section.
+    # The section's second case: unmarked pixels are a class.
     classes = re.search(r"`classes: \[(background, belt.*?)\]`", PAGE.read_text())[1].split(", ")
     check(labels(data.target, classes), IDS)
 
@@ -124,7 +124,7 @@ def roboflow():
     Path("roboflow/train/_classes.csv").write_text(code("Roboflow", "text"))
     data = settings("Roboflow").data
     assert data.classes == [line.split(", ")[1] for line in code("Roboflow", "text").splitlines()[1:]]
-    # Alone, and beside photographs without masks.
+    # The export alone, and the export with other images that have no masks.
     apart = settings("Roboflow", 1).data
     assert (apart.classes, apart.target) == (data.classes, Folder("photos"))
     for folder in (data.target, apart.labelled):
@@ -133,7 +133,7 @@ def roboflow():
 
 def label_studio():
     root = Path("label-studio")
-    # One was uploaded, the other lies in a connected folder; the third has no annotation.
+    # The first image was uploaded, the second is in a connected folder, the third has no annotation.
     images = {
         12: "/data/upload/1/1a2b3c4d-a.jpg",
         13: "/data/local-files/?d=photos/b c.jpg",
@@ -145,7 +145,7 @@ def label_studio():
     )
     for task in (12, 13):
         box, left = IDS == 2, np.arange(IDS.shape[1]) < 30
-        # The box in two strokes, and the belt also below it.
+        # The box has two strokes. The belt also covers the pixels below the box.
         strokes = {"box-0": box & left, "box-1": box & ~left, "belt-0": IDS > 0}
         for tag, pixels in strokes.items():
             write_mask(pixels.astype(np.uint8) * 255, root / f"task-{task}-annotation-3-by-1-tag-{tag}.png")
@@ -190,7 +190,7 @@ def test_recipe(heading):
 
 
 def label_studio_of(images, tags):
-    """An export of tasks 1, 2, ... with these images, and one PNG each of these tags."""
+    """An export of tasks 1, 2, ... with these images. Each task has one PNG for each of these tags."""
     root = Path("label-studio")
     root.mkdir()
     tasks = [{"id": task, "data": {"image": image}} for task, image in enumerate(images, 1)]
@@ -201,7 +201,7 @@ def label_studio_of(images, tags):
 
 
 def test_label_studio_keeps_names():
-    """A date in the name of a file that was not uploaded is no prefix, and a URL may escape letters."""
+    """The date in the name of a file that was not uploaded is not a prefix. A URL may escape letters."""
     label_studio_of(["s3://bucket/20240110-001.jpg", "/data/upload/1/1a2b3c4d-F%C3%B6rder.jpg"], ["3-by-1-tag-belt-0"])
     run("Label Studio")
     assert {file.stem for file in Path("masks").iterdir()} == {"20240110-001", "Förder"}
@@ -240,7 +240,7 @@ def test_coco_prints_the_classes(capsys):
 
 
 def test_the_check_reads_an_export(capsys):
-    """A whole settings file with the rows of a recipe."""
+    """A whole settings file with the lines of a recipe."""
     roboflow()
     split = "{images: roboflow/train, labels: roboflow/train, label_ending: _mask.png}"
     assert f"target: {split}" in code("Roboflow", "yaml")

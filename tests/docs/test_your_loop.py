@@ -1,4 +1,4 @@
-"""docs/your-loop.md: what each section promises, and that what it names does the same as semshift's part."""
+"""docs/your-loop.md: the promise of each section. Each part of `You have, use` computes the same as semshift's."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ PAGE = PATH.read_text()
 
 
 def names(heading):
-    """Variables that the page's blocks have defined by the end of a section."""
+    """The names that the blocks define up to the end of a section."""
     begin = PAGE.index(f"\n## {heading}\n")
     end = PAGE.find("\n## ", begin + 1)
     last = (PAGE if end < 0 else PAGE[:end]).count("\n") + 1
@@ -33,7 +33,7 @@ def names(heading):
 
 
 def reached(loss, network):
-    """Whether a loss has a gradient at a network's features."""
+    """Whether the gradient of a loss reaches the backbone's parameters."""
     return all(g.any() for g in torch.autograd.grad(loss, network.backbone.parameters(), retain_graph=True))
 
 
@@ -54,7 +54,7 @@ def test_mixed_images_take_no_source_part():
     assert torch.equal(n["labels_m"][mask], n["labels_s"][mask])
     (gradient,) = torch.autograd.grad(n["losses"].confusion, n["features_m"])
     assert gradient.any()
-    # A cell counts for the pixels of its neighbours too, by the interpolation.
+    # By the interpolation, a cell also counts for the pixels of its neighbours.
     far = F.max_pool2d((~mask).float()[:, None], 8).squeeze(1)
     far = F.max_pool2d(far[:, None], 3, 1, 1).squeeze(1) == 0
     assert far.any()
@@ -76,7 +76,7 @@ def test_batches_of_one():
         labels = torch.full((2, 1, 32, 48), source)
         labels[1] = target
         losses.append(align(features, labels[0], features, labels[1]))
-    # No class is in both images; in the second step each was seen before.
+    # No class is in both images. In the second step each class was seen before.
     assert [found.confusion.item() > 0 for found in losses] == [False, True]
     assert all(found.figures["prototype_distance"].isnan() for found in losses)
     message = "Expected more than 1 value per channel when training"
@@ -117,7 +117,7 @@ def test_contrast_with_prototypes():
 
 
 def replica(module):
-    """A copy as nn.DataParallel makes it, with the parameters themselves."""
+    """A copy as nn.DataParallel makes it, with the same parameters."""
     result = module._replicate_for_data_parallel()
     result._parameters = dict(module._parameters)
     result._modules = {name: replica(child) for name, child in module._modules.items()}
@@ -135,7 +135,7 @@ def test_features_of_replicas():
     torch.testing.assert_close(gathered, network.backbone(images))
     losses = semshift.SemanticAlignment(32, 4)(gathered[:2], n["labels_s"], gathered[2:], n["labels_s"])
     assert reached(losses.confusion, network)
-    # Neither the wrapper nor the network itself leaves a tensor behind, which could not be copied.
+    # Neither the wrapper nor the network keeps a tensor, so both can be copied.
     network(images)
     copy.deepcopy(wrapper)
 
@@ -145,7 +145,7 @@ def hot(labels, num_classes):
 
 
 def entropy():
-    """Vu et al. 2019: the weighted self-information, over log K."""
+    """Vu et al. 2019: the weighted self-information, divided by log K."""
     p = (4 * torch.randn(2, 19, 8, 8)).softmax(1)
     p[0, 0, 0] = 0
     bits = -p * torch.log2(p + 1e-30) / math.log2(19)
@@ -169,10 +169,10 @@ def output_discriminator():
 
 
 def downscaled():
-    """Hoyer et al. 2022, appendix: the share of each class in a cell, ignored below 0.75."""
+    """Hoyer et al. 2022, appendix: a cell is ignored if no class covers at least 0.75 of it."""
     labels = torch.randint(0, 3, (4, 8, 8)).repeat_interleave(4, 1).repeat_interleave(4, 2)
     labels[torch.rand(labels.shape) < 0.1] = 255
-    # Exactly three quarters, and exactly one pixel less.
+    # One cell has exactly three quarters, the other one pixel less.
     labels[0, :4, :4], labels[0, 0, :4], labels[0, 4:8, :4], labels[0, 4, :4] = 1, 2, 1, 2
     labels[0, 5, 0] = 255
     shares, expected = F.avg_pool2d(hot(labels, 3).float(), 4).max(1)
@@ -184,7 +184,7 @@ def downscaled():
 
 
 def pixel_discriminator():
-    """Wang et al. 2020: 3 x 3 with 256 and 128 channels, and K outputs for each domain."""
+    """Wang et al. 2020: 3 x 3 convolutions with 256 and 128 channels, and K outputs for each domain."""
     discriminator = semshift.ClassPixelDiscriminator(2048, 19)
     widths = [2048, 256, 128, 38]
     assert convolutions(discriminator) == [(a, b, (3, 3), (1, 1)) for a, b in zip(widths, widths[1:])]
@@ -201,13 +201,13 @@ def soft_losses():
     none = torch.zeros_like(n["p_s"])
     source = soft_cross_entropy(n["d_s"], torch.cat([n["p_s"], none], -1))
     target = soft_cross_entropy(n["d_t"], torch.cat([none, n["p_t"]], -1))
-    torch.testing.assert_close(n["for_discriminator"], source / 2 + target / 2)
+    torch.testing.assert_close(n["loss"], source / 2 + target / 2)
     towards = soft_cross_entropy(n["d_t"], torch.cat([n["p_t"], none], -1))
     torch.testing.assert_close(n["confusion"], towards)
 
 
 def class_mixing():
-    """Tranheden et al. 2021: half of the classes of an image; the share of pixels above 0.968."""
+    """Tranheden et al. 2021: the mask has half of an image's classes; the weight is the share of pixels above 0.968."""
     labels, logits = torch.arange(4).repeat(2, 8, 2), 6 * torch.randn(2, 4, 16, 16)
     mask = semshift.class_mix(labels, 4)
     for one, of_image in zip(labels, mask):
@@ -224,7 +224,7 @@ def polynomial():
 
 
 def confusion_matrix():
-    """Over two images, with ignored pixels, a class that occurs in one of them only and one that never occurs."""
+    """Two images with ignored pixels. One class occurs in one image only, and one class never occurs."""
     n = names("You have, use")
     matrix, iou = n["matrix"], n["iou"]
     for metric in (matrix, iou):
@@ -282,5 +282,5 @@ def test_you_have_use(row):
 
 
 def test_every_row_is_compared():
-    table = PAGE[PAGE.index("| you have | use | mind |") :].split("\n\n")[0]
+    table = PAGE[PAGE.index("| you have | use | note |") :].split("\n\n")[0]
     assert re.findall(r"^\| (.+?) \|", table, flags=re.M)[1:] == list(SAME)

@@ -1,4 +1,4 @@
-"""examples/drop_in: each adds at most six lines that keep the promise of docs/drop-in.md; without them it is broken."""
+"""examples/drop_in: each program adds at most six lines, and they keep the promise of docs/drop-in.md."""
 
 import re
 import sys
@@ -16,11 +16,12 @@ from examples.scenes import Scenes
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {path.stem: path.read_text() for path in sorted((ROOT / "examples" / "drop_in").glob("[!_]*.py"))}
-PAGE = (ROOT / "docs" / "drop-in.md").read_text()
+FILES = [ROOT / "docs" / "drop-in.md", ROOT / "docs" / "other-loops.md"]
+PAGES = [file.read_text() for file in FILES]
 NEEDS = {"lightning_module": ("lightning",), "segformer": ("accelerate", "transformers")}
-# Those with an alignment module. Two import their framework for seconds.
+# The programs with an alignment module. Two of them import their framework for seconds.
 LOOPS = [pytest.param(name, marks=pytest.mark.slow if name in NEEDS else ()) for name in PROGRAMS if name != "pipeline"]
-# The frameworks warn of things that are not ours to fix.
+# The frameworks' own warnings are not ours to fix.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
@@ -63,7 +64,7 @@ def outcome(module):
 
 
 def holds(found, distance_without):
-    """What docs/drop-in.md promises."""
+    """The promise of docs/drop-in.md."""
     accuracy, distance = found
     return accuracy is not None and accuracy < 0.8 and distance < 0.75 * distance_without
 
@@ -71,28 +72,29 @@ def holds(found, distance_without):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_at_most_six_lines(name):
     added = [line for line in diff(PROGRAMS[name]).splitlines() if line.startswith("+")]
-    # The hook takes two more, as the page says.
+    # The hook needs two more, as the page says.
     assert 0 < len(added) <= (8 if name == "hook" else 6)
     # The discriminator's optimiser is among them.
-    assert name == "pipeline" or any("align.parameters()" in line and '"lr"' in line for line in added)
-    # Nothing of ours is left without them.
+    assert name == "pipeline" or all(part in "".join(added) for part in ("align.parameters()", '"lr"'))
+    # Without them the program has no semshift.
     assert "semshift." not in re.sub(r"`.*?`", "", versions(PROGRAMS[name])[0])
 
 
-def test_the_page_shows_the_programs():
-    assert re.findall(r"<!-- diff of (\w+)\.py", PAGE) != []
-    assert set(re.findall(r"<!-- diff of (\w+)\.py", PAGE)) == set(PROGRAMS)
-    assert set(re.findall(r"examples/drop_in/(\w+)\.py>", PAGE)) == set(PROGRAMS)
-    # To fix it: python -m examples.drop_in --write docs/drop-in.md
-    assert updated(PAGE) == PAGE
+def test_the_pages_show_the_programs():
+    for pattern in (r"<!-- diff of (\w+)\.py", r"examples/drop_in/(\w+)\.py>"):
+        assert sorted(name for page in PAGES for name in re.findall(pattern, page)) == sorted(PROGRAMS)
+    # To fix it: python -m examples.drop_in --write docs/drop-in.md docs/other-loops.md
+    assert [updated(page) for page in PAGES] == PAGES
 
 
 def test_write(tmp_path, monkeypatch, capsys):
-    page = tmp_path / "page.md"
-    page.write_text(PAGE.replace("+import semshift\n", ""))
-    monkeypatch.setattr(sys, "argv", ["drop_in", "--write", str(page)])
+    copies = [tmp_path / file.name for file in FILES]
+    for file, page in zip(copies, PAGES):
+        assert "+import semshift\n" in page
+        file.write_text(page.replace("+import semshift\n", ""))
+    monkeypatch.setattr(sys, "argv", ["drop_in", "--write", *map(str, copies)])
     main()
-    assert page.read_text() == PAGE
+    assert [file.read_text() for file in copies] == PAGES
     monkeypatch.setattr(sys, "argv", ["drop_in"])
     main()
     assert capsys.readouterr().out.count("+import semshift\n") == len(PROGRAMS)
@@ -110,7 +112,7 @@ def test_lightning_optimises_automatically():
 def test_figures_after_a_hundred_steps(name):
     without = outcome(program(name, source=versions(PROGRAMS[name])[0]))
     assert holds(outcome(program(name)), without[1])
-    # The same judgement finds what is missing: all lines, or the term of one player.
+    # The same check fails without the lines, and without either loss.
     assert not holds(without, without[1])
     for term in ("confusion", "discriminator"):
         missing = program(name, (rf"losses\.{term}\b", f"losses.{term}.detach()"))
@@ -132,16 +134,16 @@ def test_pipeline_draws_evenly_and_resumes():
         "unlabelled": 200,
     }
     assert same(whole, module.train(100, module.train(60)[0])[0])
-    # The loaders that it replaces do not resume where they were.
+    # The cycled loaders do not resume where they stopped.
     before = program("pipeline", source=versions(PROGRAMS["pipeline"])[0])
     assert not same(before.train(100)[0], before.train(100, before.train(60)[0])[0])
 
 
-# What newcomers do: an edit of the source, and what the error must say.
-SOURCE_LABELS = r'(align\(.*?, )(labels_s|batch_s\["labels"\])'
+# Common mistakes: an edit of the source, and the words that the error must contain.
+SOURCE_LABELS = r"(align\(.*?, )(labels_s)"
 TARGET_FEATURES = r"(align\([^,]+, [^,]+, [^,]+)"
 MISTAKES = {
-    "another width": (
+    "a wrong width": (
         (r"SemanticAlignment\((CHANNELS|32)", "SemanticAlignment(8"),
         ("source_features", "[B, 8, h, w]", "32, 8, 12]"),
     ),
@@ -154,7 +156,7 @@ MISTAKES = {
         ("discriminator", "float32", "torch.bfloat16", ".float()"),
     ),
     "transposed labels": ((SOURCE_LABELS, r"\1\2.mT"), ("source", "48, 32]", "8, 12]")),
-    "labels of other ids": ((SOURCE_LABELS, r"\g<1>7 + 0 * \2"), ("source", "labels", "[0, 4)", "255", "7 (")),
+    "labels with wrong ids": ((SOURCE_LABELS, r"\g<1>7 + 0 * \2"), ("source", "labels", "[0, 4)", "255", "7 (")),
     "detached target features": ((TARGET_FEATURES, r"\1.detach()"), ("target_features", "detached")),
 }
 
@@ -178,7 +180,7 @@ def test_half_precision_under_autocast(name, dtype):
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_model_in_eval(name):
-    # The line in which the model is there.
+    # The line that makes the model.
     edit = (r"( +)(model: Any = .*|model = Se.*|module = .*)\n", r"\1\2\n\1(locals().get('model') or module).eval()\n")
     _, log = program(name, edit).train(4)
     assert values(log).isfinite().all()
@@ -192,7 +194,7 @@ def test_a_model_in_bfloat16_beside_the_alignment(name):
         (r"return \(images if", "images = images.bfloat16()\n    return (images if"),
     ]
     if "discriminators[" in PROGRAMS[name]:
-        # Their own discriminators, over maps in bfloat16.
+        # The loop's own discriminators take maps in bfloat16.
         edits.append((r"nn\.Sequential\(\*layers\[:-1\]\)", "nn.Sequential(*layers[:-1]).bfloat16()"))
     _, log = program(name, *edits).train(4)
     assert values(log).isfinite().all()
@@ -200,7 +202,7 @@ def test_a_model_in_bfloat16_beside_the_alignment(name):
 
 @pytest.mark.slow
 def test_lightning_in_bfloat16():
-    """As the page says: the alignment must be cast back."""
+    """The alignment must be cast back, as the page says."""
     with pytest.raises(TypeError, match=r"float32.*torch\.bfloat16.*\.float\(\)"):
         program("lightning_module").train(2, precision="bf16-true")
     hook = r"    def on_fit_start(self):\n        self.align.float()\n\n\1"
@@ -210,7 +212,7 @@ def test_lightning_in_bfloat16():
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_target_without_labels(name):
-    """Nothing is compared: the figures are NaN, and the network still learns from the source."""
+    """No class is compared: the figures are NaN, and the network still learns from the source."""
     edit = (
         r"( +)return \(images if domain",
         r"\1labels = labels if domain == 'source' else torch.full_like(labels, 255)\n\1return (images if domain",
@@ -223,7 +225,7 @@ def test_a_target_without_labels(name):
 
 
 def edited(code, *edits):
-    """The code with each edit made exactly once."""
+    """The code after the edits. Each must match exactly once."""
     for old, new in edits:
         code, count = re.subn(old, new, code)
         assert count == 1
@@ -233,11 +235,11 @@ def edited(code, *edits):
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("per_image", [False, True])
 def test_by_hand_equals_the_module(per_image, align_corners):
-    """docs/by-hand.md: after all steps of its block every parameter has the same bits as with the module."""
+    """docs/by-hand.md: after all steps of its block every parameter equals that of the module, bit for bit."""
     (block,) = (b for b in read_blocks(ROOT / "docs" / "by-hand.md") if b.language == "python")
     code = block.code
     if per_image:
-        # What the page says to change.
+        # The changes that the page names.
         code = edited(
             code,
             (r"(class_sums\(features_s, labels_s, 4)", r"\1, per_image=True"),
@@ -253,7 +255,7 @@ def test_by_hand_equals_the_module(per_image, align_corners):
     with_module = edited(
         block.code,
         (r"discriminator = semshift\.PrototypeDiscriminator\(32, 4\)", module),
-        (r" +source = (?:.*\n)*? +for_discriminator = .*\n", call),
+        (r" +source = (?:.*\n)*? +for_discriminator = (?:.*\n)+? +\)\n", call),
         (r"\* confusion \+ for_discriminator", "* losses.confusion + losses.discriminator"),
     )
     assert "class_sums" not in with_module
@@ -269,7 +271,7 @@ def test_by_hand_equals_the_module(per_image, align_corners):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_the_rule_for_the_weight(precision):
-    """AdaptSegNet's loop on the built-in scenes, the weight and the rate by docs/schedules.md: no warning."""
+    """AdaptSegNet's loop on the built-in scenes, with the weight and the rate of docs/schedules.md: no warning."""
     scenes = {domain: Scenes(domain, "train", 100, seed=0) for domain in ("source", "target")}
 
     def load(domain):
@@ -292,12 +294,12 @@ def test_the_rule_for_the_weight(precision):
             (r'"lr": 3e-3', '"lr": 1e-4'),
         )
         module.load, module.weight_of = load, weight_of
-        # Around a whole loop a cache of cast weights would outlive the steps.
+        # autocast surrounds the whole loop here, so its cache of cast weights would outlive the steps.
         half = precision == torch.bfloat16
         with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
             module.train(300)
         return [warning.split(":")[0] for warning in semshift.health_warnings(history[-30:])]
 
     assert kinds(lambda *terms: semshift.balanced_weight(*terms, 0.1)) == []
-    # A number from elsewhere is warned of.
+    # A weight that is far too small gives a warning.
     assert "silent" in kinds(lambda *_: 1e-6)

@@ -1,4 +1,4 @@
-"""The hook of docs/drop-in.md: other libraries' layers, copies and teachers, compilation and checkpointing."""
+"""The forward hook of docs/other-loops.md: layers of real libraries, copies, teachers, compilation, checkpointing."""
 
 import copy
 import re
@@ -9,9 +9,11 @@ from torch.utils.checkpoint import checkpoint
 
 import semshift
 from tests.errors import refuses
-from tests.examples.test_drop_in import PAGE, PROGRAMS, ROOT, program, values
+from tests.examples.test_drop_in import PAGES, PROGRAMS, ROOT, program, values
 
-# The frameworks warn of things that are not ours to fix.
+PAGE, OTHER = PAGES
+
+# The frameworks' own warnings are not ours to fix.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
@@ -21,11 +23,11 @@ def test_hooks_of_the_other_libraries(library):
     model, log = module.train(2, library)
     assert len(log) == 2
     assert dict(model.named_modules())[module.LAYER[library]] is model.get_submodule(module.LAYER[library])
-    assert f"`{module.LAYER[library]}`" in PAGE
+    assert f"`{module.LAYER[library]}`" in OTHER
 
 
 def reaching(*edits, steps):
-    """Train the hook's program with edits; its figures, and whether the term reached the student at each step."""
+    """Train the hook's program with edits. Returns its figures, and whether the loss reached the student."""
     reach = r"reached.append(torch.autograd.grad(losses.confusion, layer.parameters(), retain_graph=True))"
     module = program("hook", *edits, (r"( +)(losses = align\(.*)", rf"\1\2\n\1{reach}"))
     module.copy, module.checkpoint, module.reached = copy, checkpoint, []
@@ -38,7 +40,7 @@ TEACHERS = {
     "average": "torch.optim.swa_utils.AveragedModel(model)",
     "copy of DataParallel": "copy.deepcopy(torch.nn.DataParallel(model))",
 }
-# A line of the program, and what stands before it.
+# A line of the program, and the edit that makes the teacher before it.
 MADE = {
     "before the hook": (r"( +)(layer = .*)", r"\1teacher = TEACHER\n"),
     "before the first step": (r"( +)(for step in range\(steps\):)", r"\1teacher = TEACHER\n"),
@@ -50,7 +52,7 @@ MADE = {
 @pytest.mark.parametrize("made", MADE)
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_a_teacher_that_runs_before_pooling(teacher, made):
-    """Even with a graph of its own, and between the two domains: the term reaches the student."""
+    """The loss reaches the student, even if the teacher has a graph and runs between the two domains."""
     where, line = MADE[made]
     _, reached = reaching(
         (where, line.replace("TEACHER", TEACHERS[teacher]) + r"\1\2"),
@@ -62,12 +64,12 @@ def test_a_teacher_that_runs_before_pooling(teacher, made):
 
 
 def test_a_hook_in_data_parallel():
-    """Without several devices it runs the network itself; where it runs replicas, nothing is kept, and that raises."""
+    """On one device it runs the network itself. Replicas keep no features, and the first step raises."""
     wrapped = (r"( +)(model: Any = .*)\n", r"\1\2\n\1whole = torch.nn.DataParallel(model)\n")
     runs = (r"\(model\((\w+)\), ", r"(whole(\1), ")
     _, log = program("hook", wrapped, runs).train(2)
     assert values(log).isfinite().all()
-    # In a replica the layer is another module.
+    # In a replica the layer is a different module.
     replica = (r"(layer = .*)\n", r"\1\n    model.backbone.layer4 = layer._replicate_for_data_parallel()\n")
     with pytest.raises(IndexError, match="deque index out of range"):
         program("hook", replica).train(1)
@@ -76,7 +78,7 @@ def test_a_hook_in_data_parallel():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_hook_under_activation_checkpointing(reentrant):
-    """As the page says: `use_reentrant=False`. The other kind runs the layer without a graph, which raises."""
+    """`use_reentrant=False` works, as the page says. The other kind runs the layer without a graph, which raises."""
     edit = (
         r"self\.backbone\(images\)\[-1\]\), images",
         f"checkpoint(lambda x: self.backbone(x)[-1], images, use_reentrant={reentrant})), images",
@@ -95,7 +97,7 @@ OWN = "torch.no_grad()(torch.func.functional_call)(model, dict(model.named_param
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_teacher_of_the_students_own_modules(first):
-    """docs/your-loop.md: it must run before the network does. Last, it raises."""
+    """It must run before the network, as docs/your-loop.md says. If it runs last, the alignment raises."""
     line = r"images_s, labels_s = .*" if first else r"losses = align\("
     edit = (rf"( +)({line})", rf"\1{OWN}\n\1\2")
     if first:
@@ -108,7 +110,7 @@ def test_a_teacher_of_the_students_own_modules(first):
 
 
 def test_align_corners_matches_the_up_sampling():
-    """Class means are those of up-sampled features; with the other setting, off by what the page says."""
+    """Class means equal those of up-sampled features. With the wrong setting they are off by the page's figure."""
     module = program("adaptsegnet")
     model, _ = module.train(10)
     images, labels = module.load("target", 8)
@@ -125,7 +127,7 @@ def test_align_corners_matches_the_up_sampling():
     assert 100 * off == pytest.approx(float(re.search(r"means are (\d+) % off", PAGE)[1]), abs=2)
 
 
-@pytest.mark.skipif(torch.__version__.startswith("2.4."), reason="because a compiled hook keeps nothing there")
+@pytest.mark.skipif(torch.__version__.startswith("2.4."), reason="a compiled hook keeps nothing in PyTorch 2.4")
 def test_a_hook_under_torch_compile():
     compiled = (
         r"( +)(layer\.register_forward_hook.*)\n",
@@ -135,14 +137,18 @@ def test_a_hook_under_torch_compile():
     torch.testing.assert_close(values(found), values(expected))
 
 
-def rows_of(title):
-    """The cells of a table of the page."""
-    table = PAGE[PAGE.index(title) :].split("\n\n")[0]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+def rows():
+    """The layers that the page lists: library, output to take, models, layer, channels and stride."""
+    library = taken = None
+    for line in OTHER.splitlines():
+        if found := re.match(r"\*\*([\w-]+):\*\* take `(x.*?)`\.", line):
+            library, taken = found.groups()
+        elif found := re.match(r"- (.+): layer `(.+)`, channels `(.+)`, stride (\d+)$", line):
+            yield library, taken, *found.groups()
 
 
 def models_of(library, names):
-    """The models of a row, where the library is installed."""
+    """The models of a row. Skips where the library is not installed."""
     if library == "torchvision":
         networks = pytest.importorskip("torchvision.models.segmentation", exc_type=ImportError)
         return [getattr(networks, name)(weights=None, weights_backbone=None) for name in names]
@@ -155,21 +161,25 @@ def models_of(library, names):
 
 
 def marked(row):
-    """A row of the table, skipped where its library needs an older PyTorch than ours."""
+    """A row of the table. Skipped if its library needs an older PyTorch."""
     old = row[0] not in ("torchvision", "segmentation-models-pytorch", "timm")
     reason = f"because {row[0]} cannot be installed beside a current PyTorch"
-    return pytest.param(row, marks=pytest.mark.skipif(old, reason=reason), id=row[1])
+    return pytest.param(row, marks=pytest.mark.skipif(old, reason=reason), id=row[2])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", [marked(row) for row in rows_of("| library | model |")])
+@pytest.mark.parametrize("row", [marked(row) for row in rows()])
 def test_layers_of_the_real_libraries(row):
-    """Each model of a row has that layer, and its map has that width and stride."""
-    library, names, layer, taken, width, stride = row
+    """Each model of a row has that layer. Its map has the row's channels and stride."""
+    library, taken, names, layer, channels, stride = row
     for model in models_of(library, re.findall(r"`(\w+)`", names)):
         kept = []
-        at = model if layer == "the model itself" else model.get_submodule(layer.strip("`"))
-        at.register_forward_hook(lambda m, _, out, kept=kept: kept.append(out if taken == "`out`" else out[-1]))
+        at = model if layer == "model" else model.get_submodule(layer)
+        at.register_forward_hook(lambda m, _, x, kept=kept: kept.append(eval(taken, {"x": x})))
         model.eval()(torch.randn(2, 3, 64, 96))
-        channels = eval(width.strip("`"), {"model": model})
-        assert list(kept[0].shape) == [2, channels, 64 // int(stride), 96 // int(stride)]
+        width = eval(channels, {"model": model})
+        assert list(kept[0].shape) == [2, width, 64 // int(stride), 96 // int(stride)]
+
+
+def test_the_page_lists_layers():
+    assert len(list(rows())) == OTHER.count(", stride ") == 7
