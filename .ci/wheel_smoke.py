@@ -23,7 +23,7 @@ for name, grad in (("features", features.grad), *((name, each.grad) for name, ea
     if grad is None or not grad.abs().sum() > 0:
         sys.exit(f"expected a gradient at {name}, got none")
 
-# The same by hand.
+# The program of "Write it by hand".
 pooled = semshift.class_sums(features, labels, 5)
 discriminator = semshift.frozen(semshift.PrototypeDiscriminator(16, 5))
 semshift.confusion_loss(discriminator(pooled.means), weight=pooled.present).backward()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-SECTION = re.search(r"^## Add it to your loop\n(.*?)^## ", README, flags=re.MULTILINE | re.DOTALL)[1]
+SECTION = re.search(r"^## Add to your loop\n(.*?)^## ", README, flags=re.MULTILINE | re.DOTALL)[1]
 
 
 def test_commands():
