@@ -112,7 +112,7 @@ def test_a_file_of_names(own, absolute):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("b\nnowhere.jpg\n", ("nowhere.jpg", "no target image")),
+        ("b\nnowhere.jpg\n", ("nowhere.jpg", "not a target image")),
         ("b\na\n", ("a", "no label file")),
         ("b\nb.jpg\n", ("b", "twice")),
         ("\n", ("empty",)),
