@@ -35,7 +35,7 @@ def predict_command(arguments: Sequence[str]) -> None:
 
 def export_command(arguments: Sequence[str]) -> None:
     """Export a run's network."""
-    check = "The exported file is kept only if it gives the same predictions as the run."
+    check = "The exported file is kept only if its predictions agree with the run's."
     parser = OneLineParser("export", epilog=check)
     _add_run(parser)
     what = "NAME.pt2 (a torch.export program), NAME.onnx, or NAME.pt or NAME.pth (a state dict)"
