@@ -146,7 +146,7 @@ def unlike(pooled, features):
         (everywhere, "not finite"),
         (nowhere, "not finite"),
         (like_tf32, "bilinear, TF32 on"),
-        (unlike, "the same bits in ten runs"),
+        (unlike, "bit-identical in ten runs"),
     ],
 )
 def test_a_planted_fault_is_seen(monkeypatch, checks, change, named):
