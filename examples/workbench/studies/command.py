@@ -34,7 +34,7 @@ def study_command(arguments: Sequence[str]) -> None:
         raise InputError(f"expected either names of studies, before all options, or --methods, got {given}")
     if named and (rest or options.seeds):
         given = f"{' '.join(named)} with {' '.join(rest) or '--seeds'}"
-        raise InputError(f"names come before all options; only --methods takes options of train or --seeds, got {given}")
+        raise InputError(f"names come before all options, and options of train or --seeds need --methods, got {given}")
     if options.summary is not None and (len(named) < 2 or options.summary.suffix != ".md"):
         raise InputError(f"--summary needs several studies and a file that ends in .md, got {options.summary}")
     if named:

@@ -98,7 +98,7 @@ def lock_folder(out: Path) -> Iterator[None]:
         except OSError as error:
             # Some network file systems have no locks.
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise MachineError(f"another process is writing to {out}, and only one may") from None
+                raise MachineError(f"only one process may write to {out}, and another process holds its lock") from None
         yield
 
 
