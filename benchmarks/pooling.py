@@ -173,9 +173,8 @@ def show_hard(rows: list[dict[str, Any]], left_out: list[str], args: argparse.Na
         ]
         for row in rows
     ]
-    print(
-        f"\nmilliseconds; MiB: memory of ours beyond the features; labels: {args.labels}\n\n{table(columns, lines)}\n"
-    )
+    print(f"\nmilliseconds; MiB: memory that ours needs beyond the features; labels: {args.labels}\n")
+    print(f"{table(columns, lines)}\n")
     print("\n".join(f"left out of {line}" for line in left_out), flush=True)
 
 

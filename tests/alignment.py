@@ -1,4 +1,4 @@
-"""What the tests of the alignment modules share: small modules, their inputs, and a loop that trains them."""
+"""Shared parts of the tests of the alignment modules: small modules, their inputs, and a loop that trains them."""
 
 import math
 

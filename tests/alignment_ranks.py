@@ -152,7 +152,7 @@ def start_group(store, rank, world=WORLD):
 
 
 def run_ranks(function, folder, names, seconds):
-    """What each of two processes found; a failure if they take longer."""
+    """The results of two processes; a failure if they take longer."""
     context = torch.multiprocessing.spawn(function, (str(folder), names), nprocs=WORLD, join=False)
     end = time.monotonic() + seconds
     try:
@@ -177,7 +177,7 @@ def alone(case, aligned=True):
 
 
 def bound_of(case):
-    """What rounding can do: in each step four sums are over all pixels of the batch, of numbers that are means."""
+    """The bound on rounding: in each step, four sums add means over all pixels of the batch."""
     pixels = 8 * ((32 // 2) ** 2 if case.module.startswith("global") else (SIZE // 2) ** 2)
     return STEPS * 4 * pixels * torch.finfo(case.dtype).eps
 
@@ -194,7 +194,7 @@ def farthest(a, b):
 
 
 def assert_same_training(case, found):
-    """What was found is what one process finds on the whole batch, and the alignment has a say in it."""
+    """Two processes find the same as one process on the whole batch, and the alignment has an effect."""
     assert not isinstance(found, str), found
     expected, bound = alone(case), bound_of(case)
     assert_close(found["segmenter"], expected["segmenter"], bound)

@@ -1,4 +1,4 @@
-"""What the tests of kernels share: where they run, features in every layout, labels of any value, the definition."""
+"""Shared parts of the kernel tests: the device, features in every layout, labels of any value, the definition."""
 
 import importlib.metadata
 import importlib.util

@@ -15,7 +15,7 @@ from tests.alignment_ranks import alone, assert_same_training, bound_of, run_ran
 
 @pytest.fixture(scope="module")
 def ranks(request, tmp_path_factory):
-    """What both ranks found in the cases that this run of pytest asks for."""
+    """The results of both ranks for the cases that this pytest run selects."""
     tests = [item for item in request.session.items if "ranks" in getattr(item, "fixturenames", ())]
     names = list(dict.fromkeys(item.callspec.params["name"] for item in tests if item.path == request.path))
     return run_ranks(work, tmp_path_factory.mktemp("ranks"), names, 240)

@@ -78,7 +78,7 @@ class Network(nn.Module):
 
 
 class Donated(torch.autograd.Function):
-    """What a compiled network says whose buffers are donated; which networks have any depends on the compiler."""
+    """The error of a compiled network with donated buffers; the compiler decides which networks have them."""
 
     @staticmethod
     def forward(ctx, x):

@@ -1,4 +1,4 @@
-"""Argument checks: what every public function takes for a count, a number or a flag, then each check by itself."""
+"""Argument checks: what every public function accepts as a count, a number or a flag, then each check alone."""
 
 import inspect
 import math
@@ -100,7 +100,7 @@ def arguments(*annotations):
 
 
 def call(function, name, value):
-    """What it returns, as text; what it keeps is Python's."""
+    """The result as text; stored values are Python's types."""
     result = function(**CALLS[function] | {name: value})
     assert not any(isinstance(kept, np.generic) for kept in getattr(result, "__dict__", {}).values())
     return repr(result)

@@ -22,7 +22,7 @@ def name(request):
 
 @pytest.fixture
 def device(monkeypatch):
-    """What torch says of a device that may not be there: NVIDIA's, of capability 8.0."""
+    """torch's properties of a device that may be absent: from NVIDIA, with capability 8.0."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr("triton.__version__", "3.6.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {CUDA: (8, 0)}[device])

@@ -1,4 +1,4 @@
-"""What follows from shapes: where features lie, and how the work is cut into programs."""
+"""Consequences of shapes: the memory layout of features, and the division of the work into programs."""
 
 import itertools
 

@@ -8,7 +8,7 @@ import semshift
 from semshift import _pooling_ops
 from tests.errors import refuses
 
-# Compiling on Python 3.13.0 itself, torch warns of its own slowness there.
+# While compiling on Python 3.13.0, torch warns that it is slow there.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
     # What opcheck of torch 2.14 does itself.
@@ -344,7 +344,7 @@ def test_empty_and_flat_shapes(shape, dtype):
 @pytest.mark.parametrize("ignore_index", [None, 255, 300])
 @pytest.mark.parametrize("resample", RESAMPLES)
 def test_an_unchecked_label_out_of_range_takes_no_part(resample, ignore_index, monkeypatch):
-    """What happens on CUDA, where values are not looked at."""
+    """The behaviour on CUDA, where values are not checked."""
     features, labels = batch(resample)
     # Integers, since features that are not on the CPU are added up in another order.
     features = features.mul(8).round()

@@ -1,4 +1,4 @@
-"""What class pooling promises, clause by clause, against the definition in rational numbers, on drawn cases."""
+"""The promises of class pooling, one by one, against the definition in rational numbers, on drawn cases."""
 
 import itertools
 import math

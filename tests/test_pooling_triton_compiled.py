@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """What must hold of a kernel: bits of each access to an argument in the main loop, programs of a multiprocessor."""
+    """Requirements on a kernel: bits of each access to an argument in the main loop, programs per multiprocessor."""
 
     argument: str
     programs: int
@@ -101,7 +101,7 @@ def run(cases, capability, **changed):
 
 
 def failures(reading):
-    """What is wrong with a kernel."""
+    """The requirements that a kernel fails."""
     if "failed" in reading:
         return [reading["failed"]]
     inside = sum(reading.get("kinds", {}).get(name, 0) for name in ("LDL", "STL"))

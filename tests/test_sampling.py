@@ -273,7 +273,7 @@ def test_rare_class_weights_of_images_that_show_enough():
 
 
 def test_numbers_of_numpy_are_kept_as_pythons():
-    """What it holds compares, prints and pickles alike, and no count overflows."""
+    """Its values compare, print and pickle alike, and no count overflows."""
     plain = make(seed=3, rank=1, world_size=2, first_step=5, steps=6)
     of_numpy = semshift.MixedBatchSampler(
         {name: np.int64(size) for name, size in SIZES.items()},

@@ -50,7 +50,7 @@ SWITCHES = [
 
 
 def getters():
-    """What torch's own getters say, an error included."""
+    """The result of torch's own getters, including an error."""
     found = []
     for owner, name in [
         (backends, "fp32_precision"),

@@ -19,7 +19,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def top(module):
-    """Functions, classes and aliases of a module, and what it imports from another of ours, by name."""
+    """Functions, classes and aliases of a module, and its imports from our other modules, by name."""
     found = {}
     for node in TREES[module].body:
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
@@ -37,7 +37,7 @@ def methods(node):
 
 
 def raised(module, node, owner=None, seen=None):
-    """Names of the errors that a function raises, itself or by a function of ours that it calls."""
+    """Names of the errors that a function raises, directly or through another of our functions."""
     seen = set() if seen is None else seen
     if id(node) in seen:
         return set()
@@ -83,7 +83,7 @@ def section(text, title):
 
 
 def entries(text, title):
-    """What a section names: lines at its first indentation, up to the colon."""
+    """The names in a section: lines at its first indentation, up to the colon."""
     return set(re.findall(r"^ {4}(\w+): ", section(text, title), flags=re.MULTILINE))
 
 

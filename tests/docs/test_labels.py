@@ -18,7 +18,7 @@ from examples.workbench.options import read_settings
 from examples.workbench.settings import Settings
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "labels.md"
-# What is on every image: a belt, and a box on it that covers a part.
+# Every image shows a belt, and on it a box that covers a part of the belt.
 IDS = np.zeros((48, 64), np.uint8)
 IDS[20:, 8:56] = 1
 IDS[10:30, 20:40] = 2

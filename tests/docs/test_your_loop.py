@@ -1,4 +1,4 @@
-"""docs/your-loop.md: what each section promises, and that what it names does the same as semshift's part."""
+"""docs/your-loop.md: every section keeps its promises, and the code that it names equals semshift's part."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ PAGE = PATH.read_text()
 
 
 def names(heading):
-    """What the blocks have made up to the end of a section."""
+    """The variables that the code blocks have defined up to the end of a section."""
     begin = PAGE.index(f"\n## {heading}\n")
     end = PAGE.find("\n## ", begin + 1)
     last = (PAGE if end < 0 else PAGE[:end]).count("\n") + 1

@@ -1,4 +1,4 @@
-"""What a user's program looks like to a type checker: every public name once, under `mypy --strict`, and it runs."""
+"""A user's program for the type checker: it uses every public name once, passes `mypy --strict`, and runs."""
 
 from collections.abc import Mapping
 

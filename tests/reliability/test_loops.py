@@ -150,7 +150,7 @@ def one_process():
 
 
 def bounds():
-    """What rounding can do to the gradients of step 0: n eps times the sum of magnitudes, for every layer passed.
+    """The bound on rounding in the gradients of step 0: n eps times the sum of magnitudes, for every layer passed.
 
     A gradient by a weight is a sum over n cells of products. Both factors have passed the layers between them and the
     loss, five at most, each a sum over no more than the label pixels of the batch.

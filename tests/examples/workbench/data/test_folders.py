@@ -1,4 +1,4 @@
-"""Folders in every layout: what is read, and which files are refused."""
+"""Folders in every layout: the images and labels read, and the files that are refused."""
 
 import contextlib
 import shutil

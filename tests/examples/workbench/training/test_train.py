@@ -17,7 +17,7 @@ from examples.workbench.training.train import train
 from tests.errors import mentions, refuses
 from tests.examples.workbench.tiny import TINY, checkpoint, equal, history, tiny
 
-# Libraries under the trainer give warnings of their own.
+# The trainer's libraries give their own warnings.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
