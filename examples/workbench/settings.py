@@ -152,8 +152,8 @@ class GlobalSettings(AlignmentSettings):
     """Global alignment: the global discriminator D_g over the segmenter's output maps; `weight` is lambda_g.
 
     Args:
-        auxiliary_weight: the same weight for a second discriminator, over the output maps of the auxiliary classifier,
-            with `network.auxiliary`; 0 turns it off.
+        auxiliary_weight: weight of the confusion loss of a second discriminator, over the output maps of the auxiliary
+            classifier, with `network.auxiliary`; 0 turns it off.
         base_channels: channels of the discriminator's first layer.
         inputs: what the discriminator sees: class `probabilities` (AdaptSegNet), their `entropy` map (ADVENT), or
             `balanced`, probabilities divided by the class frequencies that the domain's labels have shown so far.
@@ -173,13 +173,13 @@ class SemanticSettings(AlignmentSettings):
 
     Args:
         hidden_channels: widths of the discriminator's hidden layers.
-        conditioning: how the discriminator learns which class a prototype has; `class-and-domain` needs the objective
-            `bce` and `r1` 0.
+        conditioning: how the discriminator uses the class of a prototype; `class-and-domain` needs the objective `bce`
+            and `r1` 0.
         per_image: pool one prototype for each class of each image, as in the paper; if false, one for each class of
             the whole batch.
         resample: how labels are resampled to the feature grid.
-        balanced: use `weight` as a ratio, of the confusion loss's gradient at the features to the cross-entropy's; see
-            `semshift.balanced_weight`.
+        balanced: treat `weight` as the ratio of the confusion loss's gradient at the features to the cross-entropy's;
+            see `semshift.balanced_weight`.
     """
 
     weight: NonNegative = 0.01
@@ -205,17 +205,19 @@ class SelfTraining:
         weight: weight of the cross-entropy on unlabelled target images, with the teacher's predictions as labels.
         start: share of the run's steps, from 0 to 1, during which the weight stays 0.
         ramp: share of the run's steps, from 0 to 1, over which the weight then rises.
-        momentum: each step moves the teacher's weights towards the segmenter's by (1 - momentum) of the difference.
-        threshold: the teacher is sure of a pixel if its probability there is above this threshold.
-        weighted_by: how sureness counts. `image` weights all the teacher's labels of an image by the share of pixels
-            that it is sure of (DACS); `pixel` uses only the pixels that it is sure of (FixMatch).
+        momentum: each step moves the teacher's weights towards the segmenter's by (1 - momentum) of the difference;
+            from 0 to below 1.
+        threshold: the teacher is sure of a pixel if the probability of its predicted class there is above this
+            threshold, from 0 to below 1.
+        weighted_by: how the teacher's labels are weighted. `image` weights all labels of an image by the share of
+            pixels that the teacher is sure of (DACS); `pixel` uses only the pixels that it is sure of (FixMatch).
         mixed_from: the images whose classes are pasted, with their labels, onto the unlabelled images; `labelled`
             means labelled target images.
         strong: strength of additional changes of colour and sharpness, from 0 (none) to below 1. The segmenter sees
             the changed images, the teacher does not. See `strengthen`.
         contrast_weight: weight of the pixel-to-prototype contrast, which rises as `weight` does; 0 turns it off.
         contrast_temperature: temperature of the contrast's softmax over the prototypes.
-        contrast_momentum: momentum of the running prototypes of each domain.
+        contrast_momentum: momentum of the running prototypes of each domain, from 0 to below 1.
         rare_classes: draw images with rare classes more often, both source images and labelled target images.
         rare_class_temperature: temperature of these draws; a smaller value favours the rarest classes more.
         source_fade: share of the run's steps, at its end, over which the weight of the source's cross-entropy falls
@@ -249,8 +251,9 @@ class Settings:
             images, and on both. `global`, `semantic` and `ass` (the paper's) add one or both alignments to `joint`,
             `self-training` adds a teacher, and `ass-plus` adds all three. `oracle` is `labelled-only` with the labels
             of all target images.
-        labelled: which target training images keep their labels. A number of images, drawn from those that have a
-            label file; a text file of their names; or null for all. Built-in scenes: 4 by default. `oracle` keeps all.
+        labelled: which target training images keep their labels: a number of images, drawn from those that have a
+            label file; or a text file of image names; or null for all. The default for the built-in scenes is 4.
+            `oracle` keeps all labels.
         steps: number of training steps.
         seed: random seed of the network, the draws, the augmentation and the built-in scenes.
         log_every: number of steps between two rows of the log.
