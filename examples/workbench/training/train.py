@@ -129,7 +129,7 @@ def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool
     domains = choose_domains(settings, images)
     per_batch = batch_sizes(settings, domains, fabric.world_size)
     if settings.network.frozen_batch_norm and settings.network.init is None:
-        raise InputError("network.frozen_batch_norm needs network.init, whose statistics it keeps, got no network.init")
+        raise InputError("network.frozen_batch_norm needs network.init, whose statistics it keeps, got none")
     segmenter = build_segmenter(settings, run_folder.network_file(out))
     synchronise_batch_norm(segmenter, fabric)
     # A resumed run loads its weights from its checkpoint.
