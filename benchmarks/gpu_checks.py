@@ -1,4 +1,4 @@
-"""What `on_gpu.py` pools, and its checks: the pooling of a device against float64 on the same device."""
+"""The cases and checks of `on_gpu.py`: pooling on a device, compared with float64 on the same device."""
 
 import itertools
 import math
@@ -55,7 +55,7 @@ ODD_SHAPES = (
     (1, 3, 129, 127, 300),
 )
 SMOKE_SHAPES = ((2, 65, 9, 11, 19), (1, 19, 8, 16, 19), (1, 8, 6, 10, 300))
-# Fewer pixels than any of the table's shapes.
+# Fewer pixels than any shape in the table.
 SMALL = 2**14
 RESAMPLES = ("bilinear", "area", "nearest", "majority")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,18 +86,18 @@ class Case:
 
     @property
     def ignore_index(self) -> int | None:
-        """255 where no class has that id."""
+        """255, or None if 255 is the id of a class."""
         return 255 if self.num_classes <= 255 else None
 
 
 def cases(smoke: bool) -> list[Case]:
-    """All that is compiled and checked; the large ones in the dtypes of the table."""
+    """All cases that are compiled and checked; the large ones only in the dtypes of the table."""
     both = ((SMOKE_SHAPES, DTYPES),) if smoke else ((SHAPES, DTYPES[:2]), (ODD_SHAPES, DTYPES))
     return [Case(*of) for given in both for of in itertools.product(*given, (False, True), (False, True))]
 
 
 def label_map(images: int, height: int, width: int, num_classes: int, device: str) -> Tensor:
-    """Segments of 8 x 8 pixels, int64; 2 % are 255 where that is no class."""
+    """Labels in segments of 8 x 8 pixels, int64; 2 % are 255 if 255 is not a class."""
     generator = torch.Generator().manual_seed(height * width + num_classes)
     labels = torch.randint(0, num_classes, (images, -(-height // 8), -(-width // 8)), generator=generator).to(device)
     labels = labels.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :height, :width].contiguous()
@@ -108,13 +108,13 @@ def label_map(images: int, height: int, width: int, num_classes: int, device: st
 
 
 def noise(size: Sequence[int], device: str, seed: int = 0) -> Tensor:
-    """Normal float32."""
-    # A generator of its own: the default one fails after a capture that failed.
+    """Normal random numbers in float32."""
+    # It uses its own generator, since the default one fails after a failed capture.
     return torch.randn(*size, device=device, generator=torch.Generator(device).manual_seed(seed))
 
 
 def made(case: Case, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Features and labels of a case: int64, of small maps uint8 where that holds the classes."""
+    """Features and labels of a case. Labels are int64, or uint8 for small maps whose classes fit."""
     images, _, height, width, num_classes = case.shape
     features = noise(case.shape[:-1], device, seed).to(case.dtype)
     if case.channels_last:
@@ -124,7 +124,7 @@ def made(case: Case, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def once(case: Case, device: str) -> None:
-    """Every kernel that a case needs, once."""
+    """Run every kernel that a case needs once."""
     features, labels = made(case, device)
     leaf = features.detach().requires_grad_()
     sums = pooled(leaf, labels, case).sums
@@ -140,20 +140,20 @@ def once(case: Case, device: str) -> None:
 
 
 def pooled(features: Tensor, labels: Tensor, case: Case) -> semshift.ClassSums:
-    """The library's one line."""
+    """Pool with semshift's `class_sums`."""
     options = {"ignore_index": case.ignore_index, "per_image": case.per_image}
     return semshift.class_sums(features, labels, case.num_classes, **options)
 
 
 def checks(smoke: bool, device: str) -> Iterator[Check]:
-    """Every check and its name; it raises AssertionError, or returns a few words on what it saw."""
+    """Yield every check with its name. A check raises AssertionError, or returns a short note about its result."""
     for case in cases(smoke):
         yield str(case), lambda case=case: agrees(case, *made(case, device))
     yield from other_checks(smoke, device)
 
 
 def other_checks(smoke: bool, device: str) -> Iterator[Check]:
-    """Those beyond plain pooling of each case."""
+    """Yield the checks that do more than pool each case once."""
     shape = (2, 65, 9, 11, 19) if smoke else (2, 256, 65, 129, 19)
     for dtype, channels_last in itertools.product(DTYPES, (False, True)):
         case = Case(shape, dtype, channels_last)
@@ -162,11 +162,11 @@ def other_checks(smoke: bool, device: str) -> Iterator[Check]:
             yield f"a crop | {cropped}", lambda case=cropped: crop(case, device)
         for num_classes in (19, 150):
             repeated = Case((*shape[:-1], num_classes), dtype, channels_last)
-            yield f"the same bits in ten runs | {repeated}", lambda case=repeated: same_bits(case, device)
+            yield f"bit-identical in ten runs | {repeated}", lambda case=repeated: same_bits(case, device)
         if device == "cuda":
             yield f"in a CUDA graph | {case}", lambda case=case: in_a_graph(case)
     yield (
-        "the same bits in ten runs, 2000 classes, deterministic mode",
+        "bit-identical in ten runs, 2000 classes, deterministic mode",
         lambda: same_bits(Case((*shape[:-1], 2000), torch.float32, False), device),
     )
     yield "a crop of three dimensions, per image", lambda: crop_of_three_dimensions(device)
@@ -176,13 +176,16 @@ def other_checks(smoke: bool, device: str) -> Iterator[Check]:
             yield name, lambda grid=grid, rounded=rounded: bilinear(grid, rounded, device)
     for resample in RESAMPLES:
         yield (
-            f"labels on another grid, {resample}, as on the CPU",
+            f"labels on a different grid, {resample}, as on the CPU",
             lambda resample=resample: as_on_the_cpu(resample, smoke, device),
         )
 
 
 def definition(features: Tensor, labels: Tensor, case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Float64 sums, sums of absolutes and counts of each class, and each pixel's row in a table with a row more."""
+    """The float64 sums, sums of absolute values and counts of each class, and each pixel's row in a table.
+
+    The table has one more row than there are classes, for ignored pixels.
+    """
     groups, rows = (len(labels) if case.per_image else 1), case.num_classes + 1
     slots = torch.where(labels == case.ignore_index, case.num_classes, labels) if case.ignore_index else labels
     slots = slots.long()
@@ -198,13 +201,13 @@ def definition(features: Tensor, labels: Tensor, case: Case) -> tuple[Tensor, Te
 
 
 def agrees(case: Case, features: Tensor, labels: Tensor) -> str:
-    """Counts are equal, sums within n * eps * sum |x|, and the backward is a copy of rows, bit for bit.
+    """Check that counts are equal, sums are within n * eps * sum |x|, and the backward copies rows bit-identically.
 
-    That bound is loose where n is large: there 1e-5 of sum |x| still shows that features were rounded.
+    For large n that bound is loose. Therefore it is at most 1e-5 of sum |x|, which still reveals rounded features.
     """
     want, absolutes, counts, slots = definition(features, labels, case)
     leaf = features.detach().requires_grad_()
-    # Deterministic mode fills fresh memory with NaN. With more classes it would also choose another way.
+    # Deterministic mode fills new memory with NaN. With more classes it would also choose a different algorithm.
     torch.use_deterministic_algorithms(case.num_classes <= 256, warn_only=True)
     try:
         got = pooled(leaf, labels, case)
@@ -212,22 +215,22 @@ def agrees(case: Case, features: Tensor, labels: Tensor) -> str:
         (gradient,) = torch.autograd.grad(got.sums, leaf, rows.to(got.sums.dtype))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert torch.equal(got.mass, counts), "other counts"
+    assert torch.equal(got.mass, counts), "wrong counts"
     error = (got.sums.double() - want).abs()
     bound = (counts * torch.finfo(torch.float32).eps).clamp(max=1e-5)[..., None] * absolutes
     finite = want.isfinite()
     worst = (error - bound)[finite].max().item() if finite.any() else 0.0
     assert worst <= 0, f"off by {worst:.3g} more than the bound"
     strange = torch.where(finite, 0, got.sums.double()), torch.where(finite, 0, want)
-    assert torch.allclose(*strange, rtol=0, atol=0, equal_nan=True), "other infinities or NaN"
+    assert torch.allclose(*strange, rtol=0, atol=0, equal_nan=True), "wrong infinities or NaN"
     table = pad(rows.to(case.dtype), (0, 0, 0, 1)).flatten(0, -2)
-    assert torch.equal(gradient, table[slots].movedim(-1, 1)), "another gradient"
+    assert torch.equal(gradient, table[slots].movedim(-1, 1)), "a wrong gradient"
     share = (error / absolutes.clamp(min=1e-300))[finite]
     return f"{share.max().item() if share.numel() else 0:.1e} of sum |x|"
 
 
 def not_finite(case: Case, device: str) -> str:
-    """An infinity, its opposite and a NaN reach their own classes and channels alone."""
+    """Check that infinity, minus infinity and NaN reach only their own classes and channels."""
     features, labels = made(case, device)
     for channel, value in enumerate((math.inf, -math.inf, math.nan)):
         features[-1, channel, channel, -1 - channel] = value
@@ -235,7 +238,7 @@ def not_finite(case: Case, device: str) -> str:
 
 
 def crop(case: Case, device: str) -> str:
-    """Features cropped from larger ones, between which lies NaN."""
+    """Check features that are cropped from larger ones, with NaN around the crop."""
     features, labels = made(case, device)
     around = pad(features, (3, 2, 1, 1), value=math.nan)
     if case.channels_last:
@@ -244,26 +247,26 @@ def crop(case: Case, device: str) -> str:
 
 
 def crop_of_three_dimensions(device: str) -> str:
-    """Features [B, C, D, H, W] in channels-last memory, cropped in two dimensions."""
+    """Check features [B, C, D, H, W] in channels-last memory, cropped in two dimensions."""
     around = noise((2, 4, 9, 9, 3), device).permute(0, 4, 1, 2, 3)
     labels = torch.randint(0, 5, (2, 4, 5, 7), device=device)
     return agrees(Case((2, 3, 4, 5, 5), torch.float32, True, per_image=True), around[..., 1:6, 1:8], labels)
 
 
 def same_bits(case: Case, device: str) -> str:
-    """Ten runs give equal sums; with more than 256 classes deterministic mode promises that."""
+    """Check that ten runs give bit-identical sums; with more than 256 classes only in deterministic mode."""
     features, labels = made(case, device)
     torch.use_deterministic_algorithms(case.num_classes > 256, warn_only=True)
     try:
         first = pooled(features, labels, case).sums
-        assert all(torch.equal(pooled(features, labels, case).sums, first) for _ in range(9)), "other bits"
+        assert all(torch.equal(pooled(features, labels, case).sums, first) for _ in range(9)), "not bit-identical"
     finally:
         torch.use_deterministic_algorithms(False)
     return ""
 
 
 def in_a_graph(case: Case) -> str:
-    """A captured forward and backward, and a bilinear one, replayed on other features."""
+    """Capture a forward and backward, and a bilinear forward, and replay them on other features."""
     features, labels = made(case, "cuda")
     finer = labels.repeat_interleave(2, 1).repeat_interleave(2, 2)
 
@@ -282,16 +285,17 @@ def in_a_graph(case: Case) -> str:
     for _ in range(2):
         graph.replay()
     *exact, resampled = zip(captured, run())
-    assert all(torch.equal(*of) for of in exact), "a replay gives other sums"
+    assert all(torch.equal(*of) for of in exact), "a replay gives different sums"
     most = 1e-5 * resampled[1].abs().max().item()
-    assert torch.allclose(*resampled, rtol=0, atol=most), "a replay gives other bilinear sums"
+    assert torch.allclose(*resampled, rtol=0, atol=most), "a replay gives different bilinear sums"
     return ""
 
 
 def bilinear(grid: Grid, rounded: bool, device: str) -> str:
-    """Pooling at the labels' size, against float64 features brought to that size.
+    """Check pooling at the labels' size against float64 features that are resized to it.
 
-    Of 1 + 2^-12 TF32 keeps 1. The bound of any float32 would let that pass, so such features are pooled as well.
+    TF32 rounds 1 + 2^-12 to 1. The bound for arbitrary float32 features would not notice, so features of this value are
+    pooled too.
     """
     images, _, height, width, *size = grid
     num_classes = 19
@@ -306,8 +310,8 @@ def bilinear(grid: Grid, rounded: bool, device: str) -> str:
         fine = semshift.class_sums(torch.full_like(features, 1 + 2**-12), labels, num_classes)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    assert torch.equal(got.mass, counts), "other counts"
-    # Adding n terms, reading at float32 places of up to h and w, and a product of weights for each cell.
+    assert torch.equal(got.mass, counts), "wrong counts"
+    # Roundings: adding n terms, float32 positions of up to h and w, and a product of weights for each cell.
     roundings = counts + 4 * (height + width) + height * width
     bound = (torch.finfo(torch.float32).eps * features.abs().max() * counts * roundings)[:, None]
     error = (got.sums - want).abs()
@@ -317,15 +321,15 @@ def bilinear(grid: Grid, rounded: bool, device: str) -> str:
 
 
 def as_on_the_cpu(resample: str, smoke: bool, device: str) -> str:
-    """Label maps and shares on a grid that no factor leads to, on both devices."""
+    """Compare label maps and class shares on grids of unrelated sizes with those of the CPU."""
     here = label_map(2, *((64, 128) if smoke else (512, 1024)), 19, "cpu")
     there = here.to(device)
     for size in ((9, 17), (65, 129), (100, 50)):
         if resample in ("nearest", "majority"):
             want, got = (semshift.resize_labels(of, size, 19, resample=resample) for of in (here, there))
-            assert torch.equal(got.cpu(), want), f"{size}: other labels"
+            assert torch.equal(got.cpu(), want), f"{size}: different labels"
         else:
             want, got = (semshift.class_shares(of, size, 19, resample=resample) for of in (here, there))
-            # Sums of exact weights in another order, rounded once.
+            # The sums add exact weights in a different order, and are rounded once.
             torch.testing.assert_close(got.cpu(), want, rtol=4e-7, atol=1e-12)
     return ""

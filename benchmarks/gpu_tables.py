@@ -1,6 +1,6 @@
-"""The tables of `on_gpu.py`: times by CUDA graphs, shares of the device's copy speed, and our thresholds.
+"""The tables of `on_gpu.py`: times measured with CUDA graphs, shares of the device's copy speed, and our thresholds.
 
-On a CPU every time is a plain one: that rehearses the program and says nothing about a GPU.
+On a CPU, times are measured without graphs. This rehearses the program and says nothing about a GPU.
 """
 
 import math
@@ -33,10 +33,10 @@ OTHERS: dict[str, Way] = {
     "one-hot product": by_bmm,
     "one-hot product, other order": by_bmm_other_order,
 }
-# One call after another must not find its input in the cache.
+# Successive calls must not find their input in the cache.
 CACHES, LEAST_BYTES = 4, 2**28
 MEDIAN_OF, SECONDS = 7, 0.02
-# So few calls that the queue of launches never fills.
+# Few enough calls that the queue of kernel launches never fills.
 QUEUED = 50
 Call = Callable[[], object]
 COLUMNS = (
@@ -47,7 +47,7 @@ RESAMPLING_COLUMNS = "B, C, h, w, H, W | dtype | resample | ms | features at cop
 
 
 def copies(one: int, device: str) -> int:
-    """How many inputs of so many bytes lie well beyond the cache; at least two."""
+    """Number of inputs of `one` bytes that together far exceed the cache; at least two."""
     if device == "cpu":
         return 2
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -55,7 +55,7 @@ def copies(one: int, device: str) -> int:
 
 
 def elapsed(run: Call, times: int, device: str) -> float:
-    """Seconds of so many runs, by the device's clock."""
+    """Seconds for `times` runs, by the device's clock."""
     if device == "cpu":
         begin = time.perf_counter()
         for _ in range(times):
@@ -72,10 +72,10 @@ def elapsed(run: Call, times: int, device: str) -> float:
 
 
 def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | None:
-    """All calls in one graph, their results in different places; None where they cannot be captured."""
+    """Capture all calls in one graph, with separate results; None if they cannot be captured."""
     torch.cuda.synchronize()
     try:
-        # Most of what cannot be captured waits for the device. A failed capture would leave the allocator in disorder.
+        # Most calls that cannot be captured force a device sync. A failed capture would corrupt the allocator's state.
         torch.cuda.set_sync_debug_mode("error")
         calls[0]()
     except RuntimeError:
@@ -87,7 +87,7 @@ def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | None:
         with torch.cuda.graph(graph):
             kept = [call() for call in calls]
     except RuntimeError:
-        # The context manager does not do this itself.
+        # The context manager does not do this.
         torch.cuda.set_stream(torch.cuda.default_stream())
         return None
     del kept
@@ -95,7 +95,7 @@ def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | None:
 
 
 def seconds_of(calls: Sequence[Call], device: str) -> tuple[float, str]:
-    """Median seconds of a call, and how it was timed: by a graph, or by events with the host's time in between."""
+    """Median seconds per call, and how it was timed: by a graph, or by events, which include the host's time."""
     calls[0]()
     graph = captured(calls) if device == "cuda" else None
     run: Call = graph.replay if graph else lambda: [call() for call in calls]
@@ -108,7 +108,7 @@ def seconds_of(calls: Sequence[Call], device: str) -> tuple[float, str]:
 
 
 def host_seconds(call: Call, device: str) -> float:
-    """Seconds until a call returns, however long the device takes."""
+    """Seconds until a call returns on the host, without waiting for the device."""
     taken = []
     for _ in range(MEDIAN_OF if device == "cuda" else 1):
         call()
@@ -124,7 +124,7 @@ def host_seconds(call: Call, device: str) -> float:
 
 
 def copy_speed(smoke: bool, device: str) -> dict[str, float]:
-    """Bytes a second of a copy (read and written), of a sum (read) and of a fill (written)."""
+    """Bytes per second of a copy (read and written), of a sum (read) and of a fill (written)."""
     large = [noise((2**16 if smoke else 2**28,), device, seed) for seed in range(2)]
     calls: dict[str, tuple[int, Call]] = {
         "copy": (2, lambda: large[0].copy_(large[1])),
@@ -135,17 +135,17 @@ def copy_speed(smoke: bool, device: str) -> dict[str, float]:
 
 
 def whole(way: Way, features: Tensor, labels: Tensor, case: Case) -> tuple[Tensor, Tensor]:
-    """A way with what a careful user puts around it: the ignored pixels and the counts."""
+    """Run a way together with the code that a careful user adds: for the ignored pixels and the counts."""
     slots, rows = labels, case.num_classes + 1
     if case.ignore_index is not None:
         slots = torch.where(labels == case.ignore_index, case.num_classes, labels)
-    # Of all counts this one neither waits for the device nor adds pixel by pixel in memory.
+    # This is the only count that neither forces a device sync nor adds pixel by pixel in memory.
     counts = torch.histc(slots.float(), rows, 0, rows)
     return way(features, slots, rows)[: case.num_classes], counts[: case.num_classes].long()
 
 
 def extra_share(call: Call, features: Tensor) -> float:
-    """Memory that a call takes at its peak, of the features'."""
+    """Peak memory of a call, as a share of the features' memory."""
     if not features.is_cuda:
         return 0.0
     torch.cuda.synchronize()
@@ -156,7 +156,7 @@ def extra_share(call: Call, features: Tensor) -> float:
 
 
 def hard_row(case: Case, copy: float, device: str) -> dict[str, Any]:
-    """Ours and the best other way at a shape, forward; ours backward; ours on the host."""
+    """Measure a shape: the forward of ours and of the best other way, our backward, and our time on the host."""
     features, labels = made(case, device)
     labels = labels.long()
     inputs = [(features, labels)]
@@ -168,7 +168,7 @@ def hard_row(case: Case, copy: float, device: str) -> dict[str, Any]:
         calls = [lambda pair=pair, way=way: whole(way, *pair, case) for pair in inputs]
         try:
             sums, counts = whole(way, *inputs[0], case)
-            assert torch.equal(counts, pooled(*inputs[0], case).mass), "other counts"
+            assert torch.equal(counts, pooled(*inputs[0], case).mass), "wrong counts"
             del sums
             others[name] = seconds_of(calls, device)[0]
         except (RuntimeError, AssertionError) as error:
@@ -200,7 +200,7 @@ def hard_row(case: Case, copy: float, device: str) -> dict[str, Any]:
 
 
 def milliseconds(seconds: float, timed_by: str) -> str:
-    """Milliseconds, and how they were measured where it was not by a graph."""
+    """Milliseconds, and the method of measuring if it was not a graph."""
     return f"{1e3 * seconds:.3f}" + ("" if timed_by == "graph" else f" ({timed_by})")
 
 
@@ -224,7 +224,7 @@ def cells(row: dict[str, Any]) -> str:
 
 
 def resampled_row(grid: Grid, dtype: torch.dtype, resample: Any, copy: float, device: str) -> dict[str, Any]:
-    """Pooling under labels of another size, beside the features' own time at copy speed."""
+    """Measure pooling with labels of a different size, and the time to read the features at copy speed."""
     images, _, _, _, *size = grid
     features = noise(grid[:4], device).to(dtype)
     inputs = [(features, label_map(images, *size, 19, device))]
@@ -248,7 +248,7 @@ def resampled_cells(row: dict[str, Any]) -> str:
 
 
 def least_share(row: dict[str, Any]) -> float | None:
-    """The share of copy speed that the forward should reach, if there is a threshold for its shape."""
+    """Threshold for the forward's share of the copy speed; None if its shape has no threshold."""
     _, channels, _, _, num_classes = row["shape"]
     half, megabytes = row["dtype"] != "float32", row["bytes"] / 1e6
     if num_classes > 32 or (channels < 64 and channels != 19):
@@ -261,7 +261,7 @@ def least_share(row: dict[str, Any]) -> float | None:
 
 
 def verdict(rows: Sequence[dict[str, Any]], resampled: Sequence[dict[str, Any]]) -> list[str]:
-    """One line for each threshold: what is met, and what is missed with its value."""
+    """One line for each threshold, met or missed; the missed cases follow with their values."""
     judged: list[tuple[str, str, float, float, bool]] = []
     for row in rows:
         least = least_share(row)
@@ -281,5 +281,5 @@ def verdict(rows: Sequence[dict[str, Any]], resampled: Sequence[dict[str, Any]])
         of = [one for one in judged if one[0] == kind]
         missed = [one for one in of if not one[4]]
         lines.append(f"{'missed' if missed else 'met'}: {kind}: {len(of) - len(missed)} of {len(of)}")
-        lines += [f"  {name}: {value:.3g} against {bar:.3g}" for _, name, value, bar, _ in missed]
+        lines += [f"  {name}: {value:.3g} against {threshold:.3g}" for _, name, value, threshold, _ in missed]
     return lines

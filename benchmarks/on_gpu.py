@@ -1,8 +1,8 @@
-"""All that needs a GPU, in one program: `python3 benchmarks/on_gpu.py --out DIR`, at most eight minutes.
+"""All GPU checks and measurements in one program: `python3 benchmarks/on_gpu.py --out DIR`, at most eight minutes.
 
-It needs torch, Triton, NumPy, pytest and hypothesis, and no network; semshift is taken from this checkout. Each
-result is appended to `DIR/results.md` (figures to `DIR/figures.jsonl`) as soon as it is there, so that a crash loses
-nothing. `--smoke` does every stage at tiny sizes within half a minute. Without a GPU that is all it can do.
+It needs torch, Triton, NumPy, pytest and hypothesis, but no network, and it uses the semshift of this checkout. Each
+result is appended to `DIR/results.md`, and its figures to `DIR/figures.jsonl`, as soon as it is known, so that a crash
+loses nothing. `--smoke` runs every stage at tiny sizes within half a minute. Without a GPU only `--smoke` works.
 """
 
 import argparse
@@ -33,16 +33,16 @@ ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STAGES = ("speed", "compile", "checks", "tests", "memcheck", "resampling", "table")
 PROCESSES = 16
-# A table's row is begun only with so many seconds left.
+# A row of a table is started only if this many seconds are left.
 LAST_ROW = 15
 
 
 class StopError(Exception):
-    """The rest is not worth its time: something is wrong."""
+    """A failure after which the remaining stages would waste time."""
 
 
 class Run:
-    """What the stages share: the arguments, the time left, the files and what failed."""
+    """The state that the stages share: the arguments, the time left, the files and the failures."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.smoke = args, args.smoke
@@ -55,7 +55,7 @@ class Run:
         self.resampled: list[dict[str, Any]] = []
 
     def left(self) -> float:
-        """Seconds of the budget."""
+        """Seconds left of the time limit."""
         return self.end - time.monotonic()
 
     def say(self, text: str) -> None:
@@ -65,22 +65,22 @@ class Run:
             file.write(text + "\n")
 
     def too_long(self) -> None:
-        """End the program: a kernel that hangs would take all of the device's time."""
+        """End the program, since a kernel that hangs would use up the device's time."""
         self.say("FAILED: out of time, in the middle of a stage")
         os._exit(1)
 
     def figures(self, **values: Any) -> None:
-        """Append figures, one JSON object a line."""
+        """Append figures, one JSON object per line."""
         with (self.out / "figures.jsonl").open("a") as file:
             file.write(json.dumps(values) + "\n")
 
     def fail(self, what: str) -> None:
-        """Remember that something failed, and say so."""
+        """Record a failure and print it."""
         self.failed.append(what)
         self.say(f"FAILED: {what}")
 
     def commands(self, commands: list[list[str]], most_seconds: float, **environment: str) -> list[tuple[int, str]]:
-        """Exit status and output of each, all at once; killed where they take too long."""
+        """Run all commands at once, and return the exit status and output of each; kill those that take too long."""
         environ = {**os.environ, "PYTHONPATH": str(ROOT / "src"), **environment}
         end = time.monotonic() + max(1, min(most_seconds, self.left()))
         with contextlib.ExitStack() as stack:
@@ -101,7 +101,7 @@ class Run:
 
 
 def itself(*arguments: str) -> list[str]:
-    """The command that runs this program in a process of its own."""
+    """The command that runs this program in a separate process."""
     return [sys.executable, __file__, *arguments]
 
 
@@ -111,7 +111,7 @@ def tail(text: str, lines: int = 40) -> str:
 
 
 def speed(run: Run) -> None:
-    """How fast the device copies, reads and writes: what all shares refer to."""
+    """Measure how fast the device copies, reads and writes; all shares in the tables refer to the copy speed."""
     speeds = copy_speed(run.smoke, DEVICE)
     run.copy = speeds["copy"]
     run.say("GB/s: " + ", ".join(f"{name} {value / 1e9:.0f}" for name, value in speeds.items()))
@@ -119,13 +119,13 @@ def speed(run: Run) -> None:
 
 
 def compile_all(run: Run) -> None:
-    """Every kernel variant in Triton's cache, compiled by many processes at once."""
+    """Compile every kernel variant into Triton's cache, in many processes at once."""
     count = min(PROCESSES, os.cpu_count() or 1)
     commands = [itself("--share", str(i), str(count), *["--smoke"] * run.smoke) for i in range(count)]
     for status, output in run.commands(commands, 180, OMP_NUM_THREADS="1"):
         if status:
             run.say(tail(output))
-            raise StopError(f"a process that compiles ended with {status} (-9: it took too long)")
+            raise StopError(f"a compiling process ended with status {status} (-9: it took too long)")
     kernels = len(list(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")))
     run.say(f"{count} processes, {kernels} compiled kernels")
     if DEVICE == "cuda" and not kernels:
@@ -133,11 +133,11 @@ def compile_all(run: Run) -> None:
 
 
 def check_all(run: Run) -> None:
-    """Pooling against float64; the program stops where it is wrong."""
+    """Compare pooling with float64; the program stops if pooling is wrong."""
     passed, wrong = 0, 0
     for name, check in checks(run.smoke, DEVICE):
         if run.left() < LAST_ROW:
-            raise StopError(f"no time is left for the checks from {name} on")
+            raise StopError(f"no time left for the checks from {name} on")
         try:
             seen = check()
             passed += 1
@@ -149,11 +149,11 @@ def check_all(run: Run) -> None:
                 break
     run.say(f"{passed} checks passed, {wrong} failed")
     if wrong:
-        raise StopError("pooling is wrong; --only resampling table measures it all the same")
+        raise StopError("pooling is wrong; to measure it anyway, use --only resampling table")
 
 
 def tests(run: Run) -> None:
-    """The tests marked `gpu`."""
+    """Run the tests marked `gpu`."""
     marked = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
     chosen = [path for path in marked if path.name == "test_class_sums.py"] if run.smoke else marked
     options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
@@ -166,11 +166,11 @@ def tests(run: Run) -> None:
 
 
 def memcheck(run: Run) -> None:
-    """Small cases under compute-sanitizer, each tensor with an allocation of its own."""
+    """Run small cases under compute-sanitizer, with a separate allocation for each tensor."""
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     before = [program, "--tool", "memcheck", "--error-exitcode", "1"] if program and DEVICE == "cuda" else []
     if not before:
-        run.say("compute-sanitizer is not here: the same cases without it")
+        run.say("compute-sanitizer is not available: the same cases run without it")
     command = [*before, *itself("--share", "memcheck", "1", *["--smoke"] * run.smoke)]
     # PyTorch's caching allocator would hide reads past the end of a tensor.
     ((status, output),) = run.commands([command], 90, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -182,7 +182,7 @@ def memcheck(run: Run) -> None:
 
 
 def resampling(run: Run) -> None:
-    """The table of labels on another grid."""
+    """Write the table of labels on a different grid."""
     run.say(f"| {RESAMPLING_COLUMNS} |\n|{' --- |' * (RESAMPLING_COLUMNS.count('|') + 1)}")
     grids = ((2, 16, 9, 17, 64, 128),) if run.smoke else GRIDS
     dtypes = (torch.float32, torch.bfloat16)
@@ -194,7 +194,7 @@ def resampling(run: Run) -> None:
 
 
 def table(run: Run) -> None:
-    """The main table; its last rows are left out where time is short."""
+    """Write the main table; its last rows are left out if time is short."""
     run.say(f"| {COLUMNS} |\n|{' --- |' * (COLUMNS.count('|') + 1)}")
     shapes = SMOKE_SHAPES if run.smoke else SHAPES
     kinds = [Case(*of) for of in itertools.product(shapes, (torch.float32, torch.bfloat16), (False, True))]
@@ -216,16 +216,16 @@ def table(run: Run) -> None:
 
 
 def share(which: str, count: int, smoke: bool) -> None:
-    """What a process of its own runs: its share of all cases, or the small ones that compute-sanitizer watches."""
+    """Run the part of a separate process: its share of all cases, or the small cases for compute-sanitizer."""
     if which != "memcheck":
         for case in cases(smoke)[int(which) :: count]:
             once(case, DEVICE)
         for _, check in list(other_checks(smoke, DEVICE))[int(which) :: count]:
-            # What fails here fails again among the checks, where it is reported.
+            # A failure here occurs again in the checks, which report it.
             with contextlib.suppress(Exception):
                 check()
         return
-    # Five and the twelve kinds of a shape have no common factor: every kind comes.
+    # Each shape has twelve kinds. Five and twelve have no common factor, so every kind occurs.
     small = [case for case in cases(smoke) if case.shape in ODD_SHAPES + SMOKE_SHAPES][::5]
     for case in small:
         once(case, DEVICE)
@@ -235,10 +235,11 @@ def share(which: str, count: int, smoke: bool) -> None:
 def main() -> None:
     """Run the stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the results")
-    parser.add_argument("--only", nargs="+", default=list(STAGES), choices=STAGES, help="these stages")
-    parser.add_argument("--smoke", action="store_true", help="every stage at tiny sizes")
-    parser.add_argument("--minutes", type=float, default=8, help="the last rows are left out rather than take longer")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for the results")
+    parser.add_argument("--only", nargs="+", default=list(STAGES), choices=STAGES, help="run only these stages")
+    parser.add_argument("--smoke", action="store_true", help="run every stage at tiny sizes")
+    minutes_help = "time limit; the last rows are left out if they would exceed it (default: 8)"
+    parser.add_argument("--minutes", type=float, default=8, help=minutes_help)
     parser.add_argument("--share", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.share:
@@ -259,7 +260,7 @@ def main() -> None:
         finally:
             watch.cancel()
     if run.rows or run.resampled:
-        about = ", of sizes that no threshold is about" if args.smoke else ""
+        about = " (for tiny sizes, which the thresholds do not cover)" if args.smoke else ""
         run.say(f"\n## Verdict{about}\n\n" + "\n".join(verdict(run.rows, run.resampled)))
     run.say(f"\n{time.monotonic() - begin:.0f} s; " + (f"{len(run.failed)} FAILED" if run.failed else "nothing failed"))
     sys.exit(1 if run.failed else 0)
@@ -273,7 +274,7 @@ def _stages(run: Run) -> None:
         triton = "missing"
     run.say(f"Triton {triton}, CUDA {torch.version.cuda}, {platform.platform()}, {os.cpu_count()} cores")
     if DEVICE == "cpu":
-        run.say("**A rehearsal on the CPU: no kernel runs, times are plain, and no figure says anything about a GPU.**")
+        run.say("**A rehearsal on the CPU: no kernel runs, and no time or figure says anything about a GPU.**")
     stages = dict(zip(STAGES, (speed, compile_all, check_all, tests, memcheck, resampling, table)))
     for name in [name for name in STAGES if name == "speed" or name in run.args.only]:
         began = time.monotonic()
@@ -286,7 +287,7 @@ def _stages(run: Run) -> None:
         except Exception:
             run.fail(f"{name}\n{tail(traceback.format_exc())}")
             if name == "speed":
-                # Every share refers to it.
+                # Every share in the tables needs the copy speed.
                 return
         if DEVICE == "cuda":
             torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""What health figures and checkpoints add to a run: `python benchmarks/overhead.py [--check] [--json FILE]`.
+"""Overhead of health figures and checkpoints in a run: `python benchmarks/overhead.py [--check] [--json FILE]`.
 
-Pairs of runs of the trainer on the built-in scenes, one with both and one without, in turn. The processor's time of the
-whole run counts, evaluation included, since the wall's would be that of whatever else the machine does.
+The trainer runs in pairs on the built-in scenes: one run with both, one without. The processor time of the whole run is
+measured, including evaluation. Wall-clock time would also depend on other jobs of the machine.
 """
 
 import argparse
@@ -31,7 +31,7 @@ NEVER = 10**9
 
 @contextlib.contextmanager
 def without_checkpoints() -> Iterator[None]:
-    """Let the trainer write none; the last step would always."""
+    """Prevent all checkpoints; the trainer would always write one at the last step."""
     save = checkpoints.save_checkpoint
     checkpoints.save_checkpoint = lambda *_: None
     try:
@@ -41,7 +41,7 @@ def without_checkpoints() -> Iterator[None]:
 
 
 def seconds_of(settings: Settings, *, overhead: bool) -> float:
-    """Processor time of a run, of all its threads."""
+    """Processor time of a run, over all its threads."""
     how = {} if overhead else {"log_every": NEVER, "save_every": NEVER}
     with (
         tempfile.TemporaryDirectory() as out,
@@ -54,15 +54,15 @@ def seconds_of(settings: Settings, *, overhead: bool) -> float:
 
 
 def main() -> None:
-    """Print the table; with --check fail where both together add more than 3 %."""
+    """Print the table; with --check, fail if both together add more than 3 %."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs=2, type=int, default=list(Data.size), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--steps", type=int, default=500, help="of each run (default: 500)")
+    parser.add_argument("--steps", type=int, default=500, help="steps of each run (default: 500)")
     parser.add_argument("--log-every", type=int, default=Settings.log_every, help="steps between two rows of the log")
     parser.add_argument("--save-every", type=int, default=500, help="steps between two checkpoints (default: 500)")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
-    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--pairs", type=int, default=5, help="number of pairs of runs (default: 5)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--check", action="store_true", help="exit with 1 if both add more than 3 %%")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -75,11 +75,11 @@ def main() -> None:
         save_every=args.save_every,
         data=Data(size=(args.size[0], args.size[1]), scenes=scenes),
     )
-    # The first of a process pays for what is loaded once.
+    # The first run of a process also loads everything that is loaded only once, so it is not measured.
     seconds_of(dataclasses.replace(settings, steps=2), overhead=True)
     pairs = []
     for i in range(args.pairs):
-        # Each goes first in turn: machines are not equally fast from minute to minute.
+        # The two runs take turns to go first, since a machine's speed changes from minute to minute.
         order = (False, True) if i % 2 else (True, False)
         taken = {overhead: seconds_of(settings, overhead=overhead) for overhead in order}
         pairs.append((taken[False], taken[True], 100 * (taken[True] / taken[False] - 1)))

@@ -1,7 +1,7 @@
-"""Pooling on the CPU against every usual way to write it: `python benchmarks/pooling.py [--check] [--json FILE]`.
+"""Pooling on the CPU, compared with all usual ways to write it: `python benchmarks/pooling.py [--check] [--json FILE]`.
 
-First all ways are shown to agree with float64, forward and backward, then they are timed side by side in one process,
-each once in every round. Checks of the labels, their handling and the counts are inside the time of every way.
+First all ways are checked against float64, forward and backward. Then they are timed in one process, each once in every
+round. The time of every way includes the check of the labels, the ignored pixels and the counts.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SHAPES = (
     (2, 512, 65, 129, 150),
     (1, 256, 128, 128, 2000),
 )
-# A way that takes longer, or meets more elements class by class, is left out of a shape, and the output says so.
+# A way that takes longer, or handles more elements class by class, is left out for that shape. The output reports it.
 LONGEST_SECONDS = 3.0
 MOST_ELEMENTS = 2**29
 Pooled = tuple[Tensor, Tensor]
@@ -38,7 +38,7 @@ Call = Callable[[Tensor], Pooled]
 
 
 def whole(way: Way, features: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None) -> Pooled:
-    """A way with what a careful user puts around it: the check, the ignored pixels, the counts."""
+    """Run a way together with the code that a careful user adds: the check, the ignored pixels, the counts."""
     semshift.check_labels(labels, num_classes, ignore_index=ignore_index)
     slots = labels if ignore_index is None else torch.where(labels == ignore_index, num_classes, labels)
     slots = slots.long()
@@ -47,19 +47,19 @@ def whole(way: Way, features: Tensor, labels: Tensor, num_classes: int, ignore_i
 
 
 def ours(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None) -> Pooled:
-    """The library's one line."""
+    """Pool with semshift's `class_sums`."""
     pooled = semshift.class_sums(features, labels, num_classes, ignore_index=ignore_index)
     return pooled.sums, pooled.mass
 
 
 def round_trip(call: Call, leaf: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of the features, forward and back."""
+    """Run forward and backward, and return the gradient of the features."""
     sums, _ = call(leaf)
     return torch.autograd.grad(sums, leaf, grad.to(sums.dtype))[0]
 
 
 def label_map(images: int, height: int, width: int, num_classes: int, kind: str, seed: int) -> Tensor:
-    """Segments of 8 x 8 pixels as label maps have them, or noise; 2 % ignored where 255 is free."""
+    """Labels in segments of 8 x 8 pixels, as in real label maps, or noise; 2 % are ignored if 255 is not a class."""
     generator = torch.Generator().manual_seed(seed)
     grid = (height, width) if kind == "random" else (-(-height // 8), -(-width // 8))
     labels = torch.randint(0, num_classes, (images, 1, *grid), generator=generator).double()
@@ -70,10 +70,10 @@ def label_map(images: int, height: int, width: int, num_classes: int, kind: str,
 
 
 def agree(calls: dict[str, Call], leaf: Tensor, labels: Tensor, grad: Tensor, ignore: int | None) -> dict[str, float]:
-    """Refuse a way that float64 does not bear out; the seconds of a first forward and backward of each.
+    """Stop if a way disagrees with float64; return the seconds of each way's first forward and backward.
 
-    Any order of adding n floats is off by at most n * eps * sum |x|. The gradient is a copy of rows; those that go by
-    the mean round it twice.
+    In any order, adding n floats has an error of at most n * eps * sum |x|. The gradient is a copy of rows; ways that
+    compute the mean round it twice.
     """
     num_classes, wide = len(grad), leaf.detach().double()
     want, counts = whole(by_index_add, wide, labels, num_classes, ignore)
@@ -88,11 +88,11 @@ def agree(calls: dict[str, Call], leaf: Tensor, labels: Tensor, grad: Tensor, ig
         gradient = round_trip(call, leaf, grad)
         seconds[name] = time.perf_counter() - begin
         if not ((gradient - spread).abs() <= torch.finfo(leaf.dtype).eps * spread.abs()).all():
-            raise SystemExit(f"{name}: off in the backward by {(gradient - spread).abs().max().item():.3g}")
+            raise SystemExit(f"{name}: the backward is off by {(gradient - spread).abs().max().item():.3g}")
         sums, mass = call(leaf.detach())
         if not torch.equal(mass, counts):
-            raise SystemExit(f"{name}: other counts")
-        # Of half precision only ours keeps float32 sums; what others lose is theirs, and they are timed all the same.
+            raise SystemExit(f"{name}: wrong counts")
+        # In half precision only ours keeps float32 sums. The other ways may lose precision, and are timed anyway.
         excess = ((sums.double() - want).abs() - bound).max().item()
         if not (excess <= 0 or (in_half and name != "ours")):
             raise SystemExit(f"{name}: off by {excess:.3g} more than n * eps * sum |x|")
@@ -100,7 +100,7 @@ def agree(calls: dict[str, Call], leaf: Tensor, labels: Tensor, grad: Tensor, ig
 
 
 def hard(shapes: list[tuple[int, ...]], args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of the main table, forward and forward with backward, and which ways were left out of which."""
+    """Rows of the main table, for forward and for forward with backward, and a list of the ways left out."""
     results, left_out = [], []
     dtypes = [getattr(torch, name) for name in args.dtype]
     for shape, dtype, channels_last in itertools.product(shapes, dtypes, (False, True)):
@@ -123,15 +123,15 @@ def hard(shapes: list[tuple[int, ...]], args: argparse.Namespace) -> tuple[list[
         calls = {name: call for name, call in calls.items() if name not in slow}
         layout = "channels-last" if channels_last else "NCHW"
         place = f"{', '.join(map(str, shape))}, {str(dtype)[6:]}, {layout}"
-        left_out += [f"{place}: {name}, too much to meet class by class" for name in sorted(large)]
-        left_out += [f"{place}: {name}, {first[name]:.1f} s a call" for name in sorted(slow)]
+        left_out += [f"{place}: {name}, too many elements to handle class by class" for name in sorted(large)]
+        left_out += [f"{place}: {name}, {first[name]:.1f} s per call" for name in sorted(slow)]
         forward = {name: functools.partial(call, features) for name, call in calls.items()}
         both = {name: functools.partial(round_trip, call, leaf, grad) for name, call in calls.items()}
         for direction, moved, runs in (("forward", 1, forward), ("forward + backward", 2, both)):
-            # The floor moves the same bytes: one read of the features, or a copy, which reads and writes as many.
+            # The floor moves the same number of bytes: one read of the features, or one copy (a read and a write).
             floor = functools.partial(torch.sum if moved == 1 else torch.clone, features)
             seconds = medians({**runs, "floor": floor}, min(3, args.reps))
-            # What comes near the fastest is timed again, without the slow ones in between.
+            # Ways that are nearly as fast as the fastest are timed again, without the slow ones in between.
             fastest = min(seconds[name] for name in set(runs) - {"ours"})
             heat = {name: run for name, run in runs.items() if name == "ours" or seconds[name] <= 1.4 * fastest}
             times = rounds({**heat, "floor": floor}, args.reps)
@@ -148,7 +148,7 @@ def hard(shapes: list[tuple[int, ...]], args: argparse.Namespace) -> tuple[list[
                     "share_of_floor": seconds["floor"] / seconds["ours"],
                     "extra_mib": {name: peak_mib(run) for name, run in runs.items()},
                     "best": best,
-                    # Of each round, since what slows a machine down lasts longer than one.
+                    # The ratio is taken within each round, since a slow phase of the machine lasts longer than a round.
                     "ratio": statistics.median(a / b for a, b in zip(times["ours"], times[best])),
                 }
             )
@@ -156,7 +156,7 @@ def hard(shapes: list[tuple[int, ...]], args: argparse.Namespace) -> tuple[list[
 
 
 def show_hard(rows: list[dict[str, Any]], left_out: list[str], args: argparse.Namespace) -> None:
-    """The main table."""
+    """Print the main table."""
     shown = [*(name for name in WAYS if any(name in row["ms"] for row in rows)), "floor", "ours"]
     columns = ["B, C, h, w, K", "dtype", "layout", "direction", *shown, "GB/s", "of floor", "MiB", "to the best"]
     lines = [
@@ -173,24 +173,26 @@ def show_hard(rows: list[dict[str, Any]], left_out: list[str], args: argparse.Na
         ]
         for row in rows
     ]
-    print(f"\nmilliseconds; MiB are ours, beyond the features; labels: {args.labels}\n\n{table(columns, lines)}\n")
+    print(f"\nmilliseconds; MiB: memory that ours needs beyond the features; labels: {args.labels}\n")
+    print(f"{table(columns, lines)}\n")
     print("\n".join(f"left out of {line}" for line in left_out), flush=True)
 
 
 def missed_hard(rows: list[dict[str, Any]]) -> list[str]:
-    """No way faster by 5 %, and at two shapes or more none that ours does not beat by a fifth in both directions."""
+    """Missed thresholds: no way is faster by 5 %, and at two shapes or more, ours beats all by a fifth both ways."""
     missed = [
         f"{row['shape']} {row['dtype']} {row['layout']} {row['direction']}: ratio {row['ratio']:.2f} to {row['best']}"
         for row in rows
         if row["ratio"] > 1.05
     ]
-    # Both directions of a shape, layout and dtype stand next to each other.
+    # The two directions of a shape, layout and dtype are adjacent rows.
     fast = {str(a["shape"]) for a, b in zip(rows[::2], rows[1::2]) if max(a["ratio"], b["ratio"]) <= 0.8}
-    return missed if len(fast) >= 2 else [*missed, f"at most 0.8 in both directions only at {sorted(fast)}"]
+    few = f"only {len(fast)} shapes have a ratio of at most 0.8 in both directions, of the two needed: {sorted(fast)}"
+    return missed if len(fast) >= 2 else [*missed, few]
 
 
 def small(args: argparse.Namespace) -> dict[str, float]:
-    """Microseconds beyond the bare lines at 64 pixels and 64 channels."""
+    """Microseconds that ours takes beyond the bare PyTorch lines, at 64 pixels and 64 channels."""
     features = torch.randn(1, 64, 8, 8, requires_grad=True)
     labels = torch.randint(0, 19, (1, 8, 8))
     grad = torch.randn(19, 64)
@@ -223,7 +225,7 @@ def small(args: argparse.Namespace) -> dict[str, float]:
 
 
 def bilinear(args: argparse.Namespace) -> dict[str, Any]:
-    """Pooling at label resolution, against up-sampling the features and pooling those in the best way for it."""
+    """Measure pooling at label resolution, against upsampling the features and pooling them in the best way."""
     channels, height, width, to_height, to_width, num_classes = args.bilinear
     ignore = 255 if num_classes <= 255 else None
     features = torch.randn(1, channels, height, width)
@@ -241,11 +243,11 @@ def bilinear(args: argparse.Namespace) -> dict[str, Any]:
         name: functools.partial(upsampled, WAYS[name]) for name in ("bmm", "index_add_", "scatter_add_")
     }
     runs["ours"] = line
-    # float64 of a few channels, or it would fill the memory; each channel is pooled as if it were the only one.
+    # float64 for a few channels only, which would otherwise fill the memory. Channels are pooled independently.
     some = slice(0, 32)
     large = interpolate(features[:, some].double(), (to_height, to_width), mode="bilinear")
     want, counts = whole(by_index_add, large, labels, num_classes, ignore)
-    # Adding n terms, reading at float32 places of up to h and w, and a product of weights for each cell.
+    # Roundings: adding n terms, float32 positions of up to h and w, and a product of weights for each cell.
     roundings = counts + 4 * (height + width) + height * width
     bound = (torch.finfo(torch.float32).eps * features.abs().max() * counts * roundings)[:, None]
     first = {}
@@ -256,7 +258,7 @@ def bilinear(args: argparse.Namespace) -> dict[str, Any]:
         if not torch.equal(counts, mass) or not ((sums[:, some] - want).abs() <= bound).all():
             raise SystemExit(f"bilinear: {name} does not agree with float64")
     del large, sums
-    # Calls of gigabytes: only the best of them is timed again.
+    # These calls need gigabytes, so only the best of them is timed again.
     best = min(set(runs) - {"ours"}, key=first.__getitem__)
     runs = {best: runs[best], "ours": line}
     seconds = medians(runs, min(3, args.reps))
@@ -273,21 +275,21 @@ def bilinear(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print the tables; with --check fail where a bar is missed."""
+    """Print the tables; with --check, fail if a threshold is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float16", "bfloat16", "float32"])
-    parser.add_argument("--labels", default="segments", choices=["segments", "random"])
+    parser.add_argument("--labels", default="segments", choices=["segments", "random"], help="kind of label maps")
     parts = ["hard", "small", "bilinear"]
-    parser.add_argument("--only", nargs="+", default=parts, choices=parts)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="beside ours, in the main table")
+    parser.add_argument("--only", nargs="+", default=parts, choices=parts, help="measure only these parts")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="ways to compare with ours")
     parser.add_argument("--shape", nargs=5, type=int, action="append", metavar=("B", "C", "h", "w", "K"))
     usual = [2048, 65, 129, 512, 1024, 19]
     parser.add_argument("--bilinear", nargs=6, type=int, default=usual, metavar=("C", "h", "w", "H", "W", "K"))
-    parser.add_argument("--reps", type=int, default=15)
+    parser.add_argument("--reps", type=int, default=15, help="rounds of timing (default: 15)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="of the CPU; PyTorch's choice if not given")
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a threshold is missed")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     if args.threads:
@@ -302,7 +304,7 @@ def main() -> None:
         missed += missed_hard(rows)
     if "small" in args.only:
         micro = figures["small"] = small(args)
-        print("\n64 pixels, 64 channels, microseconds a call\n")
+        print("\n64 pixels, 64 channels, microseconds per call\n")
         print(table(list(micro), [[f"{value:.1f}" for value in micro.values()]]))
         missed += [f"small, {k}: {micro[k]:.0f} us" for k in ("extra", "extra, both") if micro[k] > 60]
     if "bilinear" in args.only:
@@ -312,13 +314,13 @@ def main() -> None:
             for name, value in result["ms"].items()
         ]
         c, h, w, to_h, to_w, k = args.bilinear
-        print(f"\nbilinear: {c} x {h} x {w} pooled at {to_h} x {to_w}, {k} classes; all but ours up-sample first\n")
+        print(f"\nbilinear: {c} x {h} x {w} pooled at {to_h} x {to_w}, {k} classes; all but ours upsample first\n")
         print(table(["way", "ms", "MiB"], lines))
         ratios = {"faster": (result["times_faster"], 30), "smaller": (result["times_smaller"], 50)}
-        for name, (value, bar) in ratios.items():
+        for name, (value, threshold) in ratios.items():
             if value is not None:
                 print(f"{'' if name == 'smaller' else chr(10)}{value:.1f} times {name} than {result['best']}")
-                missed += [f"bilinear: {value:.1f} times {name}"] if value < bar else []
+                missed += [f"bilinear: {value:.1f} times {name}"] if value < threshold else []
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
     print("".join(f"\nmissed: {line}" for line in missed))

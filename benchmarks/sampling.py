@@ -1,6 +1,6 @@
-"""Drawing batches from domains of any size: `python benchmarks/sampling.py [--check] [--json FILE]`.
+"""Speed and memory of drawing batches: `python benchmarks/sampling.py [--check] [--json FILE]`.
 
-Indices a second, the time to a first batch and the memory must hang neither on the number of images nor on the step.
+The indices per second, the time to the first batch and the memory must not depend on the number of images or the step.
 """
 
 import argparse
@@ -24,7 +24,7 @@ BATCH = 8
 
 
 def sampler(size: int, first_step: int, steps: int | None = None) -> semshift.MixedBatchSampler:
-    """Eight images a batch, half of them from a source of the given size, half from a target as large."""
+    """A sampler of eight images per batch, half of them from each of two domains of the given size."""
     half = BATCH // 2
     per_batch = {"source": half, "target": half}
     return semshift.MixedBatchSampler(
@@ -33,7 +33,7 @@ def sampler(size: int, first_step: int, steps: int | None = None) -> semshift.Mi
 
 
 def draw(size: int, first_step: int, steps: int) -> None:
-    """Draw all batches of so many steps."""
+    """Draw all batches of `steps` steps."""
     for _ in sampler(size, first_step, steps):
         pass
 
@@ -44,7 +44,7 @@ def first_batch(size: int, first_step: int) -> list[int]:
 
 
 def memory(size: int) -> dict[str, float | None]:
-    """MiB that a sampler in the middle of its draws takes: Python's and NumPy's own at the peak, and the process's."""
+    """MiB of a sampler in the middle of its draws: the peak of Python and NumPy, and the growth of the process."""
     gc.collect()
     tracemalloc.start()
     held = _begun(size)
@@ -66,12 +66,12 @@ def _begun(size: int) -> Iterator[list[int]]:
 
 
 def main() -> None:
-    """Print the table; with --check fail where a bar is missed."""
+    """Print the table; with --check, fail if a threshold is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reps", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=1000, help="batches drawn in one timing")
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
+    parser.add_argument("--reps", type=int, default=15, help="rounds of timing (default: 15)")
+    parser.add_argument("--steps", type=int, default=1000, help="batches drawn in one timing (default: 1000)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a threshold is missed")
     args = parser.parse_args()
     where = head("cpu")
     print(where, flush=True)
@@ -79,7 +79,7 @@ def main() -> None:
     draws = {f"{n}, {step}": functools.partial(draw, n, step, args.steps) for n, step in places}
     firsts = {f"{n}, {step}": functools.partial(first_batch, n, step) for n, step in places}
     draw_seconds, first_seconds = medians(draws, args.reps), medians(firsts, args.reps)
-    # The first round warms up; the median of the others, since what the allocator keeps comes in whole pages.
+    # The first round warms up. The median of the others is used, since the allocator keeps memory in whole pages.
     rounds = [{n: memory(n) for n in SIZES} for _ in range(6)][1:]
     rows = []
     for name, (images, step) in zip(draws, places):
@@ -94,8 +94,8 @@ def main() -> None:
                 "resident_mib": mib["resident"],
             }
         )
-    print(f"\n{BATCH} indices a batch, from two domains of so many images; MiB of a sampler, memory at step {LATE:,}\n")
-    columns = ["images", "step", "indices a second", "first batch, ms", "MiB traced", "MiB resident"]
+    print(f"\n{BATCH} indices per batch, from two domains with `images` images each; memory is that at step {LATE:,}\n")
+    columns = ["images", "step", "indices per second", "first batch, ms", "MiB traced", "MiB resident"]
     lines = [
         [
             f"{row['images']:,}",
@@ -108,7 +108,7 @@ def main() -> None:
         for row in rows
     ]
     print(table(columns, lines))
-    missed = missed_bars(rows)
+    missed = missed_thresholds(rows)
     print("".join(f"\nmissed: {line}" for line in missed))
     if args.json:
         args.json.write_text(json.dumps({"head": where, "steps": args.steps, "rows": rows}, indent=1))
@@ -116,20 +116,26 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def missed_bars(rows: list[dict[str, Any]]) -> list[str]:
-    """200,000 indices a second, as much memory for 10^9 images as for 10^3, and a late start at most twice as long."""
+def missed_thresholds(rows: list[dict[str, Any]]) -> list[str]:
+    """The missed thresholds, as lines.
+
+    They are 200,000 indices per second, at most 1 MB more memory for 10^9 images than for 10^3, and at most twice the
+    time to the first batch at a late step.
+    """
     missed = [
-        f"{row['images']:,} images, step {row['step']:,}: {row['indices_per_second']:,.0f} indices a second"
+        f"{row['images']:,} images, step {row['step']:,}: {row['indices_per_second']:,.0f} indices per second"
         for row in rows
         if row["indices_per_second"] < 200_000
     ]
     for early, late in zip(rows[::2], rows[1::2]):
         times = late["first_batch_ms"] / early["first_batch_ms"]
-        missed += [f"{late['images']:,} images: first batch {times:.1f} times as late"] if times > 2 else []
+        missed += (
+            [f"{late['images']:,} images: a late first batch takes {times:.1f} times as long"] if times > 2 else []
+        )
     for kind in ("traced_mib", "resident_mib"):
         few, many = rows[0][kind], rows[-1][kind]
         if few is not None and many - few > 1e6 / 2**20:
-            missed.append(f"{kind}: {many - few:.2f} more for {rows[-1]['images']:,} images")
+            missed.append(f"{kind}: {many - few:.2f} MiB more for {rows[-1]['images']:,} images")
     return missed
 
 

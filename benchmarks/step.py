@@ -1,8 +1,8 @@
-"""What `semshift.SemanticAlignment` adds to a training step: `python benchmarks/step.py [--check] [--json FILE]`.
+"""Time that `semshift.SemanticAlignment` adds to a training step: `python benchmarks/step.py [--check] [--json FILE]`.
 
-The step is a plain one, with the network of `examples/ass.py`: cross-entropy on source and labelled target images, a
-backward, an optimiser's step. With the semantic view it also calls the module, runs its two losses in the same
-backward, and steps the discriminator's Adam.
+The plain step uses the network of `examples/ass.py`: cross-entropy on source and labelled target images, a backward and
+an optimiser step. With semantic alignment, the step also calls the module, runs its two losses in the same backward,
+and steps the discriminator's Adam.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def images_of(domain: Literal["source", "target"], count: int, size: tuple[int, 
 
 
 def step_without(source: Batch, target: Batch, width: int, device: str) -> Callable[[], None]:
-    """A step of joint training."""
+    """Build a step of joint training."""
     segmenter = Segmenter(len(CLASSES), width).to(device)
     optimiser = torch.optim.AdamW(segmenter.parameters(), 3e-3, weight_decay=1e-4)
 
@@ -53,7 +53,7 @@ def step_without(source: Batch, target: Batch, width: int, device: str) -> Calla
 
 
 def step_with(source: Batch, target: Batch, width: int, device: str) -> Callable[[], semshift.AlignmentLosses]:
-    """The same with the semantic view, on a network of its own."""
+    """Build the same step with semantic alignment, on a separate network."""
     segmenter = Segmenter(len(CLASSES), width).to(device)
     align = semshift.SemanticAlignment(segmenter.channels, len(CLASSES)).to(device)
     optimiser = torch.optim.AdamW(segmenter.parameters(), 3e-3, weight_decay=1e-4)
@@ -78,25 +78,25 @@ def step_with(source: Batch, target: Batch, width: int, device: str) -> Callable
 
 
 def check_losses(losses: semshift.AlignmentLosses) -> None:
-    """Refuse to measure a step in which no class takes part: its accuracies are nan, and both losses 0."""
+    """Refuse to measure a step in which no class is compared: its accuracies are nan, and both losses are 0."""
     accuracies = losses.figures["source_accuracy"], losses.figures["target_accuracy"]
-    assert all(accuracy.isfinite() for accuracy in accuracies), f"no class takes part: {losses.figures}"
+    assert all(accuracy.isfinite() for accuracy in accuracies), f"no class is compared: {losses.figures}"
     for name, loss in (("confusion", losses.confusion), ("discriminator", losses.discriminator)):
         assert loss.isfinite(), f"the {name} loss is {loss.item()}"
         assert loss > 0, f"the {name} loss is {loss.item()}"
 
 
 def main() -> None:
-    """Print the table; with --check fail where the semantic view adds more than a tenth."""
+    """Print the table; with --check, fail if semantic alignment adds more than a tenth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--size", nargs=2, type=int, default=[96, 128], metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--images", type=int, default=4, help="of each domain in a step (default: 4)")
+    parser.add_argument("--images", type=int, default=4, help="images of each domain in a step (default: 4)")
     parser.add_argument("--width", type=int, default=16, help="channels of the network's first stage (default: 16)")
-    parser.add_argument("--reps", type=int, default=40, help="pairs of steps (default: 40)")
-    parser.add_argument("--threads", type=int, help="of the CPU; PyTorch's choice if not given")
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--check", action="store_true", help=f"exit with 1 above {MOST_PERCENT} %%")
+    parser.add_argument("--reps", type=int, default=40, help="number of pairs of steps (default: 40)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--check", action="store_true", help=f"exit with status 1 if it adds over {MOST_PERCENT} %%")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -110,15 +110,15 @@ def main() -> None:
     seconds = rounds({"without": without, "with": whole}, args.reps, args.device)
     check_losses(whole())
     ms = {name: 1e3 * statistics.median(taken) for name, taken in seconds.items()}
-    # Of pairs, since what slows the machine down lasts longer than one.
+    # Differences are taken within pairs, since a slow phase of the machine lasts longer than a pair.
     more = [1e3 * (b - a) for a, b in zip(seconds["without"], seconds["with"])]
     percent = [100 * (b / a - 1) for a, b in zip(seconds["without"], seconds["with"])]
     low, middle, high = statistics.quantiles(percent, n=4) if len(percent) > 1 else 3 * percent
     print(
-        f"\n{args.images} source and {args.images} labelled target images a step, {size[0]} x {size[1]}, width "
-        f"{args.width}; {classes} classes take part; medians over {len(percent)} pairs\n"
+        f"\n{args.images} source and {args.images} labelled target images per step, {size[0]} x {size[1]}, width "
+        f"{args.width}; {classes} classes are compared; medians over {len(percent)} pairs\n"
     )
-    columns = ["step without, ms", "with the semantic view, ms", "more, ms", "more", "half of the pairs"]
+    columns = ["step without, ms", "with semantic alignment, ms", "more, ms", "more", "middle half of the pairs"]
     row = [f"{ms['without']:.1f}", f"{ms['with']:.1f}", f"{statistics.median(more):.1f}", f"{middle:.1f} %"]
     print(table(columns, [[*row, f"{low:.1f} to {high:.1f} %"]]))
     if args.json:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved medians, peak memory, and a head that says where a table comes from."""
+"""Shared parts of the benchmarks: interleaved timing, peak memory, and a heading with device and versions."""
 
 import ctypes
 import datetime
@@ -17,14 +17,15 @@ __all__ = ["head", "medians", "peak_mib", "resident_mib", "rounds", "table"]
 
 
 def head(device: str) -> str:
-    """One line: date, device, threads and versions."""
+    """A line with the date, the device, the threads and the versions."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
         cpu = Path("/proc/cpuinfo")
         models = [line for line in cpu.read_text().splitlines() if "model name" in line] if cpu.exists() else []
         name = models[0].split(":")[1].strip() if models else platform.processor()
-        name = f"{name}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"{name}, {threads} thread{'s' if threads > 1 else ''}"
     return (
         f"{datetime.date.today()}, {name}, torch {torch.__version__}, semshift {semshift.__version__}, "
         f"Python {platform.python_version()}"
@@ -32,12 +33,12 @@ def head(device: str) -> str:
 
 
 def rounds(runs: Mapping[str, Callable[[], object]], reps: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each, all of them once in every round; a first round is left out.
+    """Seconds of each run; in every round each runs once, and the first round is left out.
 
-    There are `reps` rounds, and more of short ones, up to ten times as many within two seconds: their noise is larger.
+    There are `reps` rounds. Short runs are noisier, so they get more: up to ten times as many within two seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    # In another order each round: what runs after a copy of everything finds less in the cache.
+    # The order changes in each round, since a run that follows a large copy finds less in the cache.
     order, shuffled = list(runs), random.Random(0)
     while len(taken := seconds[order[0]]) <= reps or (len(taken) <= 10 * reps and sum(map(sum, seconds.values())) < 2):
         shuffled.shuffle(order)
@@ -53,23 +54,23 @@ def rounds(runs: Mapping[str, Callable[[], object]], reps: int, device: str = "c
 
 
 def medians(runs: Mapping[str, Callable[[], object]], reps: int) -> dict[str, float]:
-    """Median seconds of each over such rounds."""
+    """Median seconds of each run over the rounds of `rounds`."""
     return {name: statistics.median(of) for name, of in rounds(runs, reps).items()}
 
 
 def peak_mib(run: Callable[[], object]) -> float | None:
-    """MiB that a call, not the first of its kind, takes at its peak beyond what is held before; None if not known."""
+    """Peak MiB of a call beyond the memory held before it; None if unknown. Run the call once before."""
     before = resident_mib()
     if before is None:
         return None
-    # Linux forgets the high-water mark on this.
+    # This resets the high-water mark on Linux.
     Path("/proc/self/clear_refs").write_text("5")
     run()
     return max(0.0, _status("VmHWM") - before)
 
 
 def resident_mib() -> float | None:
-    """MiB of the process in memory, without what the allocator only keeps; None where the system does not say."""
+    """MiB of the process in memory, without the allocator's free memory; None if the system does not report it."""
     if not Path("/proc/self/clear_refs").exists():
         return None
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -79,7 +80,7 @@ def resident_mib() -> float | None:
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
-    """Markdown, the columns after the first to the right."""
+    """A Markdown table; all columns but the first are right-aligned."""
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -1,6 +1,7 @@
-"""The usual ways to write class pooling, each as people write it.
+"""The usual ways to write class pooling, in the code that people use.
 
-All take features `[B, C, h, w]`, the row of each pixel `[B, h, w]` int64 and how many rows there are; `[rows, C]`.
+All take features `[B, C, h, w]`, the row of each pixel `[B, h, w]` int64 and the number of rows. They return the sums
+`[rows, C]`.
 """
 
 import importlib
@@ -36,14 +37,14 @@ def by_einsum(features: Tensor, slots: Tensor, rows: int) -> Tensor:
 
 
 def by_scatter_add(features: Tensor, slots: Tensor, rows: int) -> Tensor:
-    """`scatter_add_` along the pixels, the index expanded over the channels."""
+    """`scatter_add_` along the pixels, with the index expanded over the channels."""
     images, channels = features.shape[:2]
     index = slots.flatten(1)[:, None].expand(images, channels, -1)
     return features.new_zeros(images, channels, rows).scatter_add_(2, index, features.flatten(2)).sum(0).mT
 
 
 def by_scatter_reduce(features: Tensor, slots: Tensor, rows: int) -> Tensor:
-    """The same through `scatter_reduce`."""
+    """The same as `by_scatter_add`, with `scatter_reduce`."""
     images, channels = features.shape[:2]
     index = slots.flatten(1)[:, None].expand(images, channels, -1)
     zeros = features.new_zeros(images, channels, rows)
@@ -51,13 +52,13 @@ def by_scatter_reduce(features: Tensor, slots: Tensor, rows: int) -> Tensor:
 
 
 def by_index_add(features: Tensor, slots: Tensor, rows: int) -> Tensor:
-    """`index_add_` of a row for each pixel, copied together where the channels do not lie side by side."""
+    """`index_add_` of a row for each pixel; the features are copied if the channels are not contiguous."""
     pixels = features.movedim(1, -1).reshape(-1, features.shape[1])
     return features.new_zeros(rows, features.shape[1]).index_add_(0, slots.flatten(), pixels)
 
 
 def by_loop(features: Tensor, slots: Tensor, rows: int) -> Tensor:
-    """A loop over the classes, a boolean mask for each."""
+    """A loop over the classes, with a boolean mask for each."""
     pixels = features.movedim(1, -1)
     return torch.stack([pixels[slots == k].sum(0) for k in range(rows)])
 
@@ -71,7 +72,7 @@ def by_torch_scatter(features: Tensor, slots: Tensor, rows: int) -> Tensor:
 
 
 def by_lightly(features: Tensor, slots: Tensor, rows: int) -> Tensor:
-    """`pool_masked` of the package lightly, times the counts of each image: of a batch it knows the mean alone."""
+    """`pool_masked` of the package lightly, which returns means per image; they are multiplied by the counts."""
     means: Tensor = importlib.import_module("lightly.models.utils").pool_masked(features, slots, rows)
     flat = slots.flatten(1)
     counts = means.new_zeros(len(flat), rows).scatter_add_(1, flat, means.new_ones(()).expand_as(flat))

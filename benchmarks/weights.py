@@ -1,7 +1,7 @@
-"""A fixed weight of the semantic view against `balanced_weight` on the built-in scenes: `python benchmarks/weights.py`.
+"""A fixed weight of semantic alignment against `balanced_weight`, on the built-in scenes: `benchmarks/weights.py`.
 
-Joint training and the semantic view, as in `examples/ass.py` without its global view; every way trains on the same
-images from the same first weights. The scores are those of validation images.
+The training is joint training with semantic alignment, as in `examples/ass.py` but without global alignment. All runs
+use the same images and the same initial weights. The scores are on validation images.
 """
 
 import argparse
@@ -31,11 +31,11 @@ WAYS: dict[str, Callable[..., Tensor | float]] = {
     "balanced, ratio 0.01": lambda *terms: semshift.balanced_weight(*terms, 0.01),
     "balanced, ratio 0.1": lambda *terms: semshift.balanced_weight(*terms, 0.1),
 }
-"""How the weight follows from the labelled images' loss, the confusion loss and the features."""
+"""Functions that compute the weight from the labelled images' loss, the confusion loss and the features."""
 
 
 def train(way: str, settings: Settings) -> tuple[Segmenter, float]:
-    """The network, and the mean weight over the steps after the discriminator's head start."""
+    """Train a network; return it with the mean weight over the steps after the discriminator's head start and ramp."""
     torch.manual_seed(settings.seed)
     segmenter = Segmenter(len(CLASSES))
     align = semshift.SemanticAlignment(segmenter.channels, len(CLASSES))
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write all figures here, after every run")
+    parser.add_argument("--json", type=Path, help="write all figures to this file after every run")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(where := head("cpu"), flush=True)
@@ -95,7 +95,7 @@ def main() -> None:
         row = [f"{statistics.fmean(values):.1f} ± {spread[0]:.1f}", f"{statistics.fmean(gains):+.1f} ± {error:.1f}"]
         rows.append([way, f"{statistics.fmean(weights[way]):.3g}", *row])
     print(f"\n{args.steps} steps, seeds {', '.join(map(str, args.seeds))}\n")
-    print(table(["weight of the semantic view", "mean weight", "validation mIoU", "over joint, paired"], rows))
+    print(table(["weight of semantic alignment", "mean weight", "validation mIoU", "over joint, paired"], rows))
 
 
 if __name__ == "__main__":

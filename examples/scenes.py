@@ -1,8 +1,8 @@
 """Built-in scenes: two domains of street-like images, drawn on the fly from a seed.
 
-Both domains lay out the same kind of street. They differ in look, by parts whose severity can be set: light, fog,
-noise and camera change the whole image; colour and texture move single classes towards another class's look. So one
-can see which alignment helps against which shift.
+Both domains show the same kind of street but differ in look. The difference has parts, and each part has a severity.
+Light, fog, noise and camera change the whole image. Colour and texture make one class look more like another class. So
+experiments can show which alignment helps against which shift.
 """
 
 import math
@@ -18,8 +18,8 @@ SKY, BUILDING, ROAD, PAVEMENT, VEGETATION, POLE, CAR, PERSON = range(len(CLASSES
 DOMAINS = ("source", "target")
 SPLITS = ("train", "val", "test")
 
-# Mean colours of the classes in the source, and the look towards which the target's move: road and pavement change
-# places, buildings turn to the sky's grey and vegetation to the buildings' brown, poles and persons to each other's.
+# Mean colours of the classes in the source, and the colours that the target moves towards. Road and pavement swap their
+# colours, and so do poles and persons. Buildings turn as grey as the sky, and vegetation as brown as buildings.
 SOURCE_COLOURS = np.array(
     [
         [0.62, 0.76, 0.92],
@@ -44,7 +44,7 @@ TARGET_COLOURS = np.array(
         [0.28, 0.22, 0.24],
     ]
 )
-# Amplitudes of fine grain, blotches, coarse clouds and courses of brick, class by class.
+# Amplitudes of fine grain, blotches, coarse clouds and brick rows, for each class.
 SOURCE_TEXTURES = np.array(
     [
         [0.00, 0.00, 0.10, 0.00],
@@ -69,21 +69,21 @@ TARGET_TEXTURES = np.array(
         [0.02, 0.10, 0.00, 0.00],
     ]
 )
-# How much a class's colour differs from image to image, and from one building, tree or car to the next.
+# Variation of a class's colour between images, and between single buildings, trees or cars.
 JITTER = np.array([0.06, 0.10, 0.05, 0.05, 0.07, 0.05, 0.20, 0.16])
 
 
 @dataclass(frozen=True)
 class Severity:
-    """How far the target's look lies from the source's, part by part: 0 is not at all, 1 is strong.
+    """Severity of each part of the target's shift, from 0 (no difference from the source) to 1 (strong).
 
     Args:
-        light: darker, with more contrast and a warm cast.
-        fog: grey that thickens with distance.
-        noise: of the sensor.
-        camera: blur, dark corners, and a lower horizon.
-        texture: of each class, towards another's.
-        colour: of each class, towards another's.
+        light: darker images with more contrast and a warm colour cast, from 0 to 1.
+        fog: grey fog that thickens with distance, from 0 to 1.
+        noise: noise of the camera's sensor, from 0 to 1.
+        camera: blur, dark corners and a lower horizon, from 0 to 1.
+        texture: change of each class's texture towards another class's, from 0 to 1.
+        colour: change of each class's colour towards another class's, from 0 to 1.
     """
 
     light: float = 0.5
@@ -113,18 +113,18 @@ class Sample(NamedTuple):
 
 
 class Scenes:
-    """A split of a domain, drawn as it is asked for and kept.
+    """A split of a domain. Indexing draws an image and keeps it.
 
     Args:
         domain: `"source"` or `"target"`.
-        split: `"train"`, `"val"` or `"test"`; no image is in two of them.
+        split: `"train"`, `"val"` or `"test"`; no image is in two splits.
         count: number of images, at least 1.
-        seed: of all images, at least 0.
+        seed: random seed of all images, at least 0.
         size: height and width, at least 32 each.
-        severity: of the target's shift.
+        severity: severity of the target's shift.
 
     Raises:
-        ValueError: an unknown domain or split, a number out of range, or an argument of another type.
+        ValueError: an unknown domain or split, a number out of range, or an argument of a wrong type.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Scenes:
         size: tuple[int, int] = (64, 96),
         severity: Severity | None = None,
     ) -> None:
-        _check_int("a count of scenes", count, 1)
+        _check_int("count", count, 1)
         _check(domain, split, 0, seed, size, severity)
         self.domain: Literal["source", "target"] = domain
         self.split: Literal["train", "val", "test"] = split
@@ -153,12 +153,12 @@ class Scenes:
 
     @property
     def names(self) -> list[str]:
-        """A name for each image."""
+        """The names of the images."""
         return [f"{self.domain}-{self.split}-{index:05d}" for index in range(self.count)]
 
     def __getitem__(self, index: int) -> Sample:
-        """Draw an image and its labels."""
-        # 1.0 would find the scene that 1 has left.
+        """Draw an image and its labels, or return them if they were drawn before."""
+        # The check refuses 1.0, which would otherwise find the scene that was drawn for 1.
         if not _is_int(index) or not 0 <= index < self.count:
             raise IndexError(f"expected an index in [0, {self.count}), got {index}")
         if index not in self._drawn:
@@ -176,33 +176,33 @@ def draw(
     size: tuple[int, int] = (64, 96),
     severity: Severity | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a scene, a function of its arguments.
+    """Draw one scene. The result depends only on the arguments.
 
     Args:
-        domain: `"source"` or `"target"`; with all severities 0 they differ in the images drawn, not in their look.
+        domain: `"source"` or `"target"`. With all severities 0 both look alike, but the images are different.
         split: `"train"`, `"val"` or `"test"`.
-        index: of the image, at least 0.
-        seed: of all images, at least 0.
+        index: index of the image, at least 0.
+        seed: random seed of all images, at least 0.
         size: height and width, at least 32 each.
-        severity: of the target's shift; the source has none.
+        severity: severity of the target's shift; it has no effect on the source.
 
     Returns:
-        The image, `uint8 [H, W, 3]`, and its labels, `uint8 [H, W]`, ids of `CLASSES`.
+        The image, `uint8 [H, W, 3]`, and its labels, `uint8 [H, W]`, which are indices of `CLASSES`.
 
     Raises:
-        ValueError: an unknown domain or split, a number out of range, or an argument of another type.
+        ValueError: an unknown domain or split, a number out of range, or an argument of a wrong type.
     """
     _check(domain, split, index, seed, size, severity)
     severity = Severity(0, 0, 0, 0, 0, 0) if domain == "source" else severity or Severity()
     key = (seed, DOMAINS.index(domain), SPLITS.index(split), index)
-    # Two generators, so that the layout does not hang on how many numbers the look takes.
+    # Two generators, so that the layout does not depend on how many random numbers the look uses.
     layout, look = (np.random.default_rng((*key, part)) for part in range(2))
     label, instance, depth = _lay_out(layout, size, severity)
     return _paint(look, label, instance, depth, severity), label
 
 
 def _lay_out(rng: np.random.Generator, size: tuple[int, int], severity: Severity) -> tuple[np.ndarray, ...]:
-    """Labels, a number for every thing, and depth in [0, 1] of a street."""
+    """The layout of a street: labels, an instance number for each object, and depth in [0, 1]."""
     height, width = size
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     x, y = (x + 0.5) / width, (y + 0.5) / height
@@ -213,7 +213,7 @@ def _lay_out(rng: np.random.Generator, size: tuple[int, int], severity: Severity
     instance = np.zeros(size, np.int64)
     depth = np.ones(size)
 
-    # Both sides of the street: blocks that grow towards the viewer, houses and trees.
+    # Both sides of the street: houses and trees, as blocks that grow towards the viewer.
     edge = 0.0
     number = 1
     while edge < 1:
@@ -230,7 +230,7 @@ def _lay_out(rng: np.random.Generator, size: tuple[int, int], severity: Severity
         depth[block] = 1 - min(1.5 * nearness, 0.9)
         edge, number = end, number + 1
 
-    # The ground: a road towards the vanishing point, pavements along it, verges and walls outside.
+    # The ground: a road towards the vanishing point, with pavements along it; verges and walls are outside.
     half_road = _between(rng, 0.24, 0.40)
     half_street = half_road + _between(rng, 0.16, 0.26)
     lean = _between(rng, -0.15, 0.15)
@@ -243,7 +243,7 @@ def _lay_out(rng: np.random.Generator, size: tuple[int, int], severity: Severity
     depth[street] = (1 - below[street]) ** 2
     number += 2
 
-    # Things on the ground, far ones first.
+    # Objects on the ground, the distant ones first.
     things = [(CAR, rng.random()) for _ in range(int(rng.integers(0, 3)))]
     things += [(POLE, rng.random()) for _ in range(int(rng.integers(1, 4)))]
     things += [(PERSON, rng.random()) for _ in range(int(rng.integers(1, 3)))] if rng.random() < 0.6 else []
@@ -278,7 +278,7 @@ def _lay_out(rng: np.random.Generator, size: tuple[int, int], severity: Severity
 def _paint(
     rng: np.random.Generator, label: np.ndarray, instance: np.ndarray, depth: np.ndarray, severity: Severity
 ) -> np.ndarray:
-    """The look of a layout."""
+    """Paint the image of a layout."""
     size = label.shape
     colours = SOURCE_COLOURS + severity.colour * (TARGET_COLOURS - SOURCE_COLOURS)
     textures = SOURCE_TEXTURES + severity.texture * (TARGET_TEXTURES - SOURCE_TEXTURES)
@@ -305,7 +305,7 @@ def _paint(
         image = (1 - 0.8 * severity.camera) * image + 0.8 * severity.camera * soft
         away = np.hypot(*np.meshgrid(np.linspace(-1, 1, size[0]), np.linspace(-1, 1, size[1]), indexing="ij"))
         image *= (1 - 0.25 * severity.camera * away**2)[..., None]
-    # The sum of three uniform numbers is close to a Gaussian, and Generator.random is stable across NumPy versions.
+    # The sum of three uniform numbers is nearly Gaussian, and Generator.random is stable across NumPy versions.
     noise = rng.random((3, *image.shape)).sum(0) - 1.5
     image += (0.02 + 0.06 * severity.noise) * 2 * noise
     painted: np.ndarray = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
@@ -313,7 +313,7 @@ def _paint(
 
 
 def _grain(rng: np.random.Generator, size: tuple[int, ...], cell: int) -> np.ndarray:
-    """Noise in [-1, 1] whose blotches are `cell` pixels wide."""
+    """Noise in [-1, 1], constant in cells that are `cell` pixels wide."""
     coarse = 2 * rng.random((math.ceil(size[0] / cell), math.ceil(size[1] / cell))) - 1
     return coarse.repeat(cell, 0).repeat(cell, 1)[: size[0], : size[1]]
 
@@ -327,12 +327,12 @@ def _check(domain: str, split: str, index: int, seed: int, size: tuple[int, int]
         raise ValueError(f"expected domain to be one of {', '.join(DOMAINS)}, got {domain}")
     if split not in SPLITS:
         raise ValueError(f"expected split to be one of {', '.join(SPLITS)}, got {split}")
-    _check_int("an index", index, 0)
+    _check_int("index", index, 0)
     _check_int("seed", seed, 0)
     if not isinstance(size, tuple | list) or len(size) != 2 or not all(_is_int(extent) for extent in size):
-        raise ValueError(f"expected a size of two ints, height and width, got {size!r}")
+        raise ValueError(f"expected size to be two ints, height and width, got {size!r}")
     if min(size) < 32:
-        raise ValueError(f"expected a size of at least 32 each way, got {tuple(size)}")
+        raise ValueError(f"expected height and width in size to be at least 32, got {tuple(size)}")
     if not isinstance(severity, Severity | None):
         raise ValueError(f"expected severity to be a Severity or None, got {severity!r}")
 
@@ -341,7 +341,7 @@ def _check_int(name: str, value: int, least: int) -> None:
     if not _is_int(value):
         raise ValueError(f"expected {name} to be an int, got {value!r}")
     if value < least:
-        raise ValueError(f"expected {name} of at least {least}, got {value}")
+        raise ValueError(f"expected {name} to be at least {least}, got {value}")
 
 
 def _is_int(value: object) -> bool:

@@ -63,7 +63,7 @@ def call(name, shape, dtype="float32", layout="nchw", labels="int64", per_image=
 
     kernels = importlib.import_module("semshift._pooling_triton")
     batch, channels, height, width, num_classes = shape
-    # Memory that nobody touches costs nothing.
+    # Memory that is never touched costs nothing.
     options = {"dtype": getattr(torch, DTYPES[dtype])}
     if layout == "crop":
         features = torch.empty(batch, channels, height + 3, width + 3, **options)[:, :, 1:-2, 1:-2]
@@ -86,7 +86,7 @@ def call(name, shape, dtype="float32", layout="nchw", labels="int64", per_image=
 
 
 def compiled(launch, capability, full=False):
-    """The kernel of a launch for this capability, and what is read from it."""
+    """The kernel of a launch, compiled for this capability, with the figures read from it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -129,7 +129,7 @@ def dumped(cubin, flag):
 
 
 def usage(cubin):
-    """Registers of a thread, and bytes of its stack, which holds what is spilled."""
+    """Registers per thread, and bytes of the thread's stack, which holds spilled registers."""
     found = re.search(r"REG:(\d+) STACK:(\d+)", dumped(cubin, "-res-usage"))
     return {"registers": int(found[1]), "spilled": int(found[2])}
 

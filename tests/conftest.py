@@ -33,7 +33,7 @@ def few_or_many(request):
 
 @pytest.fixture(scope="module")
 def multiples_are_checked():
-    """Kernels tell the compiler what is a multiple of how many, for wide loads; the interpreter takes no notice."""
+    """Kernels declare multiples to the compiler, for wide loads; the interpreter ignores these declarations."""
     handle = pytest.importorskip("triton.runtime.interpreter", reason="because it needs Triton").TensorHandle
     set_attr = handle.set_attr
 

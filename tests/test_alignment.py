@@ -172,7 +172,7 @@ def test_inputs_of_any_precision(dtype):
 
 
 def test_no_value_is_read():
-    """A device would have to wait for it. On the meta device there is none, and to read one is an error."""
+    """Reading a value would force a device sync. The meta device has no values, so reading one there is an error."""
     align, (_, labels) = semantic().to("meta"), domain(0)
     inputs = features(1).detach().to("meta").requires_grad_(), labels.to("meta")
     losses = align(*inputs, *inputs)

@@ -1,4 +1,4 @@
-"""The alignment modules refuse bad input: one line that names the argument, the rule and what came."""
+"""The alignment modules refuse bad input, with one line that names the argument, the rule and the value."""
 
 import re
 

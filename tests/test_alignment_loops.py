@@ -70,7 +70,7 @@ def optimisers(network, align, kind=torch.optim.SGD):
 
 
 def plain(network, align, steps=STEPS, kind=torch.optim.SGD):
-    """The reference: each module's gradient is taken of its own loss alone."""
+    """The reference: each module's gradient comes only from its own loss."""
     pair = optimisers(network, align, kind)
     for step in range(steps):
         losses = losses_of(network, align, batch(step))

@@ -1,4 +1,4 @@
-"""Argument checks: what every public function takes for a count, a number or a flag, then each check by itself."""
+"""Argument checks: what every public function accepts as a count, a number or a flag, then each check alone."""
 
 import inspect
 import math

@@ -1,4 +1,4 @@
-"""The prototype contrast: against a loop over cells, absent classes, what is ignored, precision, and errors."""
+"""The prototype contrast: against a loop over cells, absent classes, ignored cells, precision, and errors."""
 
 import math
 
@@ -59,7 +59,7 @@ def bound(features, prototypes, temperature, eps, weights=0):
 
 
 def drawn(seed=0, domains=2, size=(16, 20), dtype=torch.float64, ignored=0.2):
-    """Features `[2, C, 4, 5]`, labels of another size, and prototypes of all classes."""
+    """Features `[2, C, 4, 5]`, labels of a different size, and prototypes of all classes."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(2, C, 4, 5, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, K, (2, *size), generator=generator)

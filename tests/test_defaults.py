@@ -1,4 +1,4 @@
-"""Nothing depends on the default dtype or device: explicit tensors give the same bits under any of them."""
+"""Nothing depends on the default dtype or device: explicit tensors give bit-identical results under all of them."""
 
 import contextlib
 

@@ -11,7 +11,7 @@ from tests.errors import refuses
 
 WORLD = 2
 EPS = torch.finfo(torch.float64).eps
-# Class 0 is on both ranks, 1 and 2 on one each, 3 on neither; 255 takes no part.
+# Class 0 is on both ranks, 1 and 2 on one each, 3 on neither; 255 is ignored.
 LABELS = torch.tensor([[[0, 0, 1], [255, 0, 1]], [[1, 0, 255], [0, 0, 0]], [[2, 2, 0], [2, 255, 0]], [[0, 0, 2]] * 2])
 NUM_CLASSES = 4
 

@@ -14,7 +14,7 @@ import semshift
 from semshift._gradients import _fix as fix
 from tests.errors import mentions, refuses
 
-# Compiling, torch warns of its own slowness on Python 3.13.0, and of a `.grad` that its tracer itself reads.
+# While compiling, torch warns that it is slow on Python 3.13.0, and about a `.grad` that its own tracer reads.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
@@ -200,7 +200,7 @@ def test_gradient_norm_without_a_gradient(loss, features):
 
 
 def two_parts():
-    """A backbone's features, and a head that saves activations of its own."""
+    """A backbone's features, and a head that saves its own activations."""
     backbone = nn.Conv2d(2, 3, 1)
     return backbone, nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid(), nn.Conv2d(4, 2, 1)), torch.randn(2, 2, 3, 3)
 
@@ -228,7 +228,7 @@ def test_gradient_norm_through_checkpoints():
     assert torch.equal(again, plain)
     with refuses(RuntimeError, "features", "loss", "use_reentrant=False"):
         semshift.gradient_norm(checkpoint(head, features, use_reentrant=True).square().mean(), features)
-    # As older versions of torch say it, without the way out.
+    # The message of older torch versions, which does not name a fix.
     mentions(fix("Checkpointing is not compatible with .grad()"), "use_reentrant=False")
 
 
@@ -325,7 +325,7 @@ def test_prototype_distance_is_its_definition(classes, channels, seed, data):
     expected = torch.tensor(
         distance(source.tolist(), target.tolist(), [k for k in range(classes) if here[k]]), dtype=torch.float64
     )
-    # What takes no part may hold anything.
+    # Elements that are left out may hold any value.
     source[~taking_part] = NAN
     for weight in (taking_part, taking_part.float() / 2):
         found = semshift.prototype_distance(source, target, weight=weight)

@@ -1,4 +1,4 @@
-"""`health_warnings`: thresholds, histories of all kinds, and what is refused."""
+"""`health_warnings`: thresholds, histories of all kinds, and refused arguments."""
 
 import math
 
@@ -47,14 +47,14 @@ def test_health_warnings(changed, expected, kind):
 
 
 def test_health_warnings_of_a_mixed_history():
-    # The median of the ratios, so that one odd batch is no fault; the mean of the accuracies, nan left out.
+    # Ratios count by their median, so that one odd batch is no fault; accuracies count by their mean, without nan.
     assert semshift.health_warnings([*history(9), *history(2, gradient_ratio=100.0)]) == []
     certain = history(10, source_accuracy=1.0, target_accuracy=1.0)
     nothing = history(5, source_accuracy=NAN, target_accuracy=NAN)
     assert [warning.split(":")[0] for warning in semshift.health_warnings(certain + nothing)] == ["certain"]
     (warning,) = semshift.health_warnings(history(source_accuracy=1.0, target_accuracy=0.99))
     mentions(warning, "1.00", "0.99")
-    # Nine ratios are too few; nan is none.
+    # Nine ratios are too few, and nan does not count.
     assert semshift.health_warnings([*history(5, gradient_ratio=NAN), *history(9, gradient_ratio=0.0)]) == []
     assert semshift.health_warnings([]) == []
 

@@ -1,4 +1,4 @@
-"""The CUDA kernel under class shares, on a GPU where there is one, else on the CPU by Triton's interpreter."""
+"""The CUDA kernel under `class_shares`, on a GPU if there is one, otherwise on the CPU in Triton's interpreter."""
 
 import itertools
 import math
@@ -167,7 +167,7 @@ def test_no_product_needs_more_than_32_bits(pixels, cells, resample, align_corne
 @pytest.mark.gpu
 @pytest.mark.parametrize(("resample", "align_corners"), MODES)
 def test_one_cell_takes_all_lines(resample, align_corners):
-    """With so many steps a test for the GPU, since the interpreter needs minutes."""
+    """This many steps are only for a GPU, since the interpreter needs minutes."""
     labels = torch.zeros(1, kernels._LARGEST, 3, dtype=torch.uint8, device=DEVICE)
     shares = kernels.share_out(labels, 1, 1, 1, resample, align_corners, None)
     assert shares.flatten().tolist() == [3 * kernels._LARGEST, 0]
@@ -225,7 +225,7 @@ def test_offsets_beyond_32_bits(vast, axis):
 @pytest.mark.gpu
 @pytest.mark.parametrize("resample", ["bilinear", "area", "nearest", "majority"])
 def test_resampling_is_captured_in_a_cuda_graph(resample):
-    """A step that waits for the device would end the capture."""
+    """A step that forces a device sync would end the capture."""
     features = torch.randn(2, 8, 9, 17, device="cuda")
     labels = torch.randint(0, 20, (2, 64, 128), device="cuda")
 

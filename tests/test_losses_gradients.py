@@ -117,7 +117,7 @@ def test_reverse_gradient(scale, dtype):
     assert result.dtype == dtype
     sent = torch.randn(2, 3).to(dtype)
     result.backward(sent)
-    # Of an unsigned integer the negative is none.
+    # An unsigned integer has no negative.
     assert torch.equal(x.grad, -float(scale) * sent)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import semshift
 from tests.errors import refuses
 
-# Compiling on Python 3.13.0 itself, torch warns of its own slowness there.
+# While compiling on Python 3.13.0, torch warns that it is slow there.
 pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 
 DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

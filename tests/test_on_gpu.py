@@ -62,7 +62,7 @@ def test_a_failed_check_ends_it_and_what_was_found_stays(monkeypatch, checks, tm
         raise AssertionError("other counts")
 
     monkeypatch.setattr(program, "checks", lambda *_: [("one", wrong), ("other", lambda: "fine")])
-    # What the program sets if nobody has.
+    # The program sets this variable if it is not set.
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     out = tmp_path / "out"
@@ -119,7 +119,7 @@ def everywhere(pooled, features):
 
 
 def nowhere(pooled, features):
-    # Of the value alone, since another gradient would be seen as well.
+    # Only the value changes, since a wrong gradient would be detected too.
     pooled.sums.data.nan_to_num_(0, 0, 0)
     return pooled
 
@@ -146,7 +146,7 @@ def unlike(pooled, features):
         (everywhere, "not finite"),
         (nowhere, "not finite"),
         (like_tf32, "bilinear, TF32 on"),
-        (unlike, "the same bits in ten runs"),
+        (unlike, "bit-identical in ten runs"),
     ],
 )
 def test_a_planted_fault_is_seen(monkeypatch, checks, change, named):

@@ -8,7 +8,7 @@ import semshift
 from semshift import _pooling_ops
 from tests.errors import refuses
 
-# Compiling on Python 3.13.0 itself, torch warns of its own slowness there.
+# While compiling on Python 3.13.0, torch warns that it is slow there.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
     # What opcheck of torch 2.14 does itself.

@@ -12,7 +12,7 @@ from tests.pooling_definition import NON_FINITE, cases, definition, laid_out, ne
 
 pytestmark = pytest.mark.usefixtures("few_or_many")
 
-# What makes the CPU take each of its ways for features of the sizes drawn here, which are all small.
+# Limits that make the CPU use each of its algorithms for the small features drawn here.
 WAYS = {
     "small": {},
     "bags": {"_SMALL": 0},

@@ -201,7 +201,7 @@ def test_crops_in_both_dimensions(dtype, channels_last, num_classes):
 
 @runs_kernels
 def test_float32_is_not_rounded_to_fewer_bits():
-    """A product of TF32 keeps 11 bits, one of bfloat16 eight: all 24 are to come through."""
+    """A TF32 product keeps 11 bits and a bfloat16 product eight, but all 24 bits must be kept."""
     features = (1 + 2.0**-7 - torch.arange(1, 65) * 2.0**-23).view(1, 1, 64).to(DEVICE)
     labels = torch.arange(64, device=DEVICE).view(1, 64)
     sums, _ = kernels.add_up(features, labels, 64, None, False)

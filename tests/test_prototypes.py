@@ -15,7 +15,7 @@ from torch import nn
 import semshift
 from tests.errors import mentions, refuses
 
-# Compiling on Python 3.13.0 itself, torch warns of its own slowness there.
+# While compiling on Python 3.13.0, torch warns that it is slow there.
 pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 
 K, C = 3, 2
@@ -201,7 +201,7 @@ def test_compiled_equals_eager():
 
 
 def test_where_values_are_not_looked_at_a_bad_class_keeps_its_value(monkeypatch):
-    # As on CUDA, where to look would wait for the device.
+    # As on CUDA, where a check would force a device sync.
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     good = semshift.ClassSums(torch.tensor([[1.0, 2.0]] * K), torch.tensor([1.0, 1.0, 1.0]))
     bank, one = bank_of(0.9, [good]), bank_of(0.9, [good])

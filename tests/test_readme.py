@@ -27,7 +27,7 @@ def test_commands():
 def drop_in():
     """The README's lines: what comes once, and what comes at every step."""
     (code,) = re.findall(r"^```python\n(.*?)^```", SECTION, flags=re.MULTILINE | re.DOTALL)
-    # Another Python block would need a test of its own.
+    # Another Python block would need its own test.
     assert [block for language, block in BLOCKS if language == "python"] == [code]
     lines = [line for line in code.splitlines() if line.strip() and not line.startswith("#")]
     assert len(lines) <= 6
@@ -68,7 +68,7 @@ def test_drop_in_runs_and_matters(drop_in):
     assert torch.isfinite(names["losses"].discriminator)
     # The discriminator was trained.
     assert all(not torch.equal(one, other) for one, other in zip(names["align"].parameters(), names["untrained"]))
-    # Without the lines, or without the confusion loss alone, the segmenter ends elsewhere; run again, at the same bits.
+    # Without the lines, or only without the confusion loss, the segmenter ends differently; a repetition is identical.
     once, every = drop_in
     for fewer in (None, (once, every.replace("* losses.confusion", "* losses.confusion.detach()"))):
         assert not torch.equal(weights, plain_loop(fewer)[0])

@@ -31,21 +31,22 @@ __all__ = ["main"]
 USAGE = """usage: python -m examples.workbench COMMAND [OPTIONS]
 
 commands:
-  train     train one method on the built-in scenes, a preset or a file of settings
-  evaluate  score a run again: per class, and averaged over a named subset
-  predict   masks of new images, by the network of a run
-  export    the network of a run as a program of its own, or as weights
-  study     several methods or settings, each with several seeds, in one table
+  train     train one method on the built-in scenes, a preset or your own settings file
+  evaluate  compute the scores of a run again: per class, and averaged over a subset of the classes
+  predict   predict masks of new images with the network of a run
+  export    export the network of a run as a stand-alone program, or its weights
+  study     compare several methods or settings, each with several seeds, in one table
 
-`python -m examples.workbench COMMAND --help` lists the options of each; --version prints the versions.
+`python -m examples.workbench COMMAND --help` lists the options of a command; --version prints the versions.
 """
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a command, and print an error in one line.
+    """Run a command, and print any expected error as one line.
 
     Returns:
-        0; 2 for wrong input, 3 for a failure of the machine, and 128 plus its number for a signal.
+        The exit status: 0 for success, 2 for wrong input, 3 for a failure of the machine, and 128 plus the signal's
+        number if a signal stopped the command.
     """
     commands = {"train": _train, "evaluate": _evaluate, "study": study_command}
     commands |= {"predict": predict_command, "export": export_command}
@@ -58,9 +59,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if arguments[0] not in commands:
             names, meant = ", ".join(commands), did_you_mean(arguments[0], commands)
-            raise InputError(f"expected a command, one of {names}, got {arguments[0]}{meant}")
+            raise InputError(f"expected one of the commands {names}, got {arguments[0]}{meant}")
         if arguments[0] != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise InputError(f"expected train on several ranks, got {arguments[0]}, which runs in one process")
+            raise InputError(f"only train can run on several ranks, got {arguments[0]}; run it in one process")
         with signals.stop_at_once(), _leave_cores():
             commands[arguments[0]](arguments[1:])
         return 0
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _leave_cores() -> Iterator[None]:
-    """Compute with half of the cores: two runs of more threads than cores hold each other up almost to a halt."""
+    """Use half of the cores: two runs that together have more threads than cores slow each other down extremely."""
     before = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -106,7 +107,7 @@ def _train(arguments: Sequence[str]) -> None:
     )
     if first:
         if metrics["miou"] is None:
-            print("no scores, since the settings have no data.test")
+            print("no scores: the settings have no test images (data.test)")
         else:
             scores = Scores(metrics["iou"], metrics["miou"], metrics["unlabelled"])
             print(score_table(scores, subsets=settings.data.subsets))
@@ -127,33 +128,36 @@ def _check(settings: Settings, data_root: Path | None) -> None:
         print(f"note: {note}")
     if report.problems:
         print(*(f"error: {problem}" for problem in report.problems), sep="\n", file=sys.stderr)
-        raise InputError(f"{len(report.problems)} of the files that were checked cannot be used")
-    print("no problem found in the files that were checked")
+        raise InputError(f"{len(report.problems)} of the checked files cannot be used")
+    print("no problem found in the checked files")
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
     parser = OneLineParser("evaluate")
     parser.add_argument("--run", "--out", metavar="DIR", type=Path, required=True, help="a run folder")
-    parser.add_argument("--data-root", metavar="DIR", type=Path, help="folder of the run's image folders")
-    parser.add_argument("--split", choices=["validation", "test"], default="test", help="(default: test)")
-    parser.add_argument("--subset", metavar="NAME", help="one of the run's data.subsets")
-    parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda", "mps"], help="(default: the run's)")
-    parser.add_argument("--best", action="store_true", help="the step that was best on the validation images")
-    parser.add_argument("--save-predictions", metavar="DIR", type=Path, help="write the predicted index masks here")
+    parser.add_argument("--data-root", metavar="DIR", type=Path, help="folder that contains the run's image folders")
+    split_help = "which images to score (default: test)"
+    parser.add_argument("--split", choices=["validation", "test"], default="test", help=split_help)
+    parser.add_argument("--subset", metavar="NAME", help="show only the classes of this subset, one of data.subsets")
+    device_help = "device to compute on (default: as in training)"
+    parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda", "mps"], help=device_help)
+    best_help = "use the network with the best validation score, not the last one"
+    parser.add_argument("--best", action="store_true", help=best_help)
+    parser.add_argument("--save-predictions", metavar="DIR", type=Path, help="also write the predicted masks to DIR")
     options = parser.parse_args(arguments)
     network = load_run(options.run, best=options.best, accelerator=options.accelerator)
     data = network.data
     if options.best and options.split == "test" and data.test is not None and data.test == data.validation:
         raise InputError(
-            "expected --split validation with --best where data.validation is data.test, got test: the step would be "
-            "chosen on the images that it is scored on"
+            "--best needs --split validation where data.validation equals data.test, got test: the best step would be "
+            "chosen and scored on the same images"
         )
     if options.subset is not None and options.subset not in data.subsets:
         meant = did_you_mean(options.subset, data.subsets)
         raise InputError(f"expected --subset to be one of {sorted(data.subsets)}, got {options.subset}{meant}")
     images = getattr(open_images(network.settings, options.data_root), options.split)
     if images is None:
-        raise InputError(f"expected data.{options.split} in the run's settings, got no folder")
+        raise InputError(f"expected the run's settings to have data.{options.split}, got no such folder")
     scores = evaluate(
         network.segmenter,
         images,

@@ -1,4 +1,4 @@
-"""Settings from the command line, over those of a preset or a settings file."""
+"""Settings from the command line, which override those of a preset or a settings file."""
 
 import argparse
 import dataclasses
@@ -22,30 +22,30 @@ PRESETS = Path(__file__).parent / "presets"
 
 _HELP = """usage: python -m examples.workbench train [OPTIONS]
 
-Train one method: on the built-in scenes, a preset, or a file of settings.
+Train one method on the built-in scenes, on a preset, or on your own images.
 
   --preset NAME          {presets}
-  --config FILE          a YAML file of settings
-  --data-root DIR        folder of the settings' image folders
-  --out DIR              the run folder
-  --resume               continue from the run folder's last checkpoint
-  --check                check images and weights for a minute, train nothing
-  --init FILE            weights to start from, short for --network.init
-  --save-predictions     write the test set's index masks
+  --config FILE          a YAML file of your own settings
+  --data-root DIR        folder that contains the settings' image folders
+  --out DIR              the run folder (default: a folder in runs/)
+  --resume               continue from the last checkpoint of the run folder
+  --check                check images and weights for a minute; do not train
+  --init FILE            weights to start from; short for --network.init
+  --save-predictions     also write the predicted masks of the test images
 
   --method METHOD        {methods}
                          (default: {defaults.method})
-  --labelled LABELLED    target images that keep their labels: a number, or a
+  --labelled LABELLED    which target images keep their labels: a number, or a
                          file of names (default: all; built-in scenes: 4)
-  --steps STEPS          of the optimiser (default: {defaults.steps})
-  --seed SEED            of the run (default: {defaults.seed})
-  --log_every STEPS      between two rows of the log (default: {defaults.log_every})
-  --save_every STEPS     between two checkpoints (default: {defaults.save_every})
-  --validate_every STEPS between two evaluations; 0: none (default: {defaults.validate_every})
+  --steps N              number of training steps (default: {defaults.steps})
+  --seed N               random seed of the run (default: {defaults.seed})
+  --log_every N          steps between two rows of the log (default: {defaults.log_every})
+  --save_every N         steps between two checkpoints (default: {defaults.save_every})
+  --validate_every N     steps between two validations; 0: none (default: {defaults.validate_every})
   --precision NAME       64-true, 32-true or bf16-mixed (default: {defaults.precision})
   --accelerator NAME     auto, cpu, cuda or mps (default: {defaults.accelerator})
 
-Groups of settings, as --GROUP.NAME VALUE ('[96, 128]' for two) or in the file:
+Other settings, as --GROUP.NAME VALUE (two values: '[96, 128]') or in the file:
   data                   classes, image folders, sizes, augmentation
   network                the segmenter and the weights it starts from
   optimiser              learning rate, batch sizes
@@ -53,26 +53,26 @@ Groups of settings, as --GROUP.NAME VALUE ('[96, 128]' for two) or in the file:
   semantic_alignment     the semantic discriminator and its weight
   self_training          the teacher of self-training and ass-plus
 
---help-all lists every setting; with --preset or --config, its values there.
---data.target.help lists those of a folder, such as colours.
+--help-all lists all settings, with their values in --preset or --config.
+--data.target.help lists the settings of an image folder, such as colours.
 """
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser of a command's options that raises InputError instead of printing its usage."""
+    """A parser of a command's options that raises InputError; argparse would print the usage and exit."""
 
     def __init__(self, command: str, epilog: str | None = None) -> None:
         super().__init__(prog=f"python -m examples.workbench {command}", epilog=epilog, allow_abbrev=False)
 
     def parse_args(self, arguments: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
-        """Parse all arguments; an unknown option is refused first, since it may be a required one misspelt."""
+        """Parse all arguments. Unknown options are refused first, since one may be a misspelt required option."""
         for option in (argument.partition("=")[0] for argument in arguments):
             if option.startswith("--") and option not in self._option_string_actions:
                 self.error(f"unrecognized arguments: {option}")
         return super().parse_args(arguments)
 
     def error(self, message: str) -> Any:
-        """Raise the message, with the nearest option or choice where one is misspelt."""
+        """Raise the message, and suggest the most similar option or choice if one is misspelt."""
         if unknown := re.fullmatch(r"unrecognized arguments: (--[^ =]+).*", message):
             message += did_you_mean(unknown[1], self._option_string_actions)
         elif choice := re.fullmatch(r".*invalid choice: '(.*)' \(choose from (.*)\)", message):
@@ -81,7 +81,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def read_settings(arguments: Sequence[str]) -> tuple[Settings, argparse.Namespace]:
-    """Parse the options of `train`: the settings, and the options beside them."""
+    """Parse the options of `train`. Return the settings, and the options that are no settings."""
     if {"-h", "--help"} & set(arguments):
         print(_describe_options(), end="")
         raise SystemExit(0)
@@ -92,14 +92,16 @@ def read_settings(arguments: Sequence[str]) -> tuple[Settings, argparse.Namespac
         allow_abbrev=False,
         default_config_files=[] if file is None else [file],
     )
-    parser.add_argument("--preset", metavar="NAME", help=f"settings of the workbench: {', '.join(_presets())}")
-    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings")
-    parser.add_argument("--data-root", metavar="DIR", type=Path, help="folder of the settings' image folders")
-    parser.add_argument("--out", metavar="DIR", help="the run folder")
-    parser.add_argument("--init", metavar="FILE", help="short for --network.init")
-    parser.add_argument("--resume", action="store_true", help="continue from the run folder's last checkpoint")
-    parser.add_argument("--save-predictions", action="store_true", help="write the test set's index masks")
-    parser.add_argument("--check", action="store_true", help="check images and weights for a minute, train nothing")
+    preset_help, root_help = f"one of {', '.join(_presets())}", "folder that contains the settings' image folders"
+    parser.add_argument("--preset", metavar="NAME", help=preset_help)
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of your own settings")
+    parser.add_argument("--data-root", metavar="DIR", type=Path, help=root_help)
+    parser.add_argument("--out", metavar="DIR", help="the run folder; by default a folder in runs/")
+    parser.add_argument("--init", metavar="FILE", help="weights to start from; short for --network.init")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint of the run folder")
+    predictions_help = "also write the predicted masks of the test images"
+    parser.add_argument("--save-predictions", action="store_true", help=predictions_help)
+    parser.add_argument("--check", action="store_true", help="check images and weights for a minute; do not train")
     parser.add_class_arguments(Settings, None)
     if "--help-all" in arguments:
         parser.print_help()
@@ -113,12 +115,12 @@ def read_settings(arguments: Sequence[str]) -> tuple[Settings, argparse.Namespac
     except (argparse.ArgumentError, ValueError) as error:
         known = [option for action in parser._actions for option in action.option_strings]
         message = _find_mistake(arguments, file, known) or " ".join(str(error).split())
-        raise InputError(f"{message} (with the settings of {file})" if file else message) from error
+        raise InputError(f"{message} (in {file} or on the command line)" if file else message) from error
     return settings, options
 
 
 def _find_mistake(arguments: Sequence[str], file: str | None, options: Sequence[str]) -> str | None:
-    """A misspelt name or choice in the settings file or on the command line; the parser does not name the nearest."""
+    """An error message that corrects a misspelt name or choice, which the parser's own message does not do."""
     known = setting_types(Settings)
     beside = dict.fromkeys(option.lstrip("-").replace("-", "_") for option in options)
     values: dict[str, Any] = {}
@@ -128,7 +130,7 @@ def _find_mistake(arguments: Sequence[str], file: str | None, options: Sequence[
             setting = option.removeprefix("--").removesuffix("+")
             if option not in options and not is_setting(setting, known):
                 meant = did_you_mean(option, [*options, *(f"--{name}" for name in known)])
-                return f"expected options of train, got {option}{meant}"
+                return f"train has no option {option}{meant}"
             if setting in known:
                 values[setting] = _parse(value or following)
     written = _parse(Path(file).read_text(encoding="utf-8")) if file is not None else None
@@ -144,7 +146,7 @@ def _parse(text: str) -> Any:
 
 
 def _describe_options() -> str:
-    """The options of `train` that most runs need, on one screen."""
+    """Help for the options of `train` that most runs need; it fits on one screen."""
 
     def wrap(names: Iterable[str]) -> str:
         return ("\n" + 25 * " ").join(textwrap.wrap(", ".join(names), 55, break_on_hyphens=False))
@@ -153,7 +155,7 @@ def _describe_options() -> str:
 
 
 def _plain_numbers(value: Any) -> Any:
-    """Settings whose numbers are int and float: a checkpoint cannot hold the subclasses that check the ranges."""
+    """Settings with plain int and float numbers: a checkpoint cannot hold the subclasses that check the ranges."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = {part.name: _plain_numbers(getattr(value, part.name)) for part in dataclasses.fields(value)}
         return dataclasses.replace(value, **parts)
@@ -166,7 +168,7 @@ def _plain_numbers(value: Any) -> Any:
 
 
 def _settings_file(arguments: Sequence[str]) -> str | None:
-    """The preset's file or the given one, known before the settings are parsed, whose options override it."""
+    """The file of the preset or of `--config`. It is read first, since other options override its settings."""
     first = OneLineParser("train")
     first.add_argument("--preset")
     first.add_argument("--config")
@@ -174,14 +176,14 @@ def _settings_file(arguments: Sequence[str]) -> str | None:
     preset, file = chosen.preset, chosen.config
     if preset is not None:
         if file is not None:
-            raise InputError(f"expected --preset or --config, got both, {preset} and {file}")
+            raise InputError(f"expected either --preset or --config, got both: {preset} and {file}")
         if preset not in _presets():
             names, meant = ", ".join(_presets()), did_you_mean(preset, _presets())
             raise InputError(f"expected --preset to be one of {names}, got {preset}{meant}")
         return str(PRESETS / f"{preset}.yaml")
     if file is not None:
         if not Path(file).is_file():
-            raise InputError(f"expected --config to be a YAML file, got no file {file}")
+            raise InputError(f"expected --config to be a YAML file, got {file}, which is not a file")
         try:
             Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Settings as plain values: for files, and to compare those of two runs."""
+"""Settings as plain values: for files, and to compare the settings of two runs."""
 
 import dataclasses
 import json
@@ -11,11 +11,11 @@ from examples.workbench.errors import InputError
 __all__ = ["MAY_CHANGE", "as_plain", "check_same_run", "flatten"]
 
 MAY_CHANGE = frozenset({"log_every", "save_every", "validate_every", "data.workers", "data.timeout"})
-"""Settings that may differ when a run resumes: its weights do not depend on them."""
+"""Settings that may change when a run resumes, since its weights do not depend on them."""
 
 
 def as_plain(settings: Any) -> dict[str, Any]:
-    """The settings as dicts, lists and scalars, fit for YAML and for a checkpoint without code."""
+    """Settings as dicts, lists and scalars, which YAML files and checkpoints without code can hold."""
     result: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
     return result
 
@@ -29,7 +29,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Check that the run in a folder is the one that resumes; only settings of `MAY_CHANGE` may differ."""
+    """Check that a run resumes with the settings that it began with; only those in `MAY_CHANGE` may differ."""
     written, given = flatten(before), flatten(now)
     for name in [*given, *written]:
         # The settings file does not list the images.
@@ -38,5 +38,6 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: Pat
         old, new = written.get(name, "nothing"), given.get(name, "nothing")
         if old != new:
             raise InputError(
-                f"--resume needs the settings and the version of the run, got {name} {new} where {where} has {old}"
+                f"--resume needs the settings and the version that the run began with, got {name} {new}, but {where} "
+                f"has {old}"
             )

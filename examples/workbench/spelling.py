@@ -1,4 +1,4 @@
-"""Misspelt names of commands, options and settings, and the known names that are nearest."""
+"""Corrections for misspelt names of commands, options and settings."""
 
 import dataclasses
 import difflib
@@ -13,7 +13,7 @@ _NEAR = 0.6
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error: the known name that is nearest, or nothing where none is near.
+    """The end of an error message: the most similar known name, or nothing if none is similar.
 
     >>> did_you_mean("optimizer.lr", ["optimiser.power", "optimiser.learning_rate"])
     '; did you mean optimiser.learning_rate?'
@@ -23,21 +23,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def setting_types(settings: type) -> dict[str, Any]:
-    """The dotted name of each setting of a dataclass, and of each group of them, to its type."""
+    """The type of each setting of a dataclass, and of each group of settings, by dotted name."""
     return dict(_walk(settings, ""))
 
 
 def is_setting(name: str, known: Mapping[str, Any]) -> bool:
-    """Whether a setting has this name, or is a dict, such as `data.subsets`, in which the name is the user's own."""
+    """Whether a setting has this name, or the name is a user's own key in a dict such as `data.subsets`."""
     above = [name[:end] for end, letter in enumerate(name) if letter == "."]
     return name in known or any(_is_dict(known.get(part)) for part in above)
 
 
 def find_mistake(given: Mapping[str, Any], known: Mapping[str, Any]) -> str | None:
-    """The first unknown name, or value that is none of a setting's choices, in settings by their dotted names."""
+    """An error message for the first unknown name, or value outside a setting's choices, in `given`; else None."""
     for name, value in given.items():
         if not is_setting(name, known):
-            return f"expected names of settings, got {name}{did_you_mean(name, known)}"
+            return f"there is no setting {name}{did_you_mean(name, known)}"
         if typing.get_origin(known.get(name)) is typing.Literal:
             choices = list(map(str, typing.get_args(known[name])))
             if str(value) not in choices:
@@ -64,7 +64,7 @@ def _is_dict(kind: Any) -> bool:
 
 
 def _likeness(name: str, other: str) -> float:
-    """In [0, 1]: of the parts that are least alike; a setting may be named without its groups."""
+    """Similarity of two dotted names, in [0, 1]: that of their least similar parts. `name` may lack its groups."""
     parts, others = (text.lower().replace("-", "_").lstrip("_").split(".") for text in (name, other))
     if len(parts) == 1 < len(others):
         return 0.95 * _part_likeness(parts[0], others[-1])

@@ -1,4 +1,4 @@
-"""The built-in scenes: what is in them, what they hang on, and what each severity changes."""
+"""The built-in scenes: their contents, the arguments they depend on, and the effect of each severity."""
 
 import itertools
 

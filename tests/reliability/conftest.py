@@ -48,7 +48,7 @@ def folders(tmp_path):
 
 @pytest.fixture
 def start(config, tmp_path):
-    """Start a training as a process of its own, forked from a server that has imported everything already."""
+    """Start a training as a separate process, forked from a server that has already imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.reliability.tiny"])
     started = []

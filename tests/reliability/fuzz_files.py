@@ -140,7 +140,7 @@ def fuzz_label_files(data: st.DataObject) -> None:
     else:
         image = draw(strategy(image))
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
-        # Libraries warn of odd files; what is made of them counts.
+        # Libraries warn about odd files; only the result counts.
         warnings.simplefilter("ignore")
         sample = documented(lambda: read_label(Path(root), layout, label, image), InputError)
     if sample is not None:
@@ -178,7 +178,7 @@ def zipped(draw: st.DrawFn) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(CHECKPOINT)) as archive, zipfile.ZipFile(file, "w") as other:
         names = archive.namelist()
-        # The pickle, mostly: it is what is interpreted.
+        # Mostly in the pickle, since it is the part that is interpreted.
         chosen = draw(st.sampled_from([name for name in names if name.endswith("data.pkl")] * 20 + names))
         for name in names:
             content = archive.read(name)
@@ -187,7 +187,7 @@ def zipped(draw: st.DrawFn) -> bytes:
 
 
 def restructured(draw: st.DrawFn) -> bytes:
-    """A checkpoint with something missing, renamed, or of another kind."""
+    """A checkpoint with something missing, renamed, or of a wrong kind."""
     odd = [None, 0, -1, 2.5, "x", [], {}, (1,), torch.ones(2), torch.ones(3, 2, dtype=torch.int64), torch.ones(())]
     state = copy.deepcopy(STATE)
     for _ in range(draw(st.integers(1, 3))):
@@ -225,6 +225,6 @@ def fuzz_checkpoints(data: st.DataObject) -> None:
     if progress is not None:
         assert isinstance(progress.step, int)
     if how == "bytes" and weights is not None:
-        # What the checksums do not see is no damage.
+        # A change that the checksums do not detect is not damage.
         assert weights.keys() == STATE["stateful"]["segmenter"].keys()
         assert all(torch.equal(weights[name], value) for name, value in STATE["stateful"]["segmenter"].items())

@@ -1,4 +1,4 @@
-"""Faults of data, disks, processes and files, each caused for real: the line, the exit status, and what is kept."""
+"""Real faults of data, disks, processes and files: the error message, the exit status, and the files that are kept."""
 
 import os
 import re
@@ -150,7 +150,7 @@ def test_a_damaged_file_of_the_data(spoil, step, workers, words, folders, last_l
 
 @pytest.mark.slow
 def test_an_image_that_never_comes(folders, last_line, tmp_path):
-    """A pipe that nobody writes to, as a file on a file server that has gone."""
+    """A pipe without a writer behaves like a file on a file server that is down."""
     for image in (tmp_path / "data/source/images").iterdir():
         image.unlink()
         os.mkfifo(image)
@@ -354,7 +354,7 @@ def test_nothing_to_resume(run, tmp_path):
     assert checkpoint(tmp_path / "run")["resumed_from"] == ()
 
 
-# What the user gives.
+# Input from the user.
 
 
 UNUSABLE = {

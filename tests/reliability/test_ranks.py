@@ -284,7 +284,7 @@ def test_a_run_resumes_with_another_number_of_ranks(tmp_path):
             torch.testing.assert_close(dict(ours[part]), dict(theirs[part]), rtol=1e-9, atol=1e-12)
 
 
-# What each rank gets, and what several ranks cannot do.
+# The share of each rank, and settings that several ranks refuse.
 
 
 def test_one_process_is_the_first_rank():

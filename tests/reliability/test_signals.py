@@ -1,4 +1,4 @@
-"""Signals: a run finishes its step and writes a checkpoint before it stops; each has an exit status of its own."""
+"""Signals: a run finishes its step and writes a checkpoint before it stops; each signal has its own exit status."""
 
 import json
 import multiprocessing
@@ -196,7 +196,7 @@ def test_sent_to_all_processes_of_a_run_it_still_writes(run, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_sent_to_one_rank_all_stop_after_the_same_step(config, tmp_path):
-    """Not to the first, which writes. torchrun has a status of its own."""
+    """Not to the first rank, which writes the files. torchrun has its own exit status."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command += ["examples.workbench", "train", "--config", str(config), "--out", str(out)]

@@ -53,11 +53,11 @@ def at_step(patch, step, act):
 
 
 def run_command(arguments, log, memory):
-    """Run the command line as a process of its own, printing to a file, with so many bytes of memory left."""
+    """Run the command line in a separate process that prints to a file, with this many bytes of memory left."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    # A group of its own, so that a signal can be sent to all its processes.
+    # A separate process group, so that a signal can be sent to all its processes.
     os.setpgid(0, 0)
     if memory is not None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -79,13 +79,13 @@ def children(pid):
 
 
 def kill_second_rank(agent, signum, out, after=10):
-    """Send a signal to the process of rank 1 that a torchrun has started, after so many steps."""
+    """Send a signal to the process of rank 1 that torchrun has started, after this many steps."""
     wait_until(lambda: steps(out) >= after, agent, seconds=300)
     second = [pid for pid in children(agent.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
     os.kill(second[0], signum)
 
 
 def kill_group(agent):
-    """Kill what is left of a process that was started in a session of its own, and of its children."""
+    """Kill the remaining processes of a session: a process that was started in it, and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(agent.pid, signal.SIGKILL)

@@ -1,1 +1,1 @@
-"""Images of a run: folders and scenes, augmentation, batches of several domains, and a check of the files."""
+"""The images of a run: folders and scenes, augmentation, batches from several domains, and a check of the files."""

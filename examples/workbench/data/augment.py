@@ -12,7 +12,7 @@ __all__ = ["augment"]
 def augment(
     sample: Sample, size: tuple[int, int], rng: np.random.Generator, settings: Augmentation, *, ignore_index: int = 255
 ) -> Sample:
-    """Scale, crop to `size`, mirror and recolour; where the crop leaves the image, pixels are black and ignored."""
+    """Scale, crop to `size`, mirror and recolour a sample; outside the image, the crop is black and ignored."""
     height, width = size
     # At scale 1 the image just covers the crop.
     cover = max(height / sample.image.shape[0], width / sample.image.shape[1])
@@ -32,6 +32,6 @@ def augment(
 
 
 def _offset(extent: int, crop: int, rng: np.random.Generator) -> int:
-    """Where a crop begins: anywhere in a larger image, or such that a smaller image lies anywhere in the crop."""
+    """Random start of a crop in an image. It is negative if the image is smaller: the image then lies in the crop."""
     low, high = sorted((0, extent - crop))
     return int(rng.integers(low, high + 1))

@@ -1,4 +1,4 @@
-"""Check of a run's images before the run: counts, sizes, class frequencies, unreadable files."""
+"""Check of a run's images before training: counts, sizes, class frequencies, unreadable files."""
 
 import os
 import time
@@ -30,7 +30,10 @@ T = TypeVar("T")
 
 
 class DataReport(NamedTuple):
-    """Counts, sizes and class frequencies; a line for each oddity that may be intended, and for each unusable file."""
+    """The result of a check: counts, sizes and class frequencies as `text`, then lists of notes and of problems.
+
+    A note is a line about something unusual that may be intended. A problem is a line about an unusable file.
+    """
 
     text: str
     notes: list[str]
@@ -47,9 +50,9 @@ class _Findings:
 
 
 def check_data(settings: Settings, data_root: Path | None, *, seconds: float = 36.0) -> DataReport:
-    """Check as many images of a run as `seconds` allow, in a fixed order; listing them takes more."""
+    """Check as many images of a run as `seconds` allow, in a fixed order. Listing the files takes additional time."""
     images, data = open_images(settings, data_root), settings.data
-    # The published splits use one set for both.
+    # The published splits use the same images for validation and test.
     one_set = data.test is not None and data.test == data.validation
     splits = {
         split: of for split, of in images._asdict().items() if of is not None and (split, one_set) != ("test", True)
@@ -59,24 +62,27 @@ def check_data(settings: Settings, data_root: Path | None, *, seconds: float = 3
         found = _inspect(samples, split, data, seconds / len(splits))
         read, published, whole = found.sizes.total(), "", ""
         if isinstance(samples, FolderPair):
-            whole = f", {len(samples.with_labels)} with a label file, {found.whole} with whole ends"
+            whole = f", {len(samples.with_labels)} with a label file, {found.whole} with complete file ends"
             if samples.ignored_names:
                 names = ", ".join(samples.ignored_names)
-                notes.append(f"{split} has colours of {names}, which data.classes lacks: such pixels have no class")
+                notes.append(f"{split} has colours of {names}, which are not in data.classes: such pixels are ignored")
             if counts := samples.layout.counts:
                 published = f" (as distributed: {' or '.join(map(str, counts))})"
                 if len(samples) not in counts:
-                    notes.append(f"{split} has {len(samples)} images, not as distributed: is the copy complete?")
+                    notes.append(
+                        f"{split} has {len(samples)} images, but {' or '.join(map(str, counts))} are distributed: is "
+                        "the copy complete?"
+                    )
         sizes = ", ".join(f"{size} ({count})" for size, count in found.sizes.most_common(5)) or "none"
         more = f" and {len(found.sizes) - 5} more" if len(found.sizes) > 5 else ""
         lines += [
             f"{split}: {len(samples)} images{published}{whole}, {read} of them read",
-            f"  sizes: {sizes}{more}{f'; {found.scaled} labels of another size, to be scaled' if found.scaled else ''}",
+            f"  sizes: {sizes}{more}{f'; {found.scaled} labels of a different size, resized' if found.scaled else ''}",
         ]
-        # The labelled images are images of the target too.
+        # The labelled images are target images too, so each of their problems would appear twice.
         problems += [problem for problem in found.problems if problem not in problems]
         pixels = found.pixels_by_id[[*range(len(data.classes)), data.ignore_index]]
-        # The unlabelled images need no class.
+        # Unlabelled images need no class.
         if split != "target":
             shares[split] = 100 * pixels / max(1, pixels.sum())
             if read and (absent := describe_absent(found.pixels_by_id, data, read)):
@@ -90,14 +96,14 @@ def check_data(settings: Settings, data_root: Path | None, *, seconds: float = 3
 
 
 def _inspect(samples: Samples, split: str, data: Data, seconds: float) -> _Findings:
-    """Check the ends of files for a third of the time, then read images whole."""
+    """Check the ends of files for a third of the time, then read complete images."""
     found, now = _Findings(), time.monotonic()
     order = np.random.RandomState(0).permutation(len(samples)).tolist()
     if isinstance(samples, FolderPair):
         pairs = samples.files
         ends = dict(_map_until(now + seconds / 3, lambda i: _have_ends(pairs[i]), order, f"ends of {split}", 256))
         found.whole = sum(ends.values())
-        # The suspects are read first; only reading one whole tells whether it is fit.
+        # Suspicious files are read first; only reading a complete file shows whether it is usable.
         order.sort(key=lambda index: ends.get(index, True))
 
     def read(index: int) -> Sample | InputError:
@@ -115,9 +121,7 @@ def _inspect(samples: Samples, split: str, data: Data, seconds: float) -> _Findi
             with Image.open(file) as label:
                 found.scaled += label.size != (width, height)
         if split == "labelled" and not (sample.label < len(data.classes)).any():
-            found.problems.append(
-                f"expected {sample.name}, which counts as labelled, to have labelled pixels, got none"
-            )
+            found.problems.append(f"expected the labelled image {sample.name} to have labelled pixels, got none")
         found.sizes[f"{width} x {height}"] += 1
         found.pixels_by_id += np.bincount(sample.label.ravel(), minlength=256)
     return found
@@ -126,7 +130,7 @@ def _inspect(samples: Samples, split: str, data: Data, seconds: float) -> _Findi
 def _map_until(
     deadline: float, function: Callable[[int], T], order: Sequence[int], title: str, at_once: int
 ) -> Iterator[tuple[int, T]]:
-    """Yield indices and results until the deadline; the first batch in any case, however slow the disk."""
+    """Yield indices and results until the deadline; the first batch always completes, even on a slow disk."""
     with ThreadPoolExecutor() as pool, bar(total=len(order), desc=title, leave=False) as shown:
         for first in range(0, len(order), at_once):
             if first and time.monotonic() > deadline:
@@ -138,7 +142,7 @@ def _map_until(
 
 
 def _have_ends(files: Sequence[Path | None]) -> bool:
-    """Whether files end as their contents should; a truncated copy does not, nor do some that are fit for use."""
+    """Whether files end as their formats require. Truncated files do not; a few usable files do not either."""
     for file in filter(None, files):
         try:
             with file.open("rb") as opened:

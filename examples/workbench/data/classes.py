@@ -1,4 +1,4 @@
-"""Which classes the labels of a set of images show."""
+"""The classes that occur in the labels of a set of images."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,22 +19,26 @@ __all__ = ["count_pixels", "describe_absent", "find_absent", "require_labels"]
 
 
 def require_labels(samples: Samples, data: Data, *, progress: str | None) -> np.ndarray:
-    """Pixels of each id in the labels of all images, `int64 [256]`; an image without a labelled pixel is refused."""
+    """Number of pixels of each id in the labels of all images, `int64 [256]`.
+
+    Raises:
+        InputError: an image has no labelled pixel.
+    """
     total = np.zeros(256, np.int64)
     for index, pixels in count_pixels(samples, data, range(len(samples)), progress):
         if not pixels[: len(data.classes)].any():
             raise InputError(
-                f"expected {samples.names[index]}, which counts as labelled, to have labelled pixels, got none: finish "
-                "its label file or remove it"
+                f"expected the labelled image {samples.names[index]} to have labelled pixels, got none: finish its "
+                "label file or remove it"
             )
         total += pixels
     return total
 
 
 def find_absent(samples: Samples, data: Data, *, seconds: float, progress: str | None) -> str | None:
-    """What to say about classes of which no label shows a pixel; None where each class has been seen.
+    """A warning about classes that occur in no label; None if every class has been seen.
 
-    Images are read in a fixed random order, until each class has been seen or the time is over.
+    Images are read in a fixed random order, until every class has been seen or the time is over.
     """
     total, read, end = np.zeros(256, np.int64), 0, time.monotonic() + seconds
     order = np.random.RandomState(0).permutation(len(samples)).tolist()
@@ -47,7 +51,7 @@ def find_absent(samples: Samples, data: Data, *, seconds: float, progress: str |
 
 
 def describe_absent(pixels: np.ndarray, data: Data, read: int) -> str | None:
-    """What to say about the classes of which `read` images show no pixel; None where each has some."""
+    """A warning about classes without a pixel in the `read` images; None if every class has pixels."""
     absent = [name for name, count in zip(data.classes, pixels) if not count]
     if not absent:
         return None
@@ -56,19 +60,19 @@ def describe_absent(pixels: np.ndarray, data: Data, read: int) -> str | None:
 
 
 _BINARY = (
-    "the labels hold 0 and 255 only, as masks of one object do, and 255 means no class here; for two classes set the "
+    "the labels hold only 0 and 255, like masks of one object, but here 255 means no class; for two classes set the "
     "folder's colours, such as {background: [0, 0, 0], object: [255, 255, 255]}"
 )
 
 
 def _looks_binary(pixels: np.ndarray, data: Data) -> bool:
-    """Whether the ids that occur are 0 and 255, and 255 is the ignored one."""
+    """Whether only the ids 0 and 255 occur, and 255 is the ignored id."""
     return data.ignore_index == 255 and np.flatnonzero(pixels).tolist() == [0, 255]
 
 
 @dataclass(frozen=True, eq=False)
 class _Counts(Dataset[np.ndarray]):
-    """The pixels of each id in an image's label, `int64 [256]`."""
+    """Number of pixels of each id in an image's label, `int64 [256]`."""
 
     samples: Samples
 
@@ -79,7 +83,10 @@ class _Counts(Dataset[np.ndarray]):
 def count_pixels(
     samples: Samples, data: Data, order: Sequence[int], progress: str | None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Indices, and the pixels of each id in that image's label; loaded as in training, with its time limit."""
+    """Yield each index in `order` with the number of pixels of each id in that image's label.
+
+    The labels are loaded by as many processes as in training, with the same time limit.
+    """
     loader: DataLoader[Any] = DataLoader(
         _Counts(samples),
         batch_size=None,
@@ -87,7 +94,7 @@ def count_pixels(
         num_workers=data.workers,
         timeout=data.timeout if data.workers else 0,
         worker_init_fn=silence_closed_connections,
-        # The loader draws a seed, and must not take it from the generator that the run uses.
+        # The loader draws a seed, which must not change the state of the run's generator.
         generator=torch.Generator(),
     )
     with plain_errors():

@@ -1,4 +1,4 @@
-"""Folders of images and label files, read according to their layout."""
+"""Folders of images and label files, read as their layout defines."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +20,11 @@ __all__ = ["FolderPair"]
 
 
 class FolderPair:
-    """A folder of images and a folder of label files of the same names, in the order of names.
+    """A folder of images and a folder of label files with the same names, sorted by name.
 
-    The files are listed at once; each is read, and checked, when it is indexed. With `partial`, images may lack a label
-    file, whose pixels then have no class; `with_labels` lists the indices of those that have one. `ignored_names` are
-    names in the table of colours that are no classes.
+    The constructor only lists the files. Indexing reads and checks an image and its label file. With `partial`, images
+    may lack a label file; all their pixels are then ignored. `with_labels` lists the indices of images that have a
+    label file. `ignored_names` are the names in the table of colours that are not classes.
     """
 
     def __init__(
@@ -32,9 +32,10 @@ class FolderPair:
     ) -> None:
         self.layout = layout = LAYOUTS[folder.layout]
         if layout.ids is not None and (unknown := [name for name in classes if name not in layout.ids]):
-            raise InputError(f"expected classes of {folder.layout}, {', '.join(layout.ids)}; got {unknown[0]}")
+            known = ", ".join(layout.ids)
+            raise InputError(f"expected data.classes to be classes of {folder.layout} ({known}), got {unknown[0]}")
         label_end, passed_over = folder.label_ending or layout.label_end, layout.passed_over
-        # In one folder, what ends as a label file does is no image.
+        # If images and label files share a folder, files that end like label files are not images.
         in_one = folder.labels is not None and Path(folder.labels) == Path(folder.images)
         no_images = (*passed_over, label_end) if in_one else passed_over
         images = list_files(root, folder.images, layout.pattern, layout.image_ends, no_images)
@@ -48,7 +49,7 @@ class FolderPair:
         if folder.labels is not None and not in_one and layout.ids is None:
             _refuse_other_formats(root / folder.labels, label_end, unlabelled)
         if alone := [file for name, file in masks.items() if name not in images]:
-            apart = "; labelled images in a folder of their own are data.labelled" if partial else ""
+            apart = "; if labelled images are in a separate folder, set data.labelled" if partial else ""
             raise InputError(
                 f"expected an image for every label file, got none in {root / folder.images} for {some(alone)}{apart}"
             )
@@ -72,17 +73,17 @@ class FolderPair:
         if mask_file is None:
             return Sample(image, np.full(image.shape[:2], self._ignore_index, np.uint8), self.names[index])
         label = self._read_label(mask_file)
-        # A few label files of GTA5 differ in size from their images, and show the same view.
+        # A few label files of GTA5 have a different size than their images, but show the same view.
         if self._layout_name == "gta5" and label.shape != image.shape[:2]:
             size = (image.shape[1], image.shape[0])
             label = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
         if label.shape != image.shape[:2]:
             ours, theirs = (f"{array.shape[1]} x {array.shape[0]}" for array in (image, label))
-            raise InputError(f"expected {mask_file} to have its image's size {ours}, got {theirs}")
+            raise InputError(f"expected {mask_file} to have the size of its image, {ours}, got {theirs}")
         return Sample(image, label, self.names[index])
 
     def _read_label(self, file: Path) -> np.ndarray:
-        """Indices in the classes, `uint8 [H, W]`, of a label file's pixels."""
+        """Class index of each pixel of a label file, `uint8 [H, W]`."""
         try:
             if self._colours is not None:
                 return ids_of_colours(read_colour_mask(file), self._colours)
@@ -93,18 +94,20 @@ class FolderPair:
             raise InputError(f"{file}: {error}") from error
 
     def _class_ids(self, label: np.ndarray) -> np.ndarray:
-        """Indices in the classes, `uint8 [H, W]`, of the file's ids."""
-        # The ids that occur are remapped, not the pixels: millions of pixels would take longer than reading them.
-        # Numbers of 32 bits may be negative, or too large to count each.
+        """Class index, `uint8 [H, W]`, of each id in a label file."""
+        # Only the ids that occur are remapped: remapping millions of pixels would take longer than reading the file.
+        # Ids of 32 bits may be negative, or too large for a table of counts.
         small = label.dtype.itemsize <= 2
         occurring = np.flatnonzero(np.bincount(label.ravel())) if small else np.unique(label).astype(np.int64)
         others = occurring[occurring != 255]
         if self._layout_name == "cityscapes" and 0 < len(others) < len(occurring) and others.max() < 19:
-            raise ValueError("expected ids of gtFine_labelIds.png, got 255 and none of 19 to 33: are they train ids?")
+            raise ValueError(
+                "expected ids of gtFine_labelIds.png, got 255 but no id from 19 to 33; these may be train ids"
+            )
         try:
             new = self._remap(occurring)
         except ValueError:
-            # Remapping all pixels raises an error that counts them.
+            # Remapping all pixels raises an error that also counts the wrong pixels.
             self._remap(label.astype(np.int64))
             raise
         table = np.zeros(occurring[-1] + 1, np.uint8)
@@ -120,9 +123,9 @@ class FolderPair:
 
 
 def _refuse_other_formats(labels: Path, label_end: str, unlabelled: Sequence[Path]) -> None:
-    """Refuse a file such as `NAME.jpg` where `NAME.png` would be the mask of an image that has none."""
+    """Refuse a label file such as `NAME.jpg` if an image has no mask `NAME.png`."""
     for image in unlabelled:
         for ending in LAYOUTS["index"].image_ends:
             file = labels / f"{image.stem}{ending}"
             if not file.name.endswith(label_end) and file.exists():
-                raise InputError(f"expected masks to end in {label_end}, got {file}; save it as that, without loss")
+                raise InputError(f"expected masks to end in {label_end}, got {file}; save it in that lossless format")

@@ -1,4 +1,4 @@
-"""Files of a folder by name, as images and their label files are matched."""
+"""Files of a folder by name; images and label files are matched by these names."""
 
 import os
 import unicodedata
@@ -11,7 +11,7 @@ __all__ = ["list_files", "path_below"]
 
 
 def path_below(root: Path, path: str) -> Path:
-    """A path below the data root, judged by its name alone: large data sets are often kept behind a link."""
+    """A path below the data root. Links are not resolved, since large data sets are often behind a link."""
     if Path(path).is_absolute() or ".." in Path(path).parts:
         raise InputError(f"expected a folder or file below the data root {root}, got {path}")
     return root / path
@@ -20,10 +20,10 @@ def path_below(root: Path, path: str) -> Path:
 def list_files(
     root: Path, folder: str, pattern: str, endings: Sequence[str], passed_over: Sequence[str] = ()
 ) -> dict[str, Path]:
-    """Files by name without the ending, in Unicode's composed form; those with a dot first are passed over."""
+    """Files by name without the ending, in Unicode's composed form. Names that begin with a dot are skipped."""
     where = path_below(root, folder)
     if not where.is_dir():
-        raise InputError(f"expected a folder {where}, got none")
+        raise InputError(f"expected {where} to be a folder, got none")
     files: dict[str, Path] = {}
     for file in sorted(where.glob(pattern)):
         name = _composed(file.name)
@@ -36,10 +36,10 @@ def list_files(
             str(below).encode()
         except UnicodeEncodeError as error:
             shown = os.fsencode(file).decode("utf-8", "backslashreplace")
-            raise InputError(f"expected file names in UTF-8, got {shown}; rename it") from error
+            raise InputError(f"expected file names in UTF-8, got {shown}; rename this file") from error
         name = name[: -len(_composed(ending))]
         if name in files:
-            raise InputError(f"expected one file of a name, got {files[name]} and {file.name}")
+            raise InputError(f"expected only one file with the name {name}, got {files[name]} and {file.name}")
         files[name] = file
     if not files:
         other = f" but not in {' or '.join(passed_over)}" if passed_over else ""
@@ -48,7 +48,7 @@ def list_files(
 
 
 def _composed(name: str) -> str:
-    """A name in Unicode's composed form: some systems write letters and their accents as two characters."""
+    """A name in Unicode's composed form; some systems write a letter and its accent as two characters."""
     return unicodedata.normalize("NFC", name)
 
 

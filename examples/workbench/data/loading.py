@@ -1,4 +1,4 @@
-"""Batches of training images of several domains."""
+"""Batches of training images from several domains."""
 
 import contextlib
 import functools
@@ -24,13 +24,13 @@ __all__ = ["TrainingSet", "load_batches", "plain_errors", "silence_closed_connec
 
 @dataclass(frozen=True, eq=False)
 class TrainingSet(Dataset[dict[str, Tensor]]):
-    """The images of several domains in a row, augmented.
+    """The augmented images of several domains, one domain after another.
 
     The augmentation is a function of the seed, the step, and the image's place in the batch of all ranks.
     """
 
     domains: Mapping[str, Samples]
-    """Images by domain, in the sampler's order; those of `unlabelled` lose their labels."""
+    """Images by domain, in the sampler's order; the labels of `unlabelled` are dropped."""
     sizes: Mapping[str, tuple[int, int]]
     """Height and width of the crops, by domain."""
     augmentation: Augmentation
@@ -38,12 +38,15 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
     ignore_index: int = 255
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Tensor]:
-        """The `image` at (step, place, index), and its `label` or, if unlabelled, a mask `inside` of the crop."""
+        """The `image` at (step, place, index), and its `label`; for unlabelled images, a mask `inside` instead.
+
+        `inside` is true for pixels of the crop that lie inside the image.
+        """
         step, place, index = key
         domain, index = self._find(index)
         sample = self.domains[domain][index]
         if domain == "unlabelled":
-            # No label goes further; zeros tell the image from the ignored margin around it.
+            # No label is passed on; zeros distinguish the image from the ignored margin around it.
             sample = sample._replace(label=np.zeros_like(sample.label))
         rng = np.random.default_rng((self.seed, step, place))
         sample = augment(sample, self.sizes[domain], rng, self.augmentation, ignore_index=self.ignore_index)
@@ -62,9 +65,9 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
 def load_batches(
     training: TrainingSet, sampler: semshift.MixedBatchSampler, *, workers: int = 0, timeout: int = 0
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
-    """Yield each step with its batch by domain; the batches are the same for any number of workers.
+    """Yield each step with its batch by domain; the batches do not depend on the number of workers.
 
-    A worker that dies, or that gives no batch for `timeout` seconds, raises a RuntimeError; 0 waits for ever.
+    A RuntimeError is raised if a worker dies, or delivers no batch for `timeout` seconds; 0 means no limit.
     """
     assert list(sampler.sizes.items()) == [(domain, len(samples)) for domain, samples in training.domains.items()]
     loader: DataLoader[Any] = DataLoader(
@@ -81,7 +84,7 @@ def load_batches(
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Shorten the InputError of a loading process, whose message is a traceback, to the line that is for the user."""
+    """Shorten the InputError of a loading process: its message is a whole traceback, of which users need one line."""
     try:
         yield
     except InputError as error:
@@ -89,7 +92,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def _keys(sampler: semshift.MixedBatchSampler) -> Iterator[list[tuple[int, int, int]]]:
-    """(step, place, index) of each image of each batch; places count over all ranks, so that two equal one."""
+    """(step, place, index) of each image of each batch. Places count over all ranks, so two ranks train like one."""
     places: list[int] = []
     first = 0
     for count in sampler.per_batch.values():
@@ -100,11 +103,11 @@ def _keys(sampler: semshift.MixedBatchSampler) -> Iterator[list[tuple[int, int, 
 
 
 def silence_closed_connections(worker: int) -> None:
-    """Print no traceback in a worker whose run ends while it sends an image."""
+    """Suppress the traceback of a worker that is sending an image when the run ends."""
 
     def hook(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
         if not issubclass(kind, ConnectionError | EOFError):
             sys.__excepthook__(kind, error, where)
 
-    # The thread of multiprocessing that shares tensors reports its errors by this hook.
+    # The multiprocessing thread that shares tensors reports its errors through this hook.
     sys.excepthook = hook

@@ -1,4 +1,4 @@
-"""Sets of images, the nested choice of some of them, and images as the network's input."""
+"""Sets of images, nested subsets of them, and the conversion of images to the network's input."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ __all__ = ["Joined", "Samples", "Subset", "image_tensor", "labelled_subset", "re
 
 
 class Samples(Protocol):
-    """A set of images that are loaded when indexed; their names are known before."""
+    """A set of images. Indexing loads an image; the names are known without loading."""
 
     @property
     def names(self) -> Sequence[str]: ...
@@ -45,7 +45,7 @@ class Subset:
 
 @dataclass(frozen=True)
 class Joined:
-    """Several sets of images in a row."""
+    """Several sets of images, one after another."""
 
     parts: Sequence[Samples]
 
@@ -65,16 +65,16 @@ class Joined:
 
 
 def labelled_subset(total: int, labelled: int) -> list[int]:
-    """Indices of `labelled` of `total` images: nested for growing numbers, the same in every run."""
+    """Indices of `labelled` of `total` images, the same in every run. A larger number includes all of a smaller one."""
     order: list[int] = np.random.RandomState(0).permutation(total)[:labelled].tolist()
     return order
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An image `uint8 [H, W, 3]` at the network's size, for evaluation: `uint8 [*size, 3]`."""
+    """An image `uint8 [H, W, 3]` resized to the network's size for evaluation, `uint8 [*size, 3]`."""
     if image.shape[:2] == size:
         return image
-    # One axis after the other: which of them Pillow begins with depends on its version and on the sizes.
+    # Resize one axis after the other: the axis that Pillow resizes first depends on its version and on the sizes.
     wide = Image.fromarray(image).resize((size[1], image.shape[0]), Image.Resampling.BILINEAR)
     return np.asarray(wide.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 

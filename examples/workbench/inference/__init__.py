@@ -1,1 +1,1 @@
-"""What was trained, in use: a run's network in Python, predictions on folders of images, and exported programs."""
+"""Use of a trained network: in Python, for predictions on folders of images, and as an exported program."""

@@ -1,4 +1,4 @@
-"""A run's network as a file that needs neither semshift nor the workbench."""
+"""Export of a run's network to a file that needs neither semshift nor the workbench."""
 
 import importlib.util
 import logging
@@ -21,11 +21,11 @@ __all__ = ["check_export", "export", "is_installed"]
 Run = Callable[[Tensor], Tensor]
 
 SHARE = 0.999
-"""Of the pixels of a resized image that must have the run's own class."""
+"""Share of a resized image's pixels that must have the same class as in the run's own prediction."""
 
 
 def check_export(out: Path) -> None:
-    """Check, before a network is loaded, that a file of this name can be written here."""
+    """Check, before a network is loaded, that `export` can write this file."""
     if out.suffix not in (".pt2", ".onnx", ".pt", ".pth"):
         raise InputError(f"expected --out to end in .pt2, .onnx, .pt or .pth, got {out}")
     if out.is_dir():
@@ -37,17 +37,18 @@ def check_export(out: Path) -> None:
 
 
 def export(network: Trained, out: Path) -> str:
-    """Write a network by the ending of the file's name, compare it with the run's own predictions, and say so.
+    """Write a network to a file and compare the file with the run's own predictions.
 
     Args:
-        network: on the CPU.
-        out: `.pt2` for a `torch.export` program, `.onnx`, or `.pt` or `.pth` for the segmenter's state dict.
+        network: the network, on the CPU.
+        out: the file. Its ending chooses the format: `.pt2` for a `torch.export` program, `.onnx`, or `.pt` or `.pth`
+            for the segmenter's state dict.
 
     Returns:
-        A line for the user.
+        The result of the comparison, as a line for the user.
 
     Raises:
-        MachineError: the file cannot be written, or what it computes is not what the run predicts; none is left.
+        MachineError: the file cannot be written, or its predictions differ from the run's. No file is left.
     """
     check_export(out)
     result = ""
@@ -72,7 +73,7 @@ def _write_weights(network: Trained, to: Path) -> str:
         torch.save(own, file)
     written = torch.load(to, map_location="cpu", weights_only=True)
     if list(written) != list(own) or not all(torch.equal(written[name], own[name].cpu()) for name in own):
-        raise MachineError("the file has other weights than the run")
+        raise MachineError("the weights in the file differ from the run's")
     return f"{len(own)} tensors, equal to the run's"
 
 
@@ -86,8 +87,8 @@ def _write_program(network: Trained, to: Path) -> Run:
 
 
 def _write_onnx(network: Trained, to: Path) -> tuple[Run, str]:
-    """The program as a package that is installed runs it, and which package."""
-    # The exporter warns of its own code, and of packages that the network does not use.
+    """Write the ONNX file. Return a function that runs it in an installed package, and the package's name."""
+    # The exporter warns about its own code, and about packages that the network does not use.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -127,8 +128,8 @@ def _dynamic() -> dict[str, dict[int, Any]]:
 def _compare(network: Trained, run: Run) -> str:
     """Compare a program with the run's own predictions, on random and on smooth images of three sizes.
 
-    Every pixel must agree at the network's size, and a share of `SHARE` at other sizes. A pixel agrees too where the
-    two classes tie but for rounding, which the order of a sum decides.
+    At the network's size every pixel must agree; at other sizes a share of `SHARE` must. A pixel also agrees if its two
+    classes have equal logits up to rounding, which depends on the order of summation.
     """
     rng, size = np.random.default_rng(0), network.data.size
     worst = 1.0
@@ -139,14 +140,16 @@ def _compare(network: Trained, run: Run) -> str:
             logits = run(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
         own = torch.stack([network.logits(image) for image in images])
         if logits.shape != own.shape:
-            raise MachineError(f"the program gives logits of shape {list(logits.shape)}, expected {list(own.shape)}")
+            raise MachineError(
+                f"expected the program's logits to have shape {list(own.shape)}, got {list(logits.shape)}"
+            )
         chosen = own.gather(1, logits.argmax(1, keepdim=True))[:, 0]
         share = float((chosen >= own.amax(1) - 1e-4 * own.abs().amax()).float().mean())
-        # Not finite is not equal.
+        # `not >=` rather than `<`: a NaN must fail too.
         if not share >= (1.0 if (height, width) == size else SHARE):
             raise MachineError(
-                f"the program's classes must be those of the run, got {100 * share:.2f} % of pixels at {height} x "
-                f"{width}: report it"
+                f"the program must predict the run's classes, got only {100 * share:.2f} % of the pixels equal at "
+                f"{height} x {width}: please report this as a bug"
             )
         worst = min(worst, share)
     return f"compared with the run's predictions at three sizes, {100 * worst:.2f} % of pixels equal"

@@ -1,4 +1,4 @@
-"""Predictions on new images, as files."""
+"""Predictions on new images, written to files."""
 
 from pathlib import Path
 
@@ -20,28 +20,28 @@ __all__ = ["predict_files"]
 def predict_files(
     network: Trained, images: Path, out: Path, *, overlay: bool = False, probabilities: bool = False
 ) -> int:
-    """Write the predicted index mask of every image, `NAME.png`, and return their number.
+    """Write the predicted index mask of every image, `NAME.png`, and return the number of masks.
 
     Args:
-        network: of a run.
+        network: the network of a run.
         images: a folder of images of any sizes, or one image.
-        out: folder of the masks; files of the same names are overwritten.
-        overlay: also write `NAME_overlay.png`, the image under the colours of its classes.
-        probabilities: also write `NAME.npz` with `probabilities`, float16 `[K, H, W]`, and the names of the `classes`.
+        out: folder for the masks; files with the same names are overwritten.
+        overlay: also write `NAME_overlay.png`, the image covered by the colours of its classes.
+        probabilities: also write `NAME.npz` with `probabilities`, float16 `[K, H, W]`, and the class names `classes`.
 
     Raises:
-        InputError: before anything is written: no images, or two that would have one file; and an image that is
-            unreadable, after the masks of those before it.
+        InputError: there are no images, or two images would have the same output file; then nothing is written. Or an
+            image is unreadable; then the masks of the images before it are already written.
     """
     files = _find_images(images)
     folder = images if images.is_dir() else images.parent
     if out.resolve() == folder.resolve():
-        raise InputError(f"expected --out to be another folder than that of the images, got {out} for both")
+        raise InputError(f"--out must differ from the folder of the images, got {out} for both")
     if out.exists() and not out.is_dir():
         raise InputError(f"expected --out to be a folder, got the file {out}")
     if overlay and (both := [name for name in files if f"{name}_overlay" in files]):
         file, other = files[both[0]], files[f"{both[0]}_overlay"]
-        raise InputError(f"expected other names of images with --overlay, got {file} and {other} for {other.stem}.png")
+        raise InputError(f"with --overlay, {file} and {other} would both be written to {other.stem}.png; rename one")
     k = len(network.data.classes)
     for name, file in bar(files.items(), desc="predict", unit="image", leave=False):
         image = read_image(file)
@@ -64,7 +64,7 @@ def _find_images(images: Path) -> dict[str, Path]:
         except InputError as error:
             raise InputError(f"--images cannot be used: {error}") from error
     if not images.is_file():
-        raise InputError(f"expected --images to be a folder of images, or an image, got no {images}")
+        raise InputError(f"expected --images to be a folder of images, or an image; {images} does not exist")
     if not images.name.lower().endswith(layout.image_ends):
         endings = ", ".join(layout.image_ends)
         raise InputError(f"expected --images to be a folder, or an image ending in {endings}, got {images}")
@@ -73,7 +73,7 @@ def _find_images(images: Path) -> dict[str, Path]:
 
 def _save_probabilities(file: Path, probabilities: np.ndarray, classes: list[str]) -> None:
     def write(to: Path) -> None:
-        # Given a path, NumPy would add an ending.
+        # If NumPy got a path, it would add an ending to the name.
         with to.open("wb") as opened:
             np.savez_compressed(opened, probabilities=probabilities, classes=np.array(classes))
 

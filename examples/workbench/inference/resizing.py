@@ -1,4 +1,4 @@
-"""Resizing as Pillow does it, as operations that can be exported."""
+"""Image resizing with Pillow's results, written in operations that can be exported."""
 
 import torch
 from torch import Tensor
@@ -6,21 +6,21 @@ from torch import Tensor
 __all__ = ["resize_as_pillow"]
 
 _ONE = 2**22
-"""Pillow's weights are whole multiples of 1 / 2**22."""
+"""Pillow's weights are integer multiples of 1 / 2**22."""
 
 
 def resize_as_pillow(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images at another size, with the numbers of `data.samples.resize_image`, which the evaluation uses.
+    """Resize images with the same result as `data.samples.resize_image`, which the evaluation uses.
 
-    It rounds to whole numbers, resizes the width, rounds, resizes the height and rounds, with the weights of Pillow's
-    `BILINEAR`. In float64 all products and sums are exact, so that the result is Pillow's, bit for bit.
+    The function rounds to integers, resizes the width, rounds, resizes the height and rounds, with the weights of
+    Pillow's `BILINEAR`. In float64 all products and sums are exact, so the result equals Pillow's bit for bit.
 
     Args:
         images: `[..., H, W]` in [0, 255].
         size: new height and width.
 
     Returns:
-        `[..., *size]`, whole numbers in float64 (float32 on mps, which has no float64).
+        `[..., *size]`, integers stored as float64 (as float32 on mps, which has no float64).
     """
     dtype = torch.float32 if images.device.type == "mps" else torch.float64
     wide = images.to(dtype).round() @ _weights(images.shape[-1], size[1], dtype, images.device).T
@@ -30,8 +30,8 @@ def resize_as_pillow(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _weights(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Weights `[new, old]` of a triangle around each new pixel, as wide as an old or a new pixel on either side."""
-    # A new pixel is as wide as so many old ones. A tensor: exported to ONNX, a quotient of sizes would be in float32.
+    """Weights `[new, old]`: a triangle around each new pixel, on each side as wide as the larger kind of pixel."""
+    # The width of a new pixel in old pixels. It is a tensor, since ONNX would compute a quotient of sizes in float32.
     scale = torch.scalar_tensor(old, dtype=dtype, device=device) / new
     centres = (torch.arange(new, dtype=dtype, device=device) + 0.5) * scale
     distances = (torch.arange(old, dtype=dtype, device=device) + 0.5 - centres[:, None]).abs()

@@ -25,11 +25,11 @@ __all__ = ["Trained", "load_run"]
 
 
 class Trained(nn.Module):
-    """A run's network: images of any size to logits of that size, resized to the network's size in between.
+    """A run's network. It maps images of any size to logits of that size, and computes at the network's own size.
 
     Args:
-        settings: of the run.
-        segmenter: with the run's weights. It gets evaluation mode, and weights without gradients.
+        settings: the settings of the run.
+        segmenter: the segmenter with the run's weights. It is set to evaluation mode, and its weights get no gradients.
     """
 
     def __init__(self, settings: Settings, segmenter: Segmenter) -> None:
@@ -40,13 +40,13 @@ class Trained(nn.Module):
 
     @property
     def data(self) -> Data:
-        """The run's classes, and the size of the images that the network sees."""
+        """The run's data settings, with its classes and the size of the images that the network sees."""
         return self.settings.data
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of a batch of images.
 
-        Resizing rounds to 8 bits a channel, as the evaluation's does: the images get no gradients.
+        Resizing rounds to 8 bits per channel, as in the evaluation, so the images receive no gradients.
 
         Args:
             images: RGB `[B, 3, H, W]` in [0, 1], float32.
@@ -55,7 +55,7 @@ class Trained(nn.Module):
             `[B, K, H, W]`, float32.
 
         Raises:
-            InputError: on another shape or dtype.
+            InputError: the images have a wrong shape or dtype.
         """
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.float32:
             raise InputError(f"expected images [B, 3, H, W] in float32, got {list(images.shape)} in {images.dtype}")
@@ -70,28 +70,28 @@ class Trained(nn.Module):
         return segment(self.segmenter, image, self.data.size)
 
     def predict(self, image: np.ndarray) -> np.ndarray:
-        """Predicted class of each pixel `uint8 [H, W]` of an image `uint8 [H, W, 3]`: that of `--save-predictions`."""
+        """Predicted class of each pixel, `uint8 [H, W]`, of an image `uint8 [H, W, 3]`; equals `--save-predictions`."""
         return classes_of(self.logits(image))
 
 
 def load_run(
     run: Path | str, *, best: bool = False, accelerator: Literal["auto", "cpu", "cuda", "mps"] | None = None
 ) -> Trained:
-    """The network of a run folder, which needs nothing outside the folder.
+    """Load the network of a run folder. Nothing outside the folder is needed.
 
     Args:
         run: the run folder.
-        best: the step that was best on the validation images; else the newest undamaged checkpoint.
-        accelerator: to compute on; by default the run's.
+        best: load the network with the best validation score; otherwise the newest undamaged checkpoint.
+        accelerator: device to compute on; by default that of the run's settings.
 
     Raises:
-        InputError: the folder has no settings or no checkpoint that can be used.
+        InputError: the folder has no usable settings or no usable checkpoint.
     """
     run = Path(run)
     try:
         settings = _read_settings(run)
         if best and not (run / checkpoints.BEST).exists():
-            raise InputError(f"it has no {checkpoints.BEST}, which training writes with validate_every (--best)")
+            raise InputError(f"--best needs {checkpoints.BEST}, which training writes only with validate_every")
         checkpoint = run / checkpoints.BEST if best else checkpoints.newest_checkpoint(run)
         weights = checkpoints.load_weights(checkpoint, teacher=settings.final == "teacher")
         segmenter = build_segmenter(settings, run_folder.network_file(run))
@@ -113,10 +113,10 @@ def _read_settings(run: Path) -> Settings:
     try:
         written = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{file} is damaged, it does not parse") from error
+        raise InputError(f"{file} is damaged: it cannot be parsed") from error
     parts = [part.name for part in dataclasses.fields(Settings)]
-    # Defaults would fill what a truncated file lacks; its last line is `final`.
+    # Defaults would replace the missing settings of a truncated file. The last line of a complete file is `final`.
     last = written.get(parts[-1]) if isinstance(written, dict) else None
     if not isinstance(last, dict) or last.get("final") is None or not written.keys() >= set(parts):
-        raise InputError(f"{file} is damaged, it does not hold all settings")
+        raise InputError(f"{file} is damaged: some settings are missing")
     return read_settings(["--config", str(file)])[0]

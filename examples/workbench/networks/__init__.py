@@ -1,1 +1,1 @@
-"""The segmenters: a small one, DeepLab-v2 and SegFormer, and how trained weights are loaded into them."""
+"""The segmenters: a small one, EfficientNet-Lite0, DeepLab-v2 and SegFormer, and the loading of pretrained weights."""

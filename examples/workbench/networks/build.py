@@ -15,16 +15,16 @@ __all__ = ["build_segmenter", "dtype_of", "load_init"]
 
 
 def dtype_of(settings: Settings) -> torch.dtype:
-    """The dtype of weights and images; autocast has its own."""
+    """The dtype of weights and images outside autocast."""
     return torch.float64 if settings.precision == "64-true" else torch.float32
 
 
 def build_segmenter(settings: Settings, configuration: Path | None = None) -> Segmenter:
-    """The segmenter with random weights, which depend on the seed alone; `load_init` loads trained ones.
+    """The segmenter with random weights, which depend only on the seed; `load_init` loads pretrained weights.
 
     Args:
-        settings: of the run.
-        configuration: of segformer: a `config.json` to use in place of that in `network.init` or `network.config`.
+        settings: the settings of the run.
+        configuration: only for segformer: a `config.json` that replaces the one in `network.init` or `network.config`.
     """
     torch.manual_seed(settings.seed)
     network, classes = settings.network, len(settings.data.classes)
@@ -46,7 +46,7 @@ def build_segmenter(settings: Settings, configuration: Path | None = None) -> Se
 
 
 def load_init(settings: Settings, segmenter: Segmenter) -> Pretrained | None:
-    """Load `network.init`, or the package's weights, into the segmenter; None where the settings name no weights."""
+    """Load `network.init`, or the package's weights, into the segmenter; None if the settings name no weights."""
     network = settings.network
     if isinstance(segmenter, EfficientNetLite0) and network.pretrained:
         return load_efficientnet(segmenter, packaged_weights())

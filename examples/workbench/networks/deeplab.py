@@ -25,21 +25,23 @@ _BACKBONE = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")
 
 
 class DeepLabV2(Segmenter):
-    """A ResNet at stride 8 under a classifier that sums dilated convolutions.
+    """A ResNet with stride 8, followed by a classifier that adds the outputs of dilated convolutions.
 
-    The origin of the weights decides both preprocessing and network. Weights of `"torchvision"` need RGB in [0, 1],
-    normalised by ImageNet's mean and deviation, and stride in the 3x3 convolution; those of `"caffe"` need BGR in
-    [0, 255] minus a mean, and stride in the 1x1 before it. Each fits the keys and shapes of the other.
+    The origin of the weights decides both the preprocessing and the network. Weights from `"torchvision"` need RGB in
+    [0, 1], normalised by ImageNet's mean and deviation, and the stride in the 3x3 convolution. Weights from `"caffe"`
+    need BGR in [0, 255] minus a mean, and the stride in the 1x1 convolution before it. The keys and shapes of both are
+    the same, so a file does not show its origin.
 
-    The last two stages do not stride; their 3x3 convolutions are dilated by 2 and 4 and so keep their fields of view. A
-    3x3 that did the striding itself, the first of a stage with `"torchvision"`, keeps the dilation of the stage before.
+    The last two stages have no stride. Their 3x3 convolutions are dilated by 2 and 4 instead, which keeps their fields
+    of view. With `"torchvision"`, the first 3x3 convolution of such a stage would have had the stride; it keeps the
+    dilation of the stage before.
 
     Args:
-        aspp_dilations: dilations of the classifier's 3x3 convolutions. `(6, 12)` is what the published code for domain
-            adaptation computes, whose loop returns too early.
-        freeze_batch_norm: keep the loaded statistics, weights and biases of batch norm, in `train()` too.
-        auxiliary: classify the features of the third stage too, for the loss on two levels. As in published weights,
-            the main classifier is then `layer6` and the auxiliary one `layer5`.
+        aspp_dilations: dilations of the classifier's 3x3 convolutions. The published code for domain adaptation uses
+            only `(6, 12)`, since its loop returns too early.
+        freeze_batch_norm: keep the loaded statistics, weights and biases of batch norm, even in `train()` mode.
+        auxiliary: also classify the features of the third stage, for losses on two levels. As in published weights,
+            the main classifier is then called `layer6` and the auxiliary classifier `layer5`.
     """
 
     feature_channels = 2048
@@ -62,7 +64,7 @@ class DeepLabV2(Segmenter):
         blocks = _BLOCKS[depth]
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(64)
-        # Rounded up, as in Caffe: 512 x 1024 becomes 129 x 257 here and 65 x 129 after the next stage.
+        # Sizes are rounded up, as in Caffe: 512 x 1024 becomes 129 x 257 here and 65 x 129 after the next stage.
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
         self.layer1 = stage(64, 64, blocks[0], stride=1, dilation=1)
         self.layer2 = stage(256, 128, blocks[1], stride=2, dilation=1)
@@ -76,7 +78,7 @@ class DeepLabV2(Segmenter):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Segmentation:
-        """Segment images `[B, 3, H, W]`: features and logits `[B, ., H/8, W/8]`, rounded up."""
+        """Segment images `[B, 3, H, W]`. The features and logits are `[B, ., H/8, W/8]`, rounded up."""
         x = self.maxpool(F.relu(self.bn1(self.conv1(self.preprocess(images)))))
         third = self.layer3(self.layer2(self.layer1(x)))
         features = self.layer4(third)
@@ -85,7 +87,7 @@ class DeepLabV2(Segmenter):
         return Segmentation(features, self.layer6(features), self.layer5(third))
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` in the units and the order of channels of the weights' origin."""
+        """Images `[B, 3, H, W]` in the units and the channel order that the weights' origin needs."""
         images = images * self.gain + self.offset
         return images.flip(1) if self.origin == "caffe" else images
 
@@ -132,7 +134,7 @@ def _stage(
     inputs: int, planes: int, blocks: int, stride: int, dilation: int, norm: type[nn.BatchNorm2d], stride_in_3x3: bool
 ) -> nn.Sequential:
     strides = (1, stride) if stride_in_3x3 else (stride, 1)
-    # Half of the dilation replaces the stride of this stage, which is in or before the first 3x3.
+    # Half of the dilation replaces this stage's stride, which would be in the first 3x3 convolution or before it.
     first = max(1, dilation // 2) if stride_in_3x3 else dilation
     return nn.Sequential(
         _Bottleneck(inputs, planes, norm=norm, strides=strides, dilation=first),
@@ -141,7 +143,7 @@ def _stage(
 
 
 class _Classifier(nn.Module):
-    """Atrous spatial pyramid pooling as in DeepLab-v2, without the fully connected layers: a sum of convolutions."""
+    """DeepLab-v2's atrous spatial pyramid pooling without its fully connected layers: a sum of dilated convolutions."""
 
     def __init__(self, inputs: int, num_classes: int, dilations: Sequence[int]) -> None:
         super().__init__()
@@ -160,11 +162,12 @@ class _Classifier(nn.Module):
 
 
 def load_pretrained(model: DeepLabV2, file: Path, *, classifier: bool = True) -> Pretrained:
-    """Load a state dict of torchvision's ResNet, or of a DeepLab-v2 with its names, assuming the model's origin.
+    """Load a state dict of torchvision's ResNet, or of a DeepLab-v2 with the same names, into the model.
 
-    A prefix `module.`, `Scale.` or both that every key has is removed. A refused file leaves the model unchanged, and
-    no code in a file is run. Classifiers that the file lacks, or all with `classifier` false, and batch norm's unused
-    `num_batches_tracked` stay as they are and are reported as missing.
+    The file is assumed to have the model's origin. If all keys have the prefix `module.`, `Scale.` or both, it is
+    removed. A refused file leaves the model unchanged, and no code in a file is run. A classifier that the file lacks
+    stays unchanged and is reported as missing; so are all classifiers if `classifier` is false, and batch norm's unused
+    `num_batches_tracked`.
     """
     weights = read_state_dict(file)
     prefix = next(prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in weights))
@@ -175,17 +178,19 @@ def load_pretrained(model: DeepLabV2, file: Path, *, classifier: bool = True) ->
     left_over = [name for name in weights if name not in loaded]
     absent = [name for name in missing if name.startswith(_BACKBONE) and not name.endswith("num_batches_tracked")]
     if absent:
-        raise InputError(f"expected {file} to hold all of the backbone of depth {model.depth}, got no {some(absent)}")
+        raise InputError(f"expected {file} to hold the whole backbone of depth {model.depth}, got no {some(absent)}")
     if unknown := [name for name in left_over if name.startswith(_BACKBONE)]:
-        raise InputError(f"expected {file} to hold no more layers than depth {model.depth} has, got {some(unknown)}")
+        raise InputError(f"expected {file} to hold no layers beyond depth {model.depth}, got {some(unknown)}")
     for name in loaded:
         ours, theirs = list(own[name].shape), list(weights[name].shape)
         if ours != theirs:
-            hint = "" if name.startswith(_BACKBONE) else "; network.init_classifier false loads the backbone alone"
-            raise InputError(f"expected {name} in {file} of shape {ours}, got {theirs}{hint}")
+            hint = "" if name.startswith(_BACKBONE) else "; network.init_classifier false loads only the backbone"
+            raise InputError(f"expected {name} in {file} to have shape {ours}, got {theirs}{hint}")
     for head in ("layer5", "layer6"):
         absent = [name for name in missing if name.startswith(head)]
         if absent and any(name.startswith(head) for name in loaded):
-            raise InputError(f"expected {file} to hold all of the classifier {head} or none, got no {some(absent)}")
+            raise InputError(
+                f"expected {file} to hold the whole classifier {head} or none of it, got no {some(absent)}"
+            )
     model.load_state_dict({name: weights[name] for name in loaded}, strict=False)
     return Pretrained(str(file), model.origin, prefix, tuple(loaded), tuple(missing), tuple(left_over))

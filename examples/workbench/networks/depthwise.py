@@ -1,4 +1,4 @@
-"""A depthwise convolution that CPUs train quickly."""
+"""A depthwise convolution with a fast gradient on CPUs."""
 
 from typing import Any
 
@@ -14,18 +14,19 @@ __all__ = ["depthwise"]
 def depthwise(
     x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, padding: int = 0, dilation: int = 1
 ) -> Tensor:
-    """`F.conv2d` of each channel for itself, with a faster gradient on CPUs.
+    """Depthwise `F.conv2d`: each channel is convolved separately. The gradient is faster on CPUs.
 
-    oneDNN, which PyTorch uses there, has fast gradients for 3x3 kernels without stride and dilation only. Others cost
-    up to a hundred times their forward; here they are made of those.
+    On CPUs PyTorch uses oneDNN, which has fast gradients only for 3x3 kernels without stride and dilation. For other
+    kernels the gradient costs up to a hundred times the forward. Here it is computed from those fast gradients.
 
     Args:
         x: images `[B, C, H, W]`.
         weight: `[C, 1, k, k]`, k odd and at least 3.
         bias: `[C]`.
-        stride: of both directions, as the next two.
-        padding: with a dilation `dilation * (k - 1) / 2`, which keeps the size.
-        dilation: above 1 only with stride 1.
+        stride: stride in both directions.
+        padding: padding in both directions; with a dilation above 1 it must be `dilation * (k - 1) / 2`, which keeps
+            the size.
+        dilation: dilation in both directions; above 1 only with stride 1.
     """
     assert weight.shape[-1] in range(3, 100, 2)
     if torch.is_autocast_enabled("cpu") and x.is_cpu:
@@ -51,7 +52,7 @@ class _Depthwise(torch.autograd.Function):
         bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         size, channels, kernel = x.shape[-2:], len(weight), weight.shape[-1]
         if dilation > 1:
-            # Pixels that a dilated kernel sees together, as images of their own.
+            # Pixels that a dilated kernel sees together become separate images.
             x, gradient = _apart(x, dilation), _apart(gradient, dilation)
         height, width = (n + 2 * padding - kernel + 1 for n in x.shape[-2:])
         if ctx.stride > 1:
@@ -73,7 +74,7 @@ class _Depthwise(torch.autograd.Function):
 
 
 def _apart(x: Tensor, step: int) -> Tensor:
-    """Images `[step * step * B, C, h, w]`, each with every step-th row and column; zeros fill the last."""
+    """Split images into `[step * step * B, C, h, w]`, each with every step-th row and column, padded with zeros."""
     b, c, h, w = x.shape
     x = F.pad(x, (0, -w % step, 0, -h % step)).permute(0, 2, 3, 1)
     x = x.reshape(b, -(-h // step), step, -(-w // step), step, c).permute(2, 4, 0, 1, 3, 5)
@@ -81,7 +82,7 @@ def _apart(x: Tensor, step: int) -> Tensor:
 
 
 def _together(x: Tensor, step: int) -> Tensor:
-    """The inverse of `_apart`, with its zeros."""
+    """The inverse of `_apart`; the padding zeros remain."""
     x = x.permute(0, 2, 3, 1)
     x = x.reshape(step, step, -1, *x.shape[1:]).permute(2, 3, 0, 4, 1, 5)
     return x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)

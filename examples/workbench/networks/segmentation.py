@@ -1,4 +1,4 @@
-"""What the segmenters share: base class, output, and the report of loading trained weights."""
+"""Shared parts of the segmenters: base class, output, and the report of loading pretrained weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,29 +21,29 @@ class Segmentation(NamedTuple):
     """Output of a segmenter."""
 
     features: Tensor
-    """`[B, C, h, w]`, the layer whose class prototypes are aligned."""
+    """`[B, C, h, w]`, from the layer whose class prototypes are aligned."""
     logits: Tensor
     """`[B, K, h', w']`, not yet upsampled to the labels' size."""
     auxiliary: Tensor | None = None
-    """Logits of the second classifier, on an earlier layer."""
+    """Logits of the second classifier, which uses an earlier layer."""
 
 
 class Segmenter(nn.Module):
-    """Base class of segmenters: images `[B, 3, H, W]`, `(rgb / 255 - 0.5) / 0.25`, to a `Segmentation`."""
+    """Base class of segmenters: maps images `[B, 3, H, W]`, `(rgb / 255 - 0.5) / 0.25`, to a `Segmentation`."""
 
     feature_channels: int
-    """C of the features."""
+    """Number of channels C of the features."""
     configuration: str | None = None
-    """Contents of a file that the settings name and that is needed to build the network again."""
+    """Contents of a file named in the settings, without which the network cannot be built again."""
     gain: Tensor
     offset: Tensor
 
     def classifier_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the last layer, which may learn faster than those of a trained backbone."""
+        """The parameters of the last layer, which may learn faster than a pretrained backbone."""
         return list(self.get_submodule("classifier").parameters())
 
     def register_normalisation(self, origin: Origin) -> None:
-        """Register `gain` and `offset`, which turn the input into images as weights of this origin need them."""
+        """Register `gain` and `offset`, which convert the input to the units that weights of this origin need."""
         mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         gain, offset = 0.25 / deviation, (0.5 - mean) / deviation
         if origin == "efficientnet-lite0":
@@ -57,18 +57,18 @@ class Segmenter(nn.Module):
 
 
 class Pretrained(NamedTuple):
-    """Report of loading trained weights, by the model's keys."""
+    """Report of loading pretrained weights, as lists of the model's keys."""
 
     file: str
     origin: Origin
-    """The assumed origin; the weights do not show it."""
+    """The assumed origin of the weights; the file does not show it."""
     prefix: str
-    """Removed from all of the file's keys."""
+    """Prefix that was removed from all keys of the file."""
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
-    """In the model and not loaded; these are unchanged."""
+    """Keys of the model that were not loaded; their tensors are unchanged."""
     left_over: tuple[str, ...]
-    """In the file and not used."""
+    """Keys of the file that were not used."""
 
     def __str__(self) -> str:
         known = {"torchvision": "RGB, stride in the 3x3", "caffe": "BGR, stride in the 1x1"}
@@ -81,35 +81,35 @@ class Pretrained(NamedTuple):
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The names; counters of batch norm, which change nothing, as their number."""
+    """The names as text. Batch norm's counters, which have no effect, are only counted."""
     weights = [name for name in names if not name.endswith("num_batches_tracked")]
     counters = [f"{len(names) - len(weights)} x num_batches_tracked"] if len(weights) < len(names) else []
     return ", ".join(weights + counters) or "nothing"
 
 
 def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Logits `[B, K, *size]`, at least float32."""
+    """Logits resized to `[B, K, *size]`, in float32 or float64."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.interpolate(wide, size=list(size), mode="bilinear", align_corners=False)
 
 
 def upsample_like(x: Tensor, like: Tensor) -> Tensor:
-    """Feature maps at the size of others, in their own dtype."""
+    """Feature maps resized to the size of `like`, in their own dtype."""
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def read_state_dict(file: Path) -> dict[str, Tensor]:
-    """Read a file of weights without running code in it."""
+    """Read a file of weights without running any code in it."""
     if not file.is_file():
-        raise InputError(f"expected network.init to be a file of weights, got no file {file}")
+        raise InputError(f"expected network.init to be a file of weights, got {file}, which is not a file")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen types, for a damaged file and for one with code
-        raise InputError(f"expected {file} to hold weights and no code, got a file that PyTorch cannot load") from error
+    except Exception as error:  # torch.load raises several types, for a damaged file and for a file with code
+        raise InputError(f"expected {file} to hold weights and no code; PyTorch cannot load this file") from error
     if not isinstance(state, dict):
         raise InputError(f"expected {file} to be a state dict, got a {type(state).__name__}")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             kind = type(value).__name__
-            raise InputError(f"expected {file} to be a state dict, names to tensors, got a {kind} under {name!r}")
+            raise InputError(f"expected {file} to be a state dict, tensors by name, got a {kind} under {name!r}")
     return state

@@ -10,15 +10,15 @@ __all__ = ["SmallSegmenter"]
 
 
 class SmallSegmenter(Segmenter):
-    """Four encoder stages to stride 8, a decoder with skips to stride 2, group norm throughout.
+    """A small segmenter: an encoder to stride 8, a decoder with skip connections to stride 2, and group norm.
 
-    The domains of a step pass through the network one after another. Batch norm would normalise each by its own
-    statistics and hide part of the shift from the discriminators; group norm does not.
+    The domains of a step pass through the network one after another. Batch norm would normalise each domain by its own
+    statistics, and so hide part of the domain shift from the discriminators. Group norm does not.
 
     Args:
         width: channels of the first stage, a multiple of 8.
-        feature_layer: `"encoder"` returns the features of the last stage (`4 * width` channels, stride 8), the
-            paper's choice; `"decoder"` those of the layer under the classifier (`width` channels, stride 2).
+        feature_layer: `"encoder"`, the paper's choice, returns the features of the last stage (`4 * width` channels,
+            stride 8). `"decoder"` returns those of the layer before the classifier (`width` channels, stride 2).
     """
 
     def __init__(self, num_classes: int, *, width: int = 24, feature_layer: FeatureLayer = "encoder") -> None:
@@ -38,7 +38,7 @@ class SmallSegmenter(Segmenter):
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, images: Tensor) -> Segmentation:
-        """Segment images `[B, 3, H, W]`: logits `[B, K, H/2, W/2]`."""
+        """Segment images `[B, 3, H, W]`. The logits are `[B, K, H/2, W/2]`."""
         at2 = self.stem(images)
         at4 = self.stage4(at2)
         at8 = self.stage8(at4)

@@ -1,1 +1,1 @@
-"""Studies: files of rows, each run with several seeds, and the code that runs and tabulates them."""
+"""Studies: files of rows, each of which runs with several seeds, and the code that runs them and writes the tables."""

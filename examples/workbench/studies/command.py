@@ -1,4 +1,4 @@
-"""The command `study`: studies by their names, or one of methods, and the reports of them."""
+"""The command `study`: runs named studies, or one study of several methods, and writes their reports."""
 
 import argparse
 import itertools
@@ -19,24 +19,24 @@ from examples.workbench.studies.summary import write_summary
 __all__ = ["study_command"]
 
 _RESULTS = Path("docs/results")
-"""Records of the workbench's own studies, which are committed."""
+"""Folder of the records of the workbench's own studies, which are committed."""
 
 
 def study_command(arguments: Sequence[str]) -> None:
-    """Run studies one after another, and write a report of each and a summary of several."""
-    # Not left to argparse, which would take the values of options of train for names.
+    """Run studies one after another, and write a report of each study and a summary of several."""
+    # argparse would mistake the values of train's options for names, so the names are separated here.
     named = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
     options, rest = _parser().parse_known_args(arguments[len(named) :])
     if min(options.jobs, options.threads) < 1:
         raise InputError(f"expected --jobs and --threads of at least 1, got {options.jobs} and {options.threads}")
     if bool(named) == (options.methods is not None):
         given = f"both, {' '.join(named)} and --methods" if named else "neither"
-        raise InputError(f"expected names of studies, before all options, or --methods, got {given}")
+        raise InputError(f"expected either names of studies, before all options, or --methods, got {given}")
     if named and (rest or options.seeds):
         given = f"{' '.join(named)} with {' '.join(rest) or '--seeds'}"
-        raise InputError(f"expected names first; options of train and --seeds go with --methods, got {given}")
+        raise InputError(f"names come before all options, and options of train or --seeds need --methods, got {given}")
     if options.summary is not None and (len(named) < 2 or options.summary.suffix != ".md"):
-        raise InputError(f"expected --summary to be a file .md, with several studies, got {options.summary}")
+        raise InputError(f"--summary needs several studies and a file that ends in .md, got {options.summary}")
     if named:
         studies = _read(named)
     else:
@@ -44,19 +44,19 @@ def study_command(arguments: Sequence[str]) -> None:
     found = {}
     chosen = [[word] for word in named] or [list(arguments)]
     for (name, study), words in zip(studies.items(), chosen, strict=True):
-        # Of a study that is no file of the workbench, in its own folder.
+        # Records of a study that does not ship with the workbench are in the study's own folder.
         folder = options.records or (_RESULTS if name in named else options.out / name)
         file = folder / f"{name}.json"
         records = _run(study, name, file, options)
         if options.report_only and not records and len(studies) > 1:
-            print(f"{file} holds no runs of {study.title} yet", file=sys.stderr)
+            print(f"{file} has no records of {study.title} yet", file=sys.stderr)
             continue
         found[name] = study, records
         print(write_report(study, records, file, _command(words)))
         print(f"records, table, figure: {file}, {file.with_suffix('.md')}, {file.with_suffix('.png')}", flush=True)
     if len(studies) > 1:
         if not found:
-            raise InputError(f"expected runs on record, got none of {', '.join(studies)}")
+            raise InputError(f"expected recorded runs, got none of {', '.join(studies)}")
         folder = options.records or (_RESULTS if set(studies) == set(named) else options.out)
         summary = options.summary or folder / "summary.md"
         print(f"\n{write_summary(found, summary, _command(named))}")
@@ -65,17 +65,21 @@ def study_command(arguments: Sequence[str]) -> None:
 
 def _parser() -> OneLineParser:
     example = "study --methods labelled-only joint ass --config mine.yaml --data-root DIR --labelled 10 --steps 1000"
-    epilog = f"NAME is {', '.join(_names())} or a YAML file. With --methods, options of train hold for every run: "
+    epilog = f"NAME is {', '.join(_names())} or a YAML file. With --methods, options of train apply to every run: "
     parser = OneLineParser("study [NAME ...]", epilog=epilog + example)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help="in place of NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of each method (default: 0 1 2)")
-    parser.add_argument("--data-root", metavar="DIR", type=Path, help="folder of the image folders")
-    parser.add_argument("--records", metavar="DIR", type=Path, help=f"(default: {_RESULTS}; of your studies, in --out)")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/study"), help="(default: runs/study)")
-    parser.add_argument("--summary", metavar="FILE", type=Path, help="of several (default: summary.md by the records)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
-    parser.add_argument("--report-only", action="store_true", help="tables and figures of the records; run nothing")
+    add, methods_help = parser.add_argument, "methods to compare, instead of NAME"
+    add("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help=methods_help)
+    add("--seeds", nargs="+", type=int, metavar="SEED", help="seeds of each method (default: 0 1 2)")
+    add("--data-root", metavar="DIR", type=Path, help="folder that contains the image folders")
+    records_help = f"folder of the records (default: {_RESULTS}; for your own studies, a folder in --out)"
+    add("--records", metavar="DIR", type=Path, help=records_help)
+    out_help = "folder for the run folders (default: runs/study)"
+    add("--out", metavar="DIR", type=Path, default=Path("runs/study"), help=out_help)
+    summary_help = "summary of several studies (default: summary.md beside the records or in --out)"
+    add("--summary", metavar="FILE", type=Path, help=summary_help)
+    add("--jobs", type=int, default=2, metavar="N", help="number of runs at a time (default: 2)")
+    add("--threads", type=int, default=1, metavar="N", help="number of threads per run (default: 1)")
+    add("--report-only", action="store_true", help="write tables and figures of the records; run nothing")
     return parser
 
 
@@ -84,7 +88,7 @@ def _names() -> list[str]:
 
 
 def _read(named: Sequence[str]) -> dict[str, Study]:
-    """The studies by their names, all of them checked before the first of them runs."""
+    """The studies by name. All of them are checked before the first one runs."""
     studies: dict[str, Study] = {}
     for word in named:
         path = STUDIES / f"{word}.yaml" if word in _names() else Path(word)
@@ -92,7 +96,7 @@ def _read(named: Sequence[str]) -> dict[str, Study]:
             names, meant = ", ".join(_names()), did_you_mean(word, _names())
             raise InputError(f"expected a study, one of {names} or a YAML file, got {word}{meant}")
         if path.stem in studies:
-            raise InputError(f"expected studies of different names, got two called {path.stem}")
+            raise InputError(f"expected studies with different names, got two called {path.stem}")
         studies[path.stem] = read_study(path)
         _ = studies[path.stem].settings
     return studies

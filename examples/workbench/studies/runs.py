@@ -1,4 +1,4 @@
-"""The runs of a study: processes of their own, some at a time, with a folder and a log each."""
+"""The runs of a study. Each is a separate process with its own folder and log; several run at a time."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from examples.workbench.studies.study import Record, Study, known_settings, read
 
 __all__ = ["run_study"]
 
-# Tests put a program of their own here.
+# Tests replace this program.
 _TRAIN = [sys.executable, "-m", "examples.workbench", "train"]
 
 
@@ -35,19 +35,19 @@ class _Run(NamedTuple):
 def run_study(
     study: Study, *, records: Path, out: Path, data_root: Path | None = None, jobs: int = 2, threads: int = 1
 ) -> list[Record]:
-    """Run what has no record yet, seed by seed, record each run that ends, and return the study's records, row by row.
+    """Run all runs without a record, seed by seed, record each when it ends, and return the records row by row.
 
-    A finished run in `out` is recorded as it is, and an unfinished one resumes. If a run fails, or the study is
-    interrupted, the other runs are terminated; they keep their last checkpoints. A line on standard
-    error reports each run that ends.
+    A finished run in `out` is recorded without running it again, and an unfinished run resumes. If a run fails, or the
+    study is interrupted, the other runs are terminated, and they keep their last checkpoints. A line on standard error
+    reports each run that ends.
 
     Args:
-        study: what is run.
+        study: the study to run.
         records: JSON file of the records.
-        out: folder of the run folders and their logs.
-        data_root: folder of the image folders; no part of a record.
+        out: folder for the run folders and their logs.
+        data_root: folder that contains the image folders; it is not part of a record.
         jobs: number of runs at a time.
-        threads: of each run.
+        threads: number of threads of each run.
     """
     recorded, due = {(record["row"], record["seed"]) for record in read_records(study, records)}, []
     for row, seed in study.runs:
@@ -84,7 +84,7 @@ class _Processes:
         self.stopped = False
 
     def train(self, run: _Run, data_root: Path | None, threads: int) -> _Run:
-        """Run to the end, or resume if the folder exists."""
+        """Train a run to its end; resume it if its folder exists."""
         settings, log = (run.folder.with_name(f"{run.folder.name}.{kind}") for kind in ("yaml", "log"))
         command = [*_TRAIN, "--config", str(settings), "--out", str(run.folder)]
         command += ["--data-root", str(data_root)] if data_root else []
@@ -98,14 +98,14 @@ class _Processes:
                 process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
             self.started.append(process)
         if process.wait() and not self.stopped:
-            # Before this thread takes up the next run.
+            # Set this before the thread starts its next run.
             self.stopped = True
             *_, last = ["", *log.read_text(encoding="utf-8", errors="replace").strip().splitlines()]
             raise InputError(f"{run.folder.name} ended with status {process.returncode}: {last} (see {log})")
         return run
 
     def terminate(self) -> None:
-        """End those that run, and start no more."""
+        """Terminate the running processes, and start no more."""
         with self.lock:
             self.stopped = True
         for process in self.started:
@@ -115,14 +115,14 @@ class _Processes:
 
 
 def _finished(run: _Run) -> bool:
-    """Whether the folder holds the finished run; one with other settings is refused."""
+    """Whether the folder holds the finished run. A run with different settings is refused."""
     settings = run.folder / "settings.yaml"
     if settings.exists():
         try:
             check_same_run(yaml.safe_load(settings.read_text(encoding="utf-8")), as_plain(run.settings), settings)
         except InputError as error:
             raise InputError(
-                f"a study with other settings needs another --out, or {run.folder} deleted: {error}"
+                f"the study's settings have changed: choose a new --out, or delete {run.folder}: {error}"
             ) from error
     return settings.exists() and (run.folder / "metrics.json").exists()
 

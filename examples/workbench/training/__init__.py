@@ -1,1 +1,1 @@
-"""A run: its step, its learners, its checkpoints and folder, its ranks, and the health of its discriminators."""
+"""A training run: the step, the learners, checkpoints, the run folder, ranks, and the health of the discriminators."""

@@ -1,4 +1,4 @@
-"""The domains that a method trains on, and how many images of each a step draws."""
+"""The domains that a method trains on, and the number of images that a step draws from each."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ __all__ = ["batch_sizes", "choose_domains", "rare_class_draws"]
 
 
 def choose_domains(settings: Settings, images: Images) -> dict[str, Samples]:
-    """Images of the domains that the method trains on: source, labelled and, where a loss needs them, unlabelled."""
+    """Images of the domains that the method trains on: source, labelled, and unlabelled if a loss needs them."""
     domains: dict[str, Samples] = {}
     if "source" in settings.parts:
         assert images.source is not None
@@ -28,7 +28,7 @@ def choose_domains(settings: Settings, images: Images) -> dict[str, Samples]:
 
 
 def batch_sizes(settings: Settings, domains: Iterable[str], ranks: int) -> dict[str, int]:
-    """Number of images of each domain in a step on one of the ranks, which share them equally."""
+    """Number of images of each domain in a step on one rank; all ranks have the same number."""
     sizes = {}
     for domain in domains:
         name = "unlabelled_batch_size" if domain == "unlabelled" else "batch_size"
@@ -40,7 +40,7 @@ def batch_sizes(settings: Settings, domains: Iterable[str], ranks: int) -> dict[
 
 
 def rare_class_draws(samples: Samples, settings: Settings, *, progress: str | None) -> np.ndarray:
-    """Weights by which images are drawn for the rare classes in them; reads the labels of all images."""
+    """Weights for drawing images with rare classes more often. The labels of all images are read."""
     k = len(settings.data.classes)
     counts = np.zeros((len(samples), k), np.int64)
     title = None if progress is None else f"classes of {progress}"

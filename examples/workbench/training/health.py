@@ -1,4 +1,4 @@
-"""Health of the discriminators: the figures of a row of the log, and the warnings that follow from them."""
+"""Health of the discriminators: the figures in a row of the log, and warnings computed from them."""
 
 import json
 import math
@@ -20,7 +20,7 @@ __all__ += ["warn", "warn_once", "window"]
 
 Row = Mapping[str, float]
 
-# docs/health.md gives the reasons.
+# docs/health.md explains these values.
 _ROWS, _SHARE = 10, 0.1
 
 
@@ -32,15 +32,15 @@ def feature_figures(
     *,
     ranks: int = 1,
 ) -> dict[str, float]:
-    """Figures of the labelled images' features in a step, still in the graph; every rank calls it.
+    """Figures about the features of labelled images in a step, while they are in the graph. Every rank must call it.
 
     Returns:
-        `gradient/segmentation` (and `gradient/auxiliary_segmentation`), the norm of the loss's gradient at the
-        features; `present/DOMAIN`, the share of the classes that a domain's labels show; with two domains
-        `distance/mean` and `class_distance/CLASS` between their prototypes, of the classes in both.
+        `gradient/segmentation` (and `gradient/auxiliary_segmentation`): the norm of the segmentation loss's gradient at
+        the features. `present/DOMAIN`: the share of the classes that occur in a domain's labels. With two domains,
+        `distance/mean` and `class_distance/CLASS`: the distances between their prototypes of the classes in both.
     """
     labelled = [outputs[domain] for domain, part in batch.items() if "label" in part]
-    # The auxiliary logits do not depend on the features, so their loss has its gradient at the logits themselves.
+    # The auxiliary logits do not depend on the features, so the gradient of their loss is taken at the logits.
     auxiliary = [output.auxiliary for output in labelled if output.auxiliary is not None]
     levels = {"segmentation": [output.features for output in labelled], "auxiliary_segmentation": auxiliary}
     figures = {
@@ -56,7 +56,7 @@ def feature_figures(
                 part["label"],
                 len(data.classes),
                 ignore_index=data.ignore_index,
-                # The cheapest: these distances are logged, not trained with.
+                # The cheapest option is enough, since these distances are only logged.
                 resample="nearest",
             )
             sums = semshift.ClassSums(semshift.all_reduce_sum(own.sums), semshift.all_reduce_sum(own.mass))
@@ -75,7 +75,7 @@ def feature_figures(
 def alignment_figures(
     name: str, losses: semshift.AlignmentLosses, weight: float, reached: Segmentation, *, ranks: int = 1
 ) -> dict[str, float]:
-    """Figures of an alignment in a step; its confusion loss acts on `reached`, an output of the segmenter."""
+    """Figures about an alignment in a step. `reached` is the segmenter's output that its confusion loss acts on."""
     features = reached.auxiliary if name == "auxiliary" else reached.features
     assert features is not None
     return {
@@ -88,7 +88,7 @@ def alignment_figures(
 
 
 def machine_figures(images: int, seconds: float, device: torch.device) -> dict[str, float]:
-    """Images per second, memory, open files and threads: the only figures that differ between two equal runs."""
+    """Images per second, memory, open files and threads. Only these figures differ between two equal runs."""
     figures = {"machine/images_per_second": images / max(seconds, 1e-9)}
     process = Path("/proc/self")
     if process.exists():
@@ -102,7 +102,7 @@ def machine_figures(images: int, seconds: float, device: torch.device) -> dict[s
 
 
 def format_row(row: Row) -> str:
-    """A row in one line: losses, accuracies on source and target, gradients relative to the segmentation loss's."""
+    """A row as one line: losses, accuracies on source and target, and gradients relative to the segmentation loss's."""
     parts = [f"segmentation {row['loss/segmentation']:.2f}"]
     parts += [f"{name} {row[f'loss/{name}']:.2f}" for name in ("self-training", "contrast") if f"loss/{name}" in row]
     for name in ("global", "auxiliary", "semantic"):
@@ -117,9 +117,9 @@ def format_row(row: Row) -> str:
 
 
 def shorten_row(row: Row) -> str:
-    """A row for the progress bar, which has 80 columns: the loss, and each accuracy on source/target in percent."""
+    """A row for the 80 columns of the progress bar: the loss, and each accuracy on source/target in percent."""
     accuracies = []
-    # In this order: where the line is too long, its end is cut off.
+    # The most important alignments come first, since the end of a long line is cut off.
     for name in ("global", "semantic", "auxiliary"):
         if f"loss/{name}" in row:
             source, target = (100 * row[f"accuracy/{name}_{domain}"] for domain in ("source", "target"))
@@ -129,16 +129,16 @@ def shorten_row(row: Row) -> str:
 
 
 def window(settings: Settings) -> int:
-    """Number of rows that a warning judges: a tenth of the run's, and at least ten."""
+    """Number of rows that a warning is based on: a tenth of the run's rows, and at least ten."""
     return max(_ROWS, math.ceil(_SHARE * settings.steps / settings.log_every))
 
 
 def findings(rows: Sequence[Row], settings: Settings) -> dict[str, str]:
-    """Faults that the last `window` rows of the log show: kinds, such as `global certain`, to the warning to print."""
+    """Warnings about the last `window` rows of the log, by kind, such as `global certain`."""
     last = window(settings)
     found: dict[str, str] = {}
     for name, how in settings.alignments.items():
-        # A discriminator starts untrained, and may get ahead while its weight is still rising.
+        # Skip the rows in which the discriminator is untrained, or its weight is less than half of its final value.
         trained = [row for row in rows if row["step"] >= last * settings.log_every]
         recent = [row for row in trained if row.get(f"weight/{name}", 0.0) >= how.weight / 2][-last:]
         if len(recent) < last:
@@ -148,19 +148,19 @@ def findings(rows: Sequence[Row], settings: Settings) -> dict[str, str]:
         judged = [figures for row in recent if (figures := _judged(row, name))]
         for warning in semshift.health_warnings(judged, objective=how.objective):
             kind, words = warning.split(": ", 1)
-            advice = "`train --check` reads data.classes and the labels" if kind == "idle" else now
+            advice = "`train --check` compares data.classes with the labels" if kind == "idle" else now
             found[f"{name} {kind}"] = f"{name} alignment, the last {span}: {words} ({advice})"
     return found
 
 
 def warn(out: Path, rows: Sequence[Row], settings: Settings) -> None:
-    """Print new `findings`, each kind once in the life of a run; the run folder's `warnings.jsonl` keeps them."""
+    """Print new `findings`, each kind once per run, and append them to the run folder's `warnings.jsonl`."""
     for kind, words in findings(rows, settings).items():
         warn_once(out, rows[-1]["step"], kind, words)
 
 
 def warn_once(out: Path, step: float, kind: str, words: str) -> None:
-    """Print a warning, unless the run has had one of this kind, and keep it in the run folder's `warnings.jsonl`."""
+    """Print a warning and append it to the run folder's `warnings.jsonl`, unless the run has had one of this kind."""
     path = out / "warnings.jsonl"
     # The last line may be truncated.
     if not path.exists() or f'"kind": "{kind}"' not in path.read_text():
@@ -170,21 +170,21 @@ def warn_once(out: Path, step: float, kind: str, words: str) -> None:
 
 
 def _judged(row: Row, name: str) -> dict[str, float]:
-    """What `semshift.health_warnings` judges of an alignment, under its names."""
+    """The figures of an alignment that `semshift.health_warnings` needs, under the names that it uses."""
     figures = {f"{domain}_accuracy": row.get(f"accuracy/{name}_{domain}") for domain in ("source", "target")}
     figures["gradient_ratio"] = _ratio(row, name)
     return {name: value for name, value in figures.items() if value is not None}
 
 
 def _settings_now(name: str, how: AlignmentSettings) -> str:
-    """The settings that a warning may ask to change."""
+    """The settings that a warning may advise to change, with their current values."""
     where = "semantic_alignment" if name == "semantic" else "global_alignment"
     weight = "auxiliary_weight" if name == "auxiliary" else "weight"
     return f"now {where}.{weight} {how.weight:g}, {where}.learning_rate {how.learning_rate:g}"
 
 
 def _ratio(row: Row, name: str) -> float | None:
-    """The weighted gradient of a confusion loss over the segmentation loss's, where the row has both."""
+    """Ratio of the weighted gradient of a confusion loss to the segmentation loss's; None if the row lacks one."""
     segmentation = row.get("gradient/auxiliary_segmentation" if name == "auxiliary" else "gradient/segmentation", 0.0)
     if f"gradient/{name}" not in row or not segmentation > 0:
         return None
@@ -192,7 +192,7 @@ def _ratio(row: Row, name: str) -> float | None:
 
 
 def _percent(share: float) -> str:
-    """A share in percent with two digits, and never as a power of ten."""
+    """A share in percent, with two digits and without an exponent."""
     value = 100 * share
     return "<0.01 %" if 0 < value < 0.01 else f"{value:.0f} %" if value >= 10 else f"{value:.2g} %"
 
@@ -200,7 +200,7 @@ def _percent(share: float) -> str:
 def _gradient_norm(loss: Tensor, features: Tensor, ranks: int) -> float:
     """Norm of a loss's gradient at the features of all ranks.
 
-    Every rank's loss is that of the whole batch, so a gradient holds it once for each rank.
+    The loss of every rank is that of the whole batch, so the gradient contains it once for each rank.
     """
     norm = semshift.gradient_norm(loss, features)
     return float(norm if ranks == 1 else torch.sqrt(semshift.all_reduce_sum((norm / ranks).square())))

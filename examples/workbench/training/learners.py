@@ -1,4 +1,4 @@
-"""Everything that learns in a run: the segmenter, its teacher, the alignments, their optimisers and schedules."""
+"""The learners of a run: the segmenter, its teacher, the alignments, and their optimisers and schedules."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Alignment = semshift.GlobalAlignment | semshift.SemanticAlignment
 
 
 class ClassCounts(nn.Module):
-    """Pixels of each class that the labels of source and labelled images have shown so far, over all ranks."""
+    """Number of pixels of each class in the labels seen so far, for source and for labelled images, over all ranks."""
 
     counts: Tensor
 
@@ -27,24 +27,24 @@ class ClassCounts(nn.Module):
         self.register_buffer("counts", torch.zeros(2, num_classes, dtype=torch.int64))
 
     def add(self, domain: str, labels: Tensor) -> None:
-        """Count labels `[B, H, W]` in `[0, K)`, or larger for pixels without a class."""
+        """Count labels `[B, H, W]` in `[0, K)`; larger values mark pixels without a class."""
         k = self.counts.shape[1]
         pixels = torch.bincount(labels.flatten().clamp(max=k), minlength=k + 1)[:k]
         self.counts[0 if domain == "source" else 1] += semshift.all_reduce_sum(pixels)
 
     def log_shares(self, domain: str) -> Tensor:
-        """Logarithm of the class shares `[K]` of source images, or of target images, labelled or not."""
-        # One pixel more, so that a class not seen yet has a share.
+        """Logarithm of the class frequencies `[K]` of source images, or of target images, labelled or not."""
+        # One pixel is added, so that a class that has not been seen yet has a frequency above 0.
         counts = self.counts[0 if domain == "source" else 1] + 1
         return (counts / counts.sum()).log()
 
 
 @dataclass(frozen=True, eq=False)
 class Learners:
-    """The state of a run beside its step; the dicts are keyed by `segmenter` and the names of the alignments.
+    """The state of a run, except for its step. The dicts are keyed by `segmenter` and the names of the alignments.
 
-    `weights` has those of the alignments' confusion losses, of `self-training`, of `contrast` and of the `source`'s
-    cross-entropy; `prototypes` has a bank for each labelled domain, if there is a contrast.
+    `weights` has the loss weights: of the alignments' confusion losses, of `self-training`, of `contrast`, and of the
+    `source` cross-entropy. `prototypes` has a bank for each labelled domain if there is a contrast loss.
     """
 
     segmenter: Segmenter
@@ -61,14 +61,14 @@ class Learners:
         return {"segmenter": self.segmenter} | ({} if self.teacher is None else {"teacher": self.teacher})
 
     def stateful(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
-        """What a checkpoint saves."""
+        """All parts with a state that a checkpoint saves."""
         parts: dict[str, nn.Module | torch.optim.Optimizer] = {**self.networks(), "class counts": self.class_counts}
         parts |= {f"{name} alignment": alignment for name, alignment in self.alignments.items()}
         parts |= {f"{name} prototypes": bank for name, bank in self.prototypes.items()}
         return parts | {f"{name} optimiser": optimiser for name, optimiser in self.optimisers.items()}
 
     def set_learning_rates(self, step: int) -> None:
-        """Give every optimiser its learning rate of this step."""
+        """Set the learning rate of every optimiser for this step."""
         for name, optimiser in self.optimisers.items():
             for group in optimiser.param_groups:
                 group["lr"] = group.get("factor", 1.0) * self.learning_rates[name](step)
@@ -105,7 +105,7 @@ def build_learners(settings: Settings, segmenter: Segmenter) -> Learners:
 
 
 def build_alignment(name: str, settings: Settings, feature_channels: int) -> Alignment:
-    """The alignment called `global`, `auxiliary` or `semantic`; each has a seed of its own for its first weights."""
+    """The alignment called `global`, `auxiliary` or `semantic`. Each has its own seed for its initial weights."""
     torch.manual_seed(settings.seed + {"global": 1, "semantic": 2, "auxiliary": 3}[name])
     classes, g, s = len(settings.data.classes), settings.global_alignment, settings.semantic_alignment
     if name != "semantic":
@@ -142,7 +142,7 @@ def _build_optimiser(settings: Settings, segmenter: Segmenter) -> torch.optim.Op
 
 
 def source_schedule(settings: Settings) -> semshift.Schedule:
-    """Weight of the source's cross-entropy: 1, and with `source_fade` a linear fall to 0 at the run's end."""
+    """Weight of the source's cross-entropy: 1; with `source_fade` it falls linearly to 0 at the end of the run."""
     fade = settings.self_training.source_fade if "self-training" in settings.parts else 0.0
     steps = round(fade * settings.steps)
     if not steps:

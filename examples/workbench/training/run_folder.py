@@ -1,4 +1,4 @@
-"""The run folder: settings, history and metrics beside the checkpoints, and a lock for the process that writes them."""
+"""The run folder: settings, history, and a lock so that only one process writes to the folder."""
 
 import contextlib
 import errno
@@ -31,7 +31,7 @@ NETWORK = "network.json"
 
 
 def run_identity(settings: Settings, images: Mapping[str, Samples | None]) -> dict[str, Any]:
-    """What must be the same when a run resumes: its settings, and the number and names of its images."""
+    """The values that must be the same when a run resumes: its settings, and the number and names of its images."""
     names = {split: list(samples.names) for split, samples in images.items() if samples is not None}
     digests = {split: hashlib.sha256("\n".join(of).encode()).hexdigest()[:8] for split, of in names.items()}
     return as_plain(settings) | {"images": {split: f"{len(of)} ({digests[split]})" for split, of in names.items()}}
@@ -43,7 +43,7 @@ def prepare_folder(out: Path, settings: Settings, *, resume: bool) -> None:
         raise InputError(f"--out must be a folder, got the file {out}")
     written = out / "settings.yaml"
     if not resume and (written.exists() or has_checkpoint(out)):
-        raise InputError(f"--out must be a new folder, got {out}, which holds a run; --resume continues it")
+        raise InputError(f"--out must be a new folder, got {out}, which already holds a run; --resume continues it")
     if written.exists():
         try:
             before = yaml.safe_load(written.read_text())
@@ -52,9 +52,9 @@ def prepare_folder(out: Path, settings: Settings, *, resume: bool) -> None:
         if isinstance(before, dict):
             check_same_run(before, as_plain(settings), written)
         elif not has_checkpoint(out):
-            raise InputError(f"{written} must hold the settings of the run, got a file that does not parse")
+            raise InputError(f"{written} must hold the settings of the run, but the file cannot be parsed")
         else:
-            # The checkpoint has the settings too, and they are compared when it is loaded.
+            # The checkpoint also has the settings. They are compared when it is loaded.
             say(f"{written} is damaged and will be written again")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def prepare_folder(out: Path, settings: Settings, *, resume: bool) -> None:
                 unfinished.unlink()
             set_aside_damaged(out)
     except OSError as error:
-        raise InputError(f"--out must be a folder that can be written, got {out}: {error.strerror}") from error
+        raise InputError(f"--out must be a writable folder, got {out}: {error.strerror}") from error
 
 
 def describe_run(out: Path, settings: Settings, labelled: Sequence[str]) -> None:
@@ -74,31 +74,31 @@ def describe_run(out: Path, settings: Settings, labelled: Sequence[str]) -> None
 
 
 def save_network_file(out: Path, segmenter: Segmenter) -> None:
-    """Copy the network's configuration into the run folder, so that the folder alone is enough to build it."""
+    """Copy the network's configuration into the run folder, so that the network can be built from the folder alone."""
     text = segmenter.configuration
     if text is not None:
         write_whole(out / NETWORK, lambda path: path.write_text(text))
 
 
 def network_file(out: Path) -> Path | None:
-    """The configuration that `save_network_file` wrote, if it did."""
+    """The file that `save_network_file` wrote; None if there is none."""
     return out / NETWORK if (out / NETWORK).exists() else None
 
 
 @contextlib.contextmanager
 def lock_folder(out: Path) -> Iterator[None]:
-    """Keep other processes from writing to the run folder; the lock ends with the process, however that ends."""
+    """Lock the run folder against other processes that write to it. The lock ends with the process in any case."""
     if fcntl is None:
         yield
         return
     with (out / ".lock").open("a") as file:
         try:
-            # Not flock: the processes that load images would inherit it, and may outlive this one.
+            # flock would not do: the processes that load images would inherit it, and may outlive this process.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             # Some network file systems have no locks.
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise MachineError(f"only one process may write to {out}, and another one does") from None
+                raise MachineError(f"only one process may write to {out}, and another process holds its lock") from None
         yield
 
 
@@ -109,7 +109,7 @@ def append_history(out: Path, row: Mapping[str, float]) -> None:
 
 
 def read_history(out: Path, *, before: int | None = None) -> list[dict[str, float]]:
-    """The rows of the history; with `before`, damaged rows and those from that step on are removed from the file."""
+    """The rows of the history. With `before`, the file is rewritten without damaged rows and rows from that step on."""
     path = out / "history.jsonl"
     lines = path.read_bytes().splitlines() if path.exists() else []
     rows: list[dict[str, float]] = []
@@ -119,7 +119,7 @@ def read_history(out: Path, *, before: int | None = None) -> list[dict[str, floa
             rows.append({**row, "step": int(row["step"])})
     if before is not None:
         if len(rows) < len(lines):
-            say(f"{path} has {len(lines) - len(rows)} damaged lines, which are removed")
+            say(f"removing {len(lines) - len(rows)} damaged lines from {path}")
         rows = [row for row in rows if row["step"] < before]
         write_whole(path, lambda to: to.write_text("".join(json.dumps(row) + "\n" for row in rows)))
     return rows

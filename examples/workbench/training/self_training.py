@@ -1,4 +1,4 @@
-"""Self-training: a teacher labels the unlabelled target images, onto which classes of labelled images are pasted."""
+"""Self-training: a teacher labels the unlabelled target images, then classes of labelled images are pasted on them."""
 
 from typing import NamedTuple
 
@@ -17,14 +17,14 @@ from examples.workbench.training.strong_view import strengthen
 __all__ = ["Batch", "MixedImages", "mix_images", "self_training_losses"]
 
 Batch = dict[str, dict[str, Tensor]]
-"""Images and what belongs to them, by domain: see `step.learn`."""
+"""Images and their labels or masks, by domain; see `step.learn`."""
 
 
 class MixedImages(NamedTuple):
     """Images `[B, 3, H, W]`, labels `[B, H, W]` int64, and the weight of each pixel in the loss `[B, H, W]` in [0, 1].
 
-    The weight is 1 where a class of another image is pasted, and 0 outside the image. `sure [B, H, W]` bool: the
-    pasted pixels and those that the teacher is sure of.
+    The weight is 1 at pasted pixels, and 0 outside the image. `sure [B, H, W]` is a bool mask of the pasted pixels and
+    of the pixels that the teacher is sure of.
     """
 
     image: Tensor
@@ -36,10 +36,10 @@ class MixedImages(NamedTuple):
 def self_training_losses(
     step: int, outputs: dict[str, Segmentation], batch: Batch, learners: Learners, settings: Settings, fabric: Fabric
 ) -> dict[str, Tensor]:
-    """The losses of self-training by the names of their weights; those that are not yet or never used are left out.
+    """The losses of self-training, by the names of their weights. Losses that are off or not started are left out.
 
-    `self-training`: weighted cross-entropy on the mixed images, its mean over the pixels of all ranks, also those of
-    weight 0. `contrast`: pixel-to-prototype contrast, the mean over source, labelled and mixed images.
+    `self-training`: weighted cross-entropy on the mixed images; the mean over the pixels of all ranks includes pixels
+    of weight 0. `contrast`: pixel-to-prototype contrast, the mean over source, labelled and mixed images.
     """
     plus, losses, ignore_index = settings.self_training, {}, settings.data.ignore_index
     started = step >= round(plus.start * settings.steps)
@@ -71,12 +71,12 @@ def self_training_losses(
 
 
 def mix_images(batch: Batch, teacher_logits: Tensor, settings: Settings, step: int, *, rank: int = 0) -> MixedImages:
-    """Label the unlabelled images of a batch by the teacher, and paste classes as `self_training.mixed_from` says.
+    """Label the unlabelled images with the teacher, and paste classes onto them as `self_training.mixed_from` says.
 
-    The classes are a function of the seed and the step (ClassMix, Olsson et al. 2021, arXiv 2007.07936; across domains
-    as in DACS, Tranheden et al. 2021, arXiv 2007.08702). Image i gets classes of image i of the donors, resized to its
-    size; fewer donors are used again from the first, and of `both`, source and labelled images alternate. Images are
-    counted over all ranks, so a donor may lie on another rank.
+    The pasted classes are a function of the seed and the step (ClassMix, Olsson et al. 2021, arXiv 2007.07936; across
+    domains as in DACS, Tranheden et al. 2021, arXiv 2007.08702). Image i gets classes of donor i, resized to the size
+    of image i. If there are fewer donors, they are reused from the first on. With `both`, source and labelled images
+    alternate. Images are counted over all ranks, so a donor may be on a different rank.
     """
     how, unlabelled = settings.self_training, batch["unlabelled"]
     height, width = unlabelled["image"].shape[-2:]
@@ -84,7 +84,7 @@ def mix_images(batch: Batch, teacher_logits: Tensor, settings: Settings, step: i
     pseudo = semshift.pseudo_labels(upsample(teacher_logits, size), threshold=how.threshold)
     labels, inside = pseudo.labels, unlabelled["inside"]
     sure = pseudo.sure & inside
-    # By pixel as in FixMatch (Sohn et al. 2020, arXiv 2001.07685): what a teacher is not sure of is often a rare class.
+    # By pixel as in FixMatch (Sohn et al. 2020, arXiv 2001.07685). Pixels that are not sure are often of a rare class.
     share = sure.sum((1, 2), keepdim=True) / inside.sum((1, 2), keepdim=True).clamp(min=1)
     weight = sure.float() if how.weighted_by == "pixel" else share * inside
     first, k = rank * len(labels), len(settings.data.classes)
@@ -106,7 +106,7 @@ def mix_images(batch: Batch, teacher_logits: Tensor, settings: Settings, step: i
 
 
 def _donors(batch: Batch, settings: Settings, size: tuple[int, int], first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Images and labels, resized, whose classes are pasted onto the unlabelled images from `first` on."""
+    """Images and labels for pasting onto the `count` unlabelled images from `first` on, resized to `size`."""
     how, k, ignore_index = settings.self_training, len(settings.data.classes), settings.data.ignore_index
     domains = ["source", "labelled"] if how.mixed_from == "both" else [how.mixed_from]
     donors = {

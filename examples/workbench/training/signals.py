@@ -1,4 +1,4 @@
-"""Signals: a run finishes its step and writes a checkpoint before it stops."""
+"""Signal handling: after a stop signal, a run finishes its step and writes a checkpoint before it stops."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ _WRITE = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the command after all that it had to write; like Ctrl-C, no `except Exception` catches it."""
+    """A signal stopped the command after it had written its files. Like Ctrl-C, no `except Exception` catches it."""
 
     def __init__(self, signum: int, left: str = "") -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}{left and f': {left}'}")
@@ -33,7 +33,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def stop_at_once() -> Iterator[None]:
-    """Outside of training steps: SIGTERM raises `Stopped`, and SIGUSR1, with nothing to write, is ignored."""
+    """Handle signals outside of training steps: SIGTERM raises `Stopped`; SIGUSR1 is ignored, with nothing to write."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise Stopped(signum)
@@ -49,11 +49,11 @@ def stop_at_once() -> Iterator[None]:
 def defer_signals() -> Iterator[list[int]]:
     """Collect signals in a list that is read after each step.
 
-    The first rank answers a stop signal with a line on standard error; one that comes twice stops at once.
+    The first rank answers a stop signal with a line on standard error. If the signal comes again, it stops at once.
     """
     pending: list[int] = []
     stops: set[int] = set()
-    # The processes that load images inherit the handlers.
+    # The processes that load images inherit the handlers, but must not answer.
     answering = os.getpid() if os.environ.get("RANK", "0") == "0" else None
 
     def collect(signum: int, frame: FrameType | None) -> None:
@@ -65,7 +65,7 @@ def defer_signals() -> Iterator[list[int]]:
             if os.getpid() == answering:
                 _answer(signum)
             if hasattr(signal, "SIGCHLD"):
-                # A job's signal ends the loading processes too, of which PyTorch would raise an error amid the step.
+                # The signal may also end the loading processes; PyTorch would then raise an error within the step.
                 _handle(signal.SIGCHLD, lambda *_: None, handlers)
 
     with contextlib.ExitStack() as handlers:
@@ -75,7 +75,7 @@ def defer_signals() -> Iterator[list[int]]:
 
 
 def load_until_stopped(batches: Iterable[T], pending: list[int]) -> Iterator[T]:
-    """Batches until the last one, or until a stop signal has ended the processes that load them."""
+    """Yield batches until the last one, or until a stop signal has ended the processes that load them."""
     try:
         yield from batches
     except (OSError, RuntimeError):
@@ -86,9 +86,9 @@ def load_until_stopped(batches: Iterable[T], pending: list[int]) -> Iterator[T]:
 
 
 def agree_on_signals(pending: list[int], device: torch.device) -> tuple[bool, int]:
-    """What all ranks do after a step: whether to write a checkpoint, and the signal to stop by, or 0.
+    """Agree over all ranks whether to write a checkpoint after a step, and which signal stops the run, or 0.
 
-    A signal may reach one rank only, or ranks at different steps, so each rank must call this after each step.
+    A signal may reach only one rank, or several ranks at different steps, so each rank must call this after each step.
     """
     read = list(pending)
     stop = next((signum for signum in read if signum in _STOP), 0)
@@ -97,15 +97,15 @@ def agree_on_signals(pending: list[int], device: torch.device) -> tuple[bool, in
         both = torch.tensor([int(write), stop], device=device)
         distributed.all_reduce(both, distributed.ReduceOp.MAX)
         write, stop = bool(both[0]), int(both[1])
-    # Signals that arrived meanwhile wait for the next step.
+    # Signals that arrived in the meantime wait until the next step.
     del pending[: len(read)]
     return write, stop
 
 
 def _answer(signum: int) -> None:
-    """Say on standard error that the step is finished first, and how to stop at once."""
+    """Print on standard error that the run finishes its step first, and how to stop it at once."""
     again = "press Ctrl-C again" if signum == signal.SIGINT else f"send {signal.Signals(signum).name} again"
-    # Not printed: the signal may have come amid a print, which Python refuses to enter twice.
+    # os.write rather than print: the signal may have interrupted a print, which Python cannot enter twice.
     with contextlib.suppress(OSError):
         below_the_bar = "\n" if on_terminal() else ""
         os.write(2, f"{below_the_bar}finishing this step; {again} to stop now\n".encode())

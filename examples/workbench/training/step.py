@@ -1,4 +1,4 @@
-"""One step of ASS and its simpler relatives, top to bottom as in the paper (Wang et al. 2020, arXiv 2004.00794)."""
+"""One training step of ASS and of simpler methods, in the order of the paper (Wang et al. 2020, arXiv 2004.00794)."""
 
 import math
 from collections.abc import Sequence
@@ -25,24 +25,24 @@ Outputs = dict[str, Segmentation]
 def learn(
     step: int, batch: Batch, learners: Learners, settings: Settings, fabric: Fabric, *, log: bool
 ) -> dict[str, float]:
-    """Learn from one batch: one backward for the segmenter and the discriminators, whose losses share no gradient.
+    """Learn from one batch, with one backward for the segmenter and the discriminators: their losses share no gradient.
 
-    Over ranks every loss is that of the whole batch, with the same value on each rank.
+    With several ranks every loss is that of the whole batch, and has the same value on each rank.
 
     Args:
-        step: counted from 0; with the run's seed it seeds PyTorch's generator.
-        batch: this rank's images by domain: `image [B, 3, H, W]`; `label [B, H, W]` int64 of source and labelled
-            images; `inside [B, H, W]` bool of unlabelled ones, which pixels lie inside the image.
-        learners: changed in place.
-        settings: of the run.
-        fabric: the run's, for its precision and ranks.
+        step: the step, counted from 0; together with the run's seed it seeds PyTorch's generator.
+        batch: this rank's images by domain: `image [B, 3, H, W]`; for source and labelled images `label [B, H, W]`
+            int64; for unlabelled images a mask `inside [B, H, W]` of the pixels that lie inside the image.
+        learners: the networks and optimisers, which are changed in place.
+        settings: the settings of the run.
+        fabric: Lightning Fabric, for the precision and the ranks.
         log: return every figure, not only the segmentation loss.
 
     Returns:
         The step's row of the history.
 
     Raises:
-        InputError: the loss is not finite; no network has learnt from it.
+        InputError: the loss is not finite. No network has learnt from it.
     """
     segmenter, weights = learners.segmenter, learners.weights
     learners.set_learning_rates(step)
@@ -54,7 +54,7 @@ def learn(
             if domain != "unlabelled" or settings.segments_unlabelled
         }
 
-    # The segmenter's loss: cross-entropy on source and labelled images, and the confusion of each discriminator.
+    # The segmenter's loss: cross-entropy on source and labelled images, and the confusion loss of each discriminator.
     segmentation = torch.zeros((), device=fabric.device)
     for domain, part in batch.items():
         if "label" in part:
@@ -68,7 +68,7 @@ def learn(
     for name, losses in alignments.items():
         loss = loss + applied[name] * losses.confusion
 
-    # Beyond the paper: a teacher labels the unlabelled images, and pixels are drawn to the prototypes of their class.
+    # Not in the paper: a teacher labels unlabelled images, and a contrast loss pulls pixels to their class's prototype.
     self_training: dict[str, Tensor] = {}
     if learners.teacher is not None:
         self_training = self_training_losses(step, outputs, batch, learners, settings, fabric)
@@ -88,10 +88,10 @@ def learn(
         for name, losses in alignments.items():
             reached = outputs["labelled" if name == "semantic" else "unlabelled"]
             row |= alignment_figures(name, losses, applied[name], reached, ranks=fabric.world_size)
-            # As in the settings: of a balanced alignment the ratio.
+            # The weight as in the settings: for a balanced alignment this is the ratio.
             row[f"weight/{name}"] = weights[name](step)
 
-    # The discriminators' losses, of those that learn at this step.
+    # The losses of the discriminators that learn at this step.
     learning = [name for name in alignments if step % settings.alignments[name].every == 0]
     for name in learning:
         loss = loss + alignments[name].discriminator
@@ -104,7 +104,11 @@ def learn(
 def _align(
     outputs: Outputs, batch: Batch, learners: Learners, settings: Settings
 ) -> dict[str, semshift.AlignmentLosses]:
-    """Both views of ASS: output maps of source and unlabelled images, prototypes of source and labelled images."""
+    """The losses of every alignment.
+
+    The global discriminator sees output maps of source and unlabelled images; the semantic discriminator sees
+    prototypes of source and labelled images.
+    """
     losses: dict[str, semshift.AlignmentLosses] = {}
     if settings.segments_unlabelled and settings.global_alignment.inputs == "balanced":
         for domain in ("source", "labelled"):
@@ -119,7 +123,7 @@ def _align(
 
 
 def _update(loss: Tensor, learning: Sequence[str], learners: Learners, fabric: Fabric) -> None:
-    """The backward, and a step of the optimisers of the networks that learn."""
+    """Run the backward, and step the optimisers of the networks that learn at this step."""
     networks = (learners.segmenter, *learners.alignments.values())
     for network in networks:
         network.zero_grad()
@@ -133,7 +137,7 @@ def _update(loss: Tensor, learning: Sequence[str], learners: Learners, fabric: F
 
 
 def _supervised_loss(output: Segmentation, labels: Tensor, settings: Settings) -> Tensor:
-    """Mean cross-entropy over the labelled pixels of all ranks, plus that of the auxiliary classifier, weighted."""
+    """Mean cross-entropy over the labelled pixels of all ranks, plus the weighted one of the auxiliary classifier."""
     ignore_index = settings.data.ignore_index
     pixels = semshift.all_reduce_sum((labels != ignore_index).sum()).clamp(min=1)
 
@@ -153,15 +157,16 @@ def _output_maps(
 ) -> tuple[Tensor, Tensor]:
     """Logits of the reference images (`against`) and of the unlabelled images, at the images' size.
 
-    With `balanced` inputs the class shares that a domain's labels have shown are divided out: where they differ between
-    the domains, correct maps would reveal the domain, and a segmenter that hides it would predict wrong classes.
+    With `balanced` inputs, the probabilities are divided by the class frequencies in the domain's labels so far. If the
+    class frequencies differ between the domains, correct maps reveal the domain. Without this division, a segmenter
+    that hides the domain would predict wrong classes.
     """
     how = settings.global_alignment
 
     def output_map(domain: str) -> Tensor:
         output = outputs[domain]
         logits = output.logits if name == "global" else output.auxiliary
-        assert logits is not None  # an alignment called auxiliary exists only where the network has such logits
+        assert logits is not None  # an alignment called auxiliary exists only if the network has auxiliary logits
         logits = upsample(logits, batch[domain]["image"].shape[-2:])
         return logits - learners.class_counts.log_shares(domain)[:, None, None] if how.inputs == "balanced" else logits
 
@@ -170,7 +175,7 @@ def _output_maps(
 
 
 def _penalty(name: str, outputs: Outputs, batch: Batch, learners: Learners, settings: Settings) -> Tensor:
-    """R1 penalty of a discriminator at its source inputs: the mean over those of all ranks that count."""
+    """R1 penalty of a discriminator at its source inputs: the mean over the inputs of all ranks that count."""
     alignment = learners.alignments[name]
     if isinstance(alignment, semshift.SemanticAlignment):
         pooled = semshift.class_sums(

@@ -1,4 +1,4 @@
-"""The strong view of consistency training: changes of colour and sharpness that a network should not mind."""
+"""Strong augmentation for consistency training: changes of colour and sharpness that should not change predictions."""
 
 import torch
 from torch import Tensor
@@ -8,16 +8,18 @@ __all__ = ["strengthen"]
 
 
 def strengthen(images: Tensor, strength: float, draws: Tensor) -> Tensor:
-    """Strong augmentation that keeps every pixel's class.
+    """Strong augmentation of images that keeps every pixel's class.
 
-    As in FixMatch (Sohn et al. 2020, arXiv 2001.07685), with the kinds of change of UniMatch (Yang et al. 2023, arXiv
-    2208.09910): brightness, contrast and saturation by factors in `1 - strength` to `1 + strength`, in one image of
-    five no colour, and in every second one a Gaussian blur of up to `2 * strength` pixels.
+    The use is that of FixMatch (Sohn et al. 2020, arXiv 2001.07685), the kinds of change are those of UniMatch (Yang et
+    al. 2023, arXiv 2208.09910). Brightness, contrast and saturation change by factors from `1 - strength` to
+    `1 + strength`. With probability 0.2 an image loses its colour. With probability 0.5 it gets a Gaussian blur with a
+    deviation of up to `2 * strength` pixels.
 
     Args:
-        images: `[B, 3, H, W]`, `(rgb / 255 - 0.5) / 0.25`; the result is in these units too.
-        strength: in [0, 1).
-        draws: `[B, 6]`, uniform in [0, 1): the image's three factors, grey or not, blurred or not, and how much.
+        images: `[B, 3, H, W]`, `(rgb / 255 - 0.5) / 0.25`; the result has the same units.
+        strength: strength of the changes, in [0, 1).
+        draws: random numbers `[B, 6]`, uniform in [0, 1): three for the factors, then whether the image becomes grey,
+            whether it is blurred, and how much.
     """
     draws = draws.to(images)[:, :, None, None, None]
     brightness, contrast, saturation = (1 + strength * (2 * draws[:, i] - 1) for i in range(3))
@@ -39,7 +41,7 @@ def _grey(rgb: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor, deviations: Tensor) -> Tensor:
-    """Gaussian blur of each image by its own deviation in pixels, at most 2, cut off at 4 pixels."""
+    """Gaussian blur of each image with its own deviation in pixels, at most 2; the kernel ends at 4 pixels."""
     b, c, _, _ = images.shape
     reach = torch.arange(-4, 5, dtype=images.dtype, device=images.device)
     kernels = (-0.5 * (reach / deviations[:, None].clamp(min=0.1)) ** 2).softmax(1).repeat_interleave(c, 0)

@@ -1,4 +1,4 @@
-"""Training: from an empty run folder, or its last checkpoint, to its metrics. `step.py` has what the paper has."""
+"""Training of one run, from an empty folder or its last checkpoint to its metrics. The paper's method is `step.py`."""
 
 import contextlib
 import json
@@ -45,14 +45,14 @@ from examples.workbench.training.step import learn
 __all__ = ["train"]
 
 VALIDATION = "miou/validation"
-"""The history's key of the mIoU on the validation images."""
+"""Key of the validation images' mIoU in the history."""
 BAR = "{desc} {n_fmt}/{total_fmt} {remaining} left{postfix} |{bar}|"
-"""Format of the training bar: what matters comes first, since tqdm cuts its end off where a terminal is narrow."""
+"""Format of the training bar. The important parts come first, since tqdm cuts off the end in a narrow terminal."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """What stays the same over the steps of a run; `final` is the network that is evaluated."""
+    """The parts of a run that stay the same over its steps; `final` is the network that is evaluated."""
 
     settings: Settings
     out: Path
@@ -70,7 +70,7 @@ class _Run:
 
     @property
     def adaptation_start(self) -> int:
-        """The first step whose loss may hold more than cross-entropy."""
+        """The first step whose loss may include more than cross-entropy."""
         settings = self.settings
         starts = [how.start for how in settings.alignments.values()]
         if "self-training" in settings.parts:
@@ -86,20 +86,23 @@ def train(
     resume: bool = False,
     save_predictions: bool = False,
 ) -> dict[str, Any]:
-    """Train one method, evaluate it on the test images, and leave a run folder.
+    """Train one method, evaluate it on the test images, and write a run folder.
 
-    Under torchrun every process calls it. Each takes its share of a step's images, all compute the losses of the whole
-    batch, gradients are averaged, and the first process writes the files.
+    Under torchrun every process calls this function. Each process handles its share of a step's images. All compute the
+    losses of the whole batch, gradients are averaged, and the first process writes the files.
 
     Args:
-        settings: of the run.
-        out: the run folder; one that holds a run is refused unless `resume`.
-        data_root: folder of the settings' image folders; not needed for the built-in scenes.
-        resume: continue from the folder's last undamaged checkpoint; without any, start at step 0.
-        save_predictions: write the test set's index masks to `out/predictions`.
+        settings: the settings of the run.
+        out: the run folder. A folder that already holds a run is refused unless `resume` is true.
+        data_root: folder that contains the settings' image folders; not needed for the built-in scenes.
+        resume: continue from the folder's last undamaged checkpoint; without checkpoints, start at step 0.
+        save_predictions: write the predicted masks of the test images to `out/predictions`.
 
     Returns:
-        The contents of `out/metrics.json`; a signal raises `Stopped` after a step and its checkpoint.
+        The contents of `out/metrics.json`.
+
+    Raises:
+        Stopped: a signal stopped the run, after a step and its checkpoint.
     """
     started = time.monotonic()
     try:
@@ -109,7 +112,7 @@ def train(
                 progress = _train_steps(run, resume)
                 return _finish(run, progress, started, save_predictions)
             finally:
-                # Whatever ends the run, TensorBoard has its last rows.
+                # TensorBoard gets the last rows, whatever ends the run.
                 run.fabric.logger.finalize("")
     except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)
@@ -117,19 +120,19 @@ def train(
 
 
 def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool, save_predictions: bool) -> _Run:
-    """Open the images, build the learners and make the run folder, in this order: a bad file leaves no folder."""
+    """Open the images, load the weights, create the run folder and build the learners; a bad file leaves no folder."""
     images, data, plus = open_images(settings, data_root), settings.data, settings.self_training
     if save_predictions and images.test is None:
-        raise InputError("--save-predictions needs data.test, whose masks it writes, got no folder")
+        raise InputError("--save-predictions needs test images in data.test, got no folder")
     fabric = launch_fabric(settings, loggers=TensorBoardLogger(out, name="tensorboard", version=""))
     first = bool(fabric.is_global_zero)
     domains = choose_domains(settings, images)
     per_batch = batch_sizes(settings, domains, fabric.world_size)
     if settings.network.frozen_batch_norm and settings.network.init is None:
-        raise InputError("expected network.init, whose statistics network.frozen_batch_norm would keep, got none")
+        raise InputError("network.frozen_batch_norm needs network.init, whose statistics it keeps, got none")
     segmenter = build_segmenter(settings, run_folder.network_file(out))
     synchronise_batch_norm(segmenter, fabric)
-    # A resumed run has its weights in its checkpoint.
+    # A resumed run loads its weights from its checkpoint.
     loaded = None if checkpoints.has_checkpoint(out) else load_init(settings, segmenter)
     if first and loaded is not None:
         say(str(loaded))
@@ -162,7 +165,7 @@ def _prepare(settings: Settings, out: Path, data_root: Path | None, resume: bool
 
 
 def _check_classes(settings: Settings, images: Images) -> dict[str, str]:
-    """What to warn of, by split, where labels show no pixel of a class; refuse labelled images without labels."""
+    """Warnings, by split, about classes without a pixel in the labels. Labelled images without labels are refused."""
     absent: dict[str, str | None] = {}
     if "labelled" in settings.parts:
         pixels = require_labels(images.labelled, settings.data, progress="labels of labelled")
@@ -175,14 +178,14 @@ def _check_classes(settings: Settings, images: Images) -> dict[str, str]:
 
 
 def _train_steps(run: _Run, resume: bool) -> checkpoints.Progress:
-    """Take all steps that are left, or stop after one of them by a signal."""
+    """Take all remaining steps, unless a signal stops the run after one of them."""
     settings, out, fabric, learners, data = run.settings, run.out, run.fabric, run.learners, run.settings.data
     identity = run_folder.run_identity(settings, run.images._asdict())
     shown = bar(total=settings.steps, desc=settings.method, bar_format=BAR, disable=not run.first)
     with signals.defer_signals() as pending, shown:
         progress = _resume(run, identity)
         if resume and run.first:
-            done, here = progress.step, f"nothing to resume in {out}: starting"
+            done, here = progress.step, f"no checkpoint in {out}: starting"
             say(f"{f'resuming {out}' if progress.resumed_from else here} at step {done} of {settings.steps}")
         rows = (row for row in run_folder.read_history(out) if VALIDATION not in row)
         recent = deque(rows, maxlen=window(settings))
@@ -225,7 +228,7 @@ def _train_steps(run: _Run, resume: bool) -> checkpoints.Progress:
             if run.first and (write or last or done % settings.save_every == 0):
                 checkpoints.save_checkpoint(out, progress, learners.stateful(), identity)
         if stop or done < settings.steps:
-            # Where the signal ended the processes that load images, the ranks have not agreed on it yet.
+            # If the signal ended the processes that load images, the ranks have not yet agreed to stop.
             stop = stop or signals.agree_on_signals(pending, fabric.device)[1]
             if run.first:
                 checkpoints.save_checkpoint(out, progress, learners.stateful(), identity)
@@ -234,11 +237,11 @@ def _train_steps(run: _Run, resume: bool) -> checkpoints.Progress:
 
 
 def _resume(run: _Run, identity: Mapping[str, Any]) -> checkpoints.Progress:
-    """Load the last checkpoint, on every rank, and drop what the history has beyond it."""
+    """Load the last checkpoint on every rank, and remove later rows from the history."""
     progress = checkpoints.load_checkpoint(run.out, run.learners.stateful(), identity)
     if run.fabric.broadcast(progress.step) != progress.step:
         where = f"{run.out} on rank {run.fabric.global_rank}"
-        raise MachineError(f"every rank must see the same checkpoints, got others in {where}")
+        raise MachineError(f"every rank must find the same checkpoints, got different ones in {where}")
 
     def describe() -> None:
         run_folder.describe_run(run.out, run.settings, run.images.labelled.names)
@@ -250,7 +253,7 @@ def _resume(run: _Run, identity: Mapping[str, Any]) -> checkpoints.Progress:
 
 
 def _validate(run: _Run, progress: checkpoints.Progress, done: int) -> checkpoints.Progress:
-    """Evaluate on the validation images, and keep the network if it is the best so far."""
+    """Evaluate on the validation images, and save the network if it is the best so far."""
     miou = _score(run, "validation").miou
     assert miou is not None
     if run.first:
@@ -264,7 +267,7 @@ def _validate(run: _Run, progress: checkpoints.Progress, done: int) -> checkpoin
 
 
 def _log_validation(run: _Run, step: int, miou: float) -> None:
-    """Show the mIoU on the validation images, and predictions on a few of them, in TensorBoard."""
+    """Log the mIoU on the validation images, and predictions on a few of them, to TensorBoard."""
     run.fabric.log(VALIDATION, miou, step)
     network, training, logger = run.final, run.final.training, cast(TensorBoardLogger, run.fabric.logger)
     assert run.images.validation is not None
@@ -275,7 +278,7 @@ def _log_validation(run: _Run, step: int, miou: float) -> None:
 
 
 def _score(run: _Run, split: str, predictions: Path | None = None) -> Scores:
-    """Evaluate the final network, and leave it in the mode it was in."""
+    """Evaluate the final network, then restore its mode."""
     network, training = run.final, run.final.training
     network.eval()
     scores = evaluate(
@@ -298,7 +301,7 @@ def _finish(run: _Run, progress: checkpoints.Progress, started: float, save_pred
     test = (
         no_scores if run.images.test is None else _score(run, "test", out / "predictions" if save_predictions else None)
     )
-    # The published splits use one set for both.
+    # The published splits use the same images for validation and test.
     once = settings.data.validation is not None and settings.data.validation == settings.data.test
     validation = test if once else no_scores if run.images.validation is None else _score(run, "validation")
     if run.first:
@@ -338,7 +341,7 @@ def _report(run: _Run, test: Scores) -> None:
             out / "report.png",
             settings,
             run.images.source,
-            # Without validation images those that were trained on: better than no picture.
+            # Without validation images, show labelled images that were trained on.
             run.images.labelled if run.images.validation is None else run.images.validation,
             title=f"{settings.method}: {_describe_scores(test, run.images)}",
             before=(f"step {run.adaptation_start}", before),
@@ -346,7 +349,7 @@ def _report(run: _Run, test: Scores) -> None:
             history=run_folder.read_history(out),
         )
     except ValueError as error:
-        # The training is done, and its metrics matter more than the picture.
+        # The training is finished, and its metrics matter more than the figure.
         say(f"no report: {error}")
 
 

@@ -22,7 +22,7 @@ from examples.workbench.training.train import train
 from tests.errors import mentions
 from tests.examples.workbench.tiny import checkpoint, equal, tiny
 
-# Libraries under the trainer give warnings of their own.
+# The trainer's libraries give their own warnings.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
@@ -78,7 +78,7 @@ def test_folders_from_the_command_line(folders, capsys):
     assert main(["evaluate", "--out", str(out), "--data-root", str(folders / "data"), "--subset", "all"]) == 2
     mentions(capsys.readouterr().err, "error", "--subset", ["ends"], "all")
 
-    # A run of another machine, whose accelerator this one has not.
+    # A run from a different machine, with an accelerator that this machine lacks.
     absent = "mps" if torch.cuda.is_available() else "cuda"
     written = (out / "settings.yaml").read_text()
     assert "accelerator: cpu" in written
@@ -239,7 +239,7 @@ def test_bad_command_lines(arguments, words, capsys, tmp_path, monkeypatch):
 
 
 def test_a_study_is_named_or_made_of_methods(monkeypatch, tmp_path, capsys):
-    """Options of train may follow in any order; their values are not taken for the study's name."""
+    """Options of train may follow in any order; their values are not mistaken for names of studies."""
     asked = []
     monkeypatch.setattr(study_module, "run_study", lambda study, **how: asked.append((study, how)) or [])
     methods = ["study", "--steps", "10", "--methods", "joint", "ass", "--seeds", "3", "4", "--data.size", "[32,32]"]

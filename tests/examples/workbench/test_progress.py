@@ -11,7 +11,7 @@ from examples.workbench.progress import bar, on_terminal, say, time_left
 from examples.workbench.training.train import train
 from tests.examples.workbench.tiny import tiny
 
-# Libraries under the trainer give warnings of their own.
+# The trainer's libraries give their own warnings.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
@@ -64,7 +64,7 @@ def test_a_run_in_a_terminal_has_a_bar_and_no_lines(tmp_path, monkeypatch):
 
 
 def test_nothing_but_progress_draws_bars():
-    """So that none is drawn where there is no terminal."""
+    """So that no bar is drawn if there is no terminal."""
     files = Path(progress.__file__).parent.rglob("*.py")
     users = [path.name for path in files if "import tqdm" in path.read_text(encoding="utf-8")]
     assert users == ["progress.py"]

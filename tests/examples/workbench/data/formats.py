@@ -17,7 +17,7 @@ CLASSES = {19: [name.replace("_", " ") for name in CLASSES_19.split()]}
 CLASSES[16] = [name for name in CLASSES[19] if name not in ("terrain", "truck", "train")]
 CLASSES[13] = [name for name in CLASSES[16] if name not in ("wall", "fence", "pole")]
 
-# What other code bases remap by, index by index: Cityscapes' trainIds, and SYNTHIA's 16 classes.
+# The index-by-index remapping in other code bases: Cityscapes' trainIds, and SYNTHIA's 16 classes.
 CITYSCAPES_TO_19 = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13}
 CITYSCAPES_TO_19 |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
 SYNTHIA_TO_16 = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 1: 9, 10: 10, 17: 11, 8: 12, 19: 13, 12: 14}
@@ -90,7 +90,7 @@ def save_deep(channels, file):
 def write_gta5(root, count=4):
     for i in range(1, count + 1):
         save(photo(seed=i), root / f"gta5/images/{i:05d}.png")
-        # The last label has another size than its image, as a few in GTA5 have.
+        # The last label differs in size from its image, as a few do in GTA5.
         size = (40, 64) if i < count else (38, 60)
         save_palette(ids(34, *size, seed=i), root / f"gta5/labels/{i:05d}.png")
 

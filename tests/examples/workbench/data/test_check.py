@@ -26,9 +26,10 @@ def root(tmp_path):
 
 def test_counts_sizes_and_frequencies(root):
     text, notes, problems = check_data(SETTINGS, root)
-    assert "source: 4 images (as distributed: 24966), 4 with a label file, 4 with whole ends, 4 of them read" in text
-    assert "sizes: 64 x 40 (4); 1 labels of another size, to be scaled" in text
-    assert "target: 6 images (as distributed: 500 or 2975), 6 with a label file, 6 with whole ends" in text
+    counts = "source: 4 images (as distributed: 24966), 4 with a label file, 4 with complete file ends, 4 of them read"
+    assert counts in text
+    assert "sizes: 64 x 40 (4); 1 labels of a different size, resized" in text
+    assert "target: 6 images (as distributed: 500 or 2975), 6 with a label file, 6 with complete file ends" in text
     assert "labelled: 2 images, 2 of them read" in text
     assert "test: the validation images" in text
     assert [(note.split()[0], "complete" in note) for note in notes] == [
@@ -68,7 +69,7 @@ def test_only_a_file_that_cannot_be_read_is_a_problem(tmp_path):
             file.write(b"added by a camera" * 3)
     report = check_data(Settings(data=data, labelled=2), tmp_path)
     assert report.problems == []
-    assert "source: 3 images, 3 with a label file, 2 with whole ends, 3 of them read" in report.text
+    assert "source: 3 images, 3 with a label file, 2 with complete file ends, 3 of them read" in report.text
     (tmp_path / "img/jpeg.png").write_bytes((tmp_path / "img/jpeg.png").read_bytes()[:-300])
     # However short the time, suspects are read first.
     for i in range(80):
@@ -138,6 +139,6 @@ def test_both_counts_of_a_partly_labelled_target(tmp_path):
     assert "target: 4 images, 2 with a label file" in text
     assert "test: none" in text
     (problem,) = problems
-    mentions(problem, "b", "counts as labelled")
+    mentions(problem, "labelled image b", "none")
     (note,) = notes
     mentions(note, "labelled", "y", "colours")

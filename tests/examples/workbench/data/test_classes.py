@@ -13,7 +13,7 @@ DATA = Data(classes=["road", "sky", "belt"])
 
 
 class Labels(list):
-    """Images whose labels are the items; counts what is read."""
+    """Images whose labels are the items; it counts the images that are read."""
 
     def __init__(self, *labels):
         super().__init__(np.array([label], np.uint8) for label in labels)

@@ -1,4 +1,4 @@
-"""Single image files: what is read from each kind, and which kinds are refused."""
+"""Single image files: the contents read from each kind, and the kinds that are refused."""
 
 import io
 import struct

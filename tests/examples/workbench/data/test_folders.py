@@ -1,4 +1,4 @@
-"""Folders in every layout: what is read, and which files are refused."""
+"""Folders in every layout: the images and labels read, and the files that are refused."""
 
 import contextlib
 import shutil
@@ -196,8 +196,8 @@ def train_ids(last, height, width):
         ),
         ("cityscapes", AACHEN, lambda f: save(train_ids(33, 64, 128), f), ("gtFine_labelIds.png", 255, "train ids")),
         ("cityscapes", AACHEN, lambda f: save(ids(33, 32, 64), f), ("128 x 64", "64 x 32")),
-        ("synthia", SYNTHIA, lambda f: save(ids(22), f), ("16 bits", "L of 8")),
-        ("synthia", SYNTHIA, lambda f: save(ids(22).astype(np.uint16), f), ("several channels", "I;16 of 16")),
+        ("synthia", SYNTHIA, lambda f: save(ids(22), f), ("16 bits", "mode L", "8 bits")),
+        ("synthia", SYNTHIA, lambda f: save(ids(22).astype(np.uint16), f), ("several", "mode I;16", "16 bits")),
         ("synthia", SYNTHIA, lambda f: formats.save_deep(np.full((40, 64, 2), 300), f), ("ids", "table", 300, 2560)),
         ("synthia", SYNTHIA, lambda f: truncate(f, -3000), ("whole",)),
     ],

@@ -60,7 +60,7 @@ LABELLED = ("b", "d", "Müll")  # composed
 
 @pytest.fixture
 def own(tmp_path):
-    """Source images, five target images of which three have a mask, and two labelled ones in folders of their own."""
+    """Source images, five target images of which three have a mask, and two labelled images in separate folders."""
     image, label = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8)
     for folder, images, labels in (("s", "x", "x"), ("t", "abcd", "bd"), ("few", "ef", "ef")):
         for name in images:
@@ -112,7 +112,7 @@ def test_a_file_of_names(own, absolute):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("b\nnowhere.jpg\n", ("nowhere.jpg", "no target image")),
+        ("b\nnowhere.jpg\n", ("nowhere.jpg", "not a target image")),
         ("b\na\n", ("a", "no label file")),
         ("b\nb.jpg\n", ("b", "twice")),
         ("\n", ("empty",)),

@@ -1,4 +1,4 @@
-"""The command `export`: what the files compute without the workbench, and what is refused."""
+"""The command `export`: predictions of the files without the workbench, and the exports that are refused."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from examples.workbench.settings import NetworkSettings
 from tests.errors import mentions, refuses
 from tests.examples.workbench.tiny import tiny
 
-# PyTorch's exporters warn of their own code.
+# PyTorch's exporters warn about their own code.
 pytestmark = pytest.mark.filterwarnings("default")
 
 SIZES = [(32, 48), (75, 51), (20, 33), (1, 1), (160, 300)]
@@ -152,7 +152,7 @@ def test_best(trained, tmp_path):
 
 
 class Shifted(torch.nn.Module):
-    """Logits of another class on a share of the pixels of images of one size."""
+    """Logits of a wrong class on a share of the pixels, for images of one size."""
 
     def __init__(self, network, size, rows):
         super().__init__()

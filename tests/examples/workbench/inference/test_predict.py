@@ -11,7 +11,7 @@ from examples.workbench.inference.trained import load_run
 from examples.workbench.reporting.style import class_colours
 from tests.errors import mentions
 
-# Libraries under the trainer give warnings of their own.
+# The trainer's libraries give their own warnings.
 pytestmark = pytest.mark.filterwarnings("default")
 
 

@@ -18,7 +18,7 @@ from examples.workbench.training.train import train
 from tests.errors import mentions, refuses
 from tests.examples.workbench.tiny import equal, tiny
 
-# Libraries under the trainer give warnings of their own.
+# The trainer's libraries give their own warnings.
 pytestmark = pytest.mark.filterwarnings("default")
 
 

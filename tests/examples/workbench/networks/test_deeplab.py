@@ -15,7 +15,7 @@ from tests.errors import mentions, refuses
 
 
 def resnet(blocks, *, counters=True):
-    """Names and shapes of torchvision's ResNets with bottlenecks, from table 1 of the paper and nothing of ours."""
+    """Names and shapes of torchvision's ResNets with bottlenecks, from table 1 of the paper and not from our code."""
 
     def norm(name, channels):
         shapes = {f"{name}.{part}": (channels,) for part in ("weight", "bias", "running_mean", "running_var")}

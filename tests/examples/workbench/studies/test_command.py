@@ -104,7 +104,7 @@ def test_every_study_is_checked_before_the_first_one_runs(study, folder):
     [
         (["one.yaml", "../one.yaml"], ("different names", "one")),
         (["one.yaml", "scens"], ("scens", "did you mean scenes?")),
-        (["one.yaml", "--jobs", "1", "two.yaml"], ("names first", "two.yaml")),
+        (["one.yaml", "--jobs", "1", "two.yaml"], ("before all options", "two.yaml")),
         (["--jobs", "1", "one.yaml"], ("before all options", "--methods", "neither")),
         (["one.yaml", "--methods", "joint"], ("both", "one.yaml", "--methods")),
         (["one.yaml", "--summary", "a.md"], ("--summary", "a.md")),

@@ -84,7 +84,7 @@ def test_runs_go_seed_by_seed_and_some_rows_have_fewer(folder, capsys):
 def test_what_is_recorded_is_not_run_again(folder, capsys):
     results = run(folder, data_root=folder)
     (folder / "out" / "joint-seed0" / "metrics.json").unlink()
-    # Neither here, nor where the run folders are not at hand, nor with the data elsewhere.
+    # No run is repeated: not here, not without the run folders, and not with the data in a different place.
     assert run(folder) == run(folder, out="elsewhere", data_root=folder / "moved") == results
     assert len(started(folder)) == 6
     assert started(folder, "elsewhere") == []
@@ -183,7 +183,7 @@ def test_a_run_that_fails_terminates_the_others(folder, monkeypatch, jobs, first
     assert time.monotonic() - began < 60
     assert not list(alive(folder))
     assert {path.stem for path in (folder / "out").glob("*.yaml")} == {"ass-seed0", f"{first}-seed0"}
-    # What had finished is on record.
+    # The finished runs are recorded.
     assert (folder / "study.json").exists() == (first == "joint")
 
 

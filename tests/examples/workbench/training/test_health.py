@@ -30,7 +30,7 @@ from examples.workbench.training.train import train
 from tests.errors import mentions
 from tests.examples.workbench.tiny import TINY, history, tiny
 
-# Libraries under the trainer give warnings of their own.
+# The trainer's libraries give their own warnings.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
@@ -137,7 +137,7 @@ SEMANTIC = with_discriminators(method="semantic")
     [
         ({}, None),
         ({"accuracy__semantic_source": 0.98, "accuracy__semantic_target": 0.98}, "certain"),
-        # One domain alone is no certainty: all may be taken for it, which is chance.
+        # A high accuracy on one domain only is no certainty: everything may be classified as that domain.
         ({"accuracy__semantic_source": 1.0}, None),
         ({"accuracy__semantic_source": 1.0, "accuracy__semantic_target": 0.1}, "chance"),
         ({"accuracy__semantic_source": 0.56, "accuracy__semantic_target": 0.55}, None),

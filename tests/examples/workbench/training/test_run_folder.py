@@ -1,4 +1,4 @@
-"""The run folder's history: rows as written, and what is left of a damaged file."""
+"""The run folder's history: rows as written, and the rows that remain of a damaged file."""
 
 import pytest
 

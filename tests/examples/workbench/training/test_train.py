@@ -17,7 +17,7 @@ from examples.workbench.training.train import train
 from tests.errors import mentions, refuses
 from tests.examples.workbench.tiny import TINY, checkpoint, equal, history, tiny
 
-# Libraries under the trainer give warnings of their own.
+# The trainer's libraries give their own warnings.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
@@ -228,7 +228,7 @@ def test_a_run_says_where_it_resumes(tmp_path, capsys):
     out = tmp_path / "run"
     train(tiny(steps=3), out, resume=True)
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: data.")]
-    mentions(lines[0], "nothing", out, "step 0")
+    mentions(lines[0], "no checkpoint", out, "step 0")
     train(tiny(steps=3), out, resume=True)
     mentions(capsys.readouterr().err.splitlines()[0], "resuming", out, "step 3")
     train(tiny(steps=3), tmp_path / "new")
