@@ -129,7 +129,7 @@ def _scene() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_labels(axes: Axes, label: np.ndarray) -> None:
-    axes.imshow(label, cmap=ListedColormap(class_colours(len(CLASSES)) / 255), vmin=-0.5, vmax=len(CLASSES) - 0.5)
+    axes.imshow(label, cmap=ListedColormap(class_colours(CLASSES) / 255), vmin=-0.5, vmax=len(CLASSES) - 0.5)
     rows, columns = _SIZE[0] // _GRID[0], _SIZE[1] // _GRID[1]
     for y in range(rows, _SIZE[0], rows):
         axes.axhline(y - 0.5, color="white", linewidth=0.6)

@@ -54,7 +54,7 @@ def _colours(scenes: Scenes) -> semshift.ClassSums:
 
 
 def _draw_moves(axes: Axes, before: Tensor, after: Tensor) -> None:
-    colours = class_colours(len(CLASSES)) / 255
+    colours = class_colours(CLASSES) / 255
     for k, name in enumerate(CLASSES):
         # Red against blue shows more of the built-in shift than either with green.
         (x, u), (y, v) = ((float(before[k, c]), float(after[k, c])) for c in (0, 2))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import semshift
 from docs.pages import read_blocks
+from examples.scenes import CLASSES
 from examples.workbench.files import save_figure
 from examples.workbench.reporting.style import STYLE, class_colours
 
@@ -111,7 +112,7 @@ def draw_discriminators(path: Path) -> None:
         for axes, (domain, pairs) in zip(panels[0], inputs.items(), strict=True):
             with torch.no_grad():
                 _, logits = names["plain"](pairs[0][0][None])
-            colours = torch.from_numpy(class_colours(len(classes))).float() / 255
+            colours = torch.from_numpy(class_colours(classes)).float() / 255
             axes.imshow(torch.einsum("khw,kc->hwc", logits[0].softmax(0), colours).numpy(), interpolation="nearest")
             axes.set_title(f"output map, {domain}")
             axes.set(xticks=[], yticks=[])
@@ -152,12 +153,12 @@ def _picture(image: Tensor) -> np.ndarray:
 
 
 def _draw_classes(axes: Axes, ids: Tensor) -> None:
-    colours = class_colours(8) / 255
-    axes.imshow(ids.numpy(), cmap=ListedColormap(colours), vmin=-0.5, vmax=7.5, interpolation="nearest")
+    colours = class_colours(CLASSES) / 255
+    axes.imshow(ids.numpy(), cmap=ListedColormap(colours), vmin=-0.5, vmax=len(CLASSES) - 0.5, interpolation="nearest")
 
 
 def _name_classes(figure: Figure, classes: tuple[str, ...]) -> None:
-    handles = [Patch(color=c, label=name) for c, name in zip(class_colours(len(classes)) / 255, classes, strict=True)]
+    handles = [Patch(color=c, label=name) for c, name in zip(class_colours(classes) / 255, classes, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize=11, columnspacing=1, handlelength=1)
 
 

@@ -40,7 +40,7 @@ def draw_predictions(segmenter: nn.Module, samples: Samples, data: Data) -> list
 def paint_classes(ids: np.ndarray, data: Data) -> np.ndarray:
     """Class ids `[H, W]` in their colours, with hatching where there is no class."""
     ignored = ids == data.ignore_index
-    picture: np.ndarray = class_colours(len(data.classes))[np.where(ignored, 0, ids)]
+    picture: np.ndarray = class_colours(data.classes)[np.where(ignored, 0, ids)]
     period = max(4, ids.shape[1] // 24)
     stripe = np.indices(ids.shape).sum(0) % period < period // 3
     picture[ignored] = IGNORED

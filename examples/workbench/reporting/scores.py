@@ -65,7 +65,7 @@ def evaluate(
         pixels += torch.from_numpy(np.bincount(sample.label.ravel(), minlength=256))
         metric.update(torch.from_numpy(predicted)[None].to(device), torch.from_numpy(sample.label)[None].to(device))
         if predictions is not None:
-            save_mask(predictions / f"{sample.name}.png", predicted, len(data.classes))
+            save_mask(predictions / f"{sample.name}.png", predicted, data.classes)
     # Where there are several ranks, this adds up their counts.
     values = metric.compute().tolist()
     iou = {name: None if math.isnan(value) else value for name, value in zip(data.classes, values)}
