@@ -39,22 +39,23 @@ def draw_prototypes(
 ) -> None:
     """Draw prototypes of source and target, each `[K, C]`, a panel for each pair, all on the same two principal axes.
 
-    A line joins the two prototypes of a class. A class without a prototype in both domains is left out.
+    The mean of each panel's prototypes is its origin. A line joins the two prototypes of a class. A class without a
+    prototype in both domains is left out.
     """
     pairs = [(source.astype(np.float64), target.astype(np.float64)) for source, target in pairs]
     present = [np.flatnonzero(np.isfinite(source).all(1) & np.isfinite(target).all(1)) for source, target in pairs]
-    shown = [part[k] for pair, k in zip(pairs, present, strict=True) for part in pair]
-    points, shares = _project(np.concatenate(shown))
-    heads = np.split(points, np.cumsum([len(part) for part in shown])[:-1])
-    for axes, k, (source, target), (from_, to) in zip(
-        panels, present, pairs, zip(heads[::2], heads[1::2]), strict=True
-    ):
+    # Centred panel by panel: that training moves all prototypes together says nothing about the domains.
+    clouds = [_centre(np.concatenate([source[k], target[k]])) for (source, target), k in zip(pairs, present)]
+    points, shares = _project(np.concatenate(clouds))
+    drawn = np.split(points, np.cumsum([len(cloud) for cloud in clouds])[:-1])
+    for axes, k, (source, target), both in zip(panels, present, pairs, drawn, strict=True):
         axes.set(xticks=[], yticks=[])
         if not k.size:
             text = "no class has a prototype in both domains"
             axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.35")
             continue
-        _draw_pairs(axes, k, from_, to, class_colours(classes) / 255)
+        circles, crosses = np.split(both, 2)
+        _draw_pairs(axes, k, circles, crosses, class_colours(classes) / 255)
         axes.set_xlabel(f"first principal axis, {100 * shares[0]:.0f} % of the variance")
         axes.set_ylabel(f"second, {100 * shares[1]:.0f} %")
         _share_limits(axes, points)
@@ -104,12 +105,16 @@ def _describe_gap(source: np.ndarray, target: np.ndarray) -> str:
     return f"gap between domains / between classes: {within / between[np.triu_indices(len(centres), 1)].mean():.2f}"
 
 
-def _project(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Points `[N, C]` on their two principal axes `[N, 2]`, and each axis's share of the variance `[2]`."""
-    centred = points - (points.mean(0) if len(points) else 0)
+def _centre(points: np.ndarray) -> np.ndarray:
+    result: np.ndarray = points - points.mean(0) if len(points) else points
+    return result
+
+
+def _project(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Centred points `[N, C]` on their two principal axes `[N, 2]`, and each axis's share of the variance `[2]`."""
     # With zeros for missing channels and points there are always two axes.
     _, strengths, axes = np.linalg.svd(np.pad(centred, [(0, 2), (0, 2)]), full_matrices=False)
     # The sign of an axis is arbitrary: its largest entry becomes positive, so that a picture never flips.
     axes *= np.sign(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1))
     shares = strengths[:2] ** 2 / max((strengths**2).sum(), np.finfo(float).tiny)
-    return centred @ axes[:2, : points.shape[1]].T, shares
+    return centred @ axes[:2, : centred.shape[1]].T, shares

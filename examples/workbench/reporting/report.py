@@ -62,9 +62,9 @@ def draw_report(
     data, segmenters = settings.data, [before, after]
     if not len(validation):
         raise ValueError("there is no labelled target image to draw")
-    shown, counted = choose_shown(validation), _first(validation)
+    shown, counted = choose_shown(validation), _spread(validation)
     iou = {name: _class_iou(segmenter, counted, data) for name, segmenter in segmenters}
-    row = 2.3 * min(max(sample.image.shape[0] / sample.image.shape[1] for sample in shown), 1.2) + 0.35
+    row = 2.25 * min(max(sample.image.shape[0] / sample.image.shape[1] for sample in shown), 1.2) + 0.35
     columns = _legend_columns(data)
     legend = 0.28 * math.ceil((len(data.classes) + 1) / columns) + 0.2
     heights = [
@@ -89,8 +89,10 @@ _WIDTH = 10.0
 """Inches at which the text is readable where a page is 900 pixels wide."""
 
 
-def _first(samples: Samples) -> Samples:
-    return Subset(samples, range(min(_COUNTED, len(samples))))
+def _spread(samples: Samples) -> Samples:
+    """At most `_COUNTED` of the images, evenly spaced."""
+    indices = np.linspace(0, len(samples) - 1, min(_COUNTED, len(samples))).round().astype(int)
+    return Subset(samples, indices.tolist())
 
 
 def _class_iou(segmenter: nn.Module, samples: Samples, data: Data) -> np.ndarray:
@@ -171,7 +173,7 @@ def _draw_iou(figure: SubFigure, iou: Mapping[str, np.ndarray], classes: Sequenc
     for line, pair in enumerate(zip(first, second, strict=True)):
         numbers = ["–" if math.isnan(value) else f"{100 * value:.1f}" for value in pair]
         axes.text(101, line, " → ".join(numbers), va="center", fontsize=11)
-    images = f"{counted} validation images" if counted == of else f"the first {counted} of {of} validation images"
+    images = f"{counted} validation images" if counted == of else f"{counted} of {of} validation images"
     axes.set(title=f"IoU of each class in percent, {images}", xlim=(0, 100), ylim=(len(classes) - 0.5, -0.5))
     axes.set_yticks(lines, [_shorten(name, 24) for name in classes])
     axes.set_xticks([0, 25, 50, 75, 100])
@@ -187,7 +189,8 @@ def _draw_curves(figure: SubFigure, history: pd.DataFrame, discriminators: Seque
     rows = 1 + len(discriminators)
     panels: Any = figure.subplots(rows, 2 if discriminators else 1, sharex=True, squeeze=False)
     _draw_panel(panels[0, 0], history, "Segmentation loss", ["loss/segmentation"])
-    figure.supxlabel("step", fontsize=12)
+    for axes in panels[-1]:
+        axes.set_xlabel("step")
     if _window(len(history)) > 1:
         handles = [
             Line2D([], [], color="0.4", linewidth=0.8, alpha=0.4, label="single batches"),
@@ -211,8 +214,8 @@ def _draw_curves(figure: SubFigure, history: pd.DataFrame, discriminators: Seque
 
 
 def _window(rows: int) -> int:
-    """Number of neighbouring values in a running mean."""
-    return max(1, rows // 25)
+    """Number of neighbouring values in a running mean: a tenth of all."""
+    return max(1, rows // 10)
 
 
 def _draw_panel(axes: Axes, history: pd.DataFrame, title: str, keys: Sequence[str]) -> None:
@@ -231,7 +234,7 @@ def _draw_panel(axes: Axes, history: pd.DataFrame, title: str, keys: Sequence[st
         axes.plot(values, linewidth=1.8, label=label, marker="o" if len(values) == 1 else None, **look)
     axes.set(title=title, xlim=(0, max([1.0, *table.index])))
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     if keys[0].startswith("loss/"):
         # At least a tenth, so that no noise fills the panel.
         low, high = axes.get_ylim()
@@ -248,7 +251,7 @@ def _draw_all_prototypes(
     figure: SubFigure, source: Samples, target: Samples, segmenters: Sequence[Named], data: Data
 ) -> None:
     """The prototypes of both domains in each segmenter."""
-    domains = [(_first(source), data.source_crop), (_first(target), data.size)]
+    domains = [(_spread(source), data.source_crop), (_spread(target), data.size)]
     panels = figure.subplots(1, 2)
     pairs = [
         (pool_prototypes(segmenter, *domains[0], data), pool_prototypes(segmenter, *domains[1], data))

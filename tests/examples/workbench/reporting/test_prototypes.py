@@ -99,23 +99,22 @@ def test_few_prototypes_are_drawn(source, target, drawn):
 
 
 def test_panels_share_their_axes():
-    """A prototype that did not move stands at the same place in both panels, and a unit has the same length."""
+    """Prototypes that only moved together are drawn at the same places; others at the same scale."""
     random = np.random.default_rng(0)
     source, target = random.normal(size=(2, 5, 8))
-    near = target.copy()
-    near[1:] = source[1:] + 0.1
-    before, after = Figure().subplots(1, 2)
-    draw_prototypes([before, after], [(source, target), (source, near)], NAMES[:5])
+    before, moved, closer = Figure().subplots(1, 3)
+    pairs = [(source, target), (source + 3, target + 3), (source, (source + target) / 2)]
+    draw_prototypes([before, moved, closer], pairs, NAMES[:5])
 
-    def drawn(axes, mark):
-        return np.array([line.get_xydata()[0] for line in axes.lines if line.get_marker() == mark])
+    def drawn(axes):
+        return np.array([[line.get_xydata()[0] for line in axes.lines if line.get_marker() == mark] for mark in "oX"])
 
-    np.testing.assert_allclose(drawn(before, "o"), drawn(after, "o"))
-    np.testing.assert_allclose(drawn(before, "X")[0], drawn(after, "X")[0])
-    assert not np.allclose(drawn(before, "X")[1:], drawn(after, "X")[1:])
-    assert before.get_xlim() == after.get_xlim()
-    assert before.get_ylim() == after.get_ylim()
-    for axes in (before, after):
-        for (low, high), values in zip((axes.get_xlim(), axes.get_ylim()), drawn(axes, "X").T):
+    np.testing.assert_allclose(drawn(moved), drawn(before), atol=1e-12)
+    # A projection keeps the halves.
+    np.testing.assert_allclose(np.diff(drawn(closer), axis=0), np.diff(drawn(before), axis=0) / 2, atol=1e-12)
+    for axes in (before, moved, closer):
+        assert axes.get_xlim() == before.get_xlim()
+        assert axes.get_ylim() == before.get_ylim()
+        for (low, high), values in zip((axes.get_xlim(), axes.get_ylim()), drawn(axes).reshape(-1, 2).T):
             assert low < values.min()
             assert high > values.max()
