@@ -139,7 +139,7 @@ def draw_curves(path: Path, study: Study, results: Sequence[Record]) -> None:
         axes.set_xlim(0, axes.dataLim.intervalx[1])
         _limit(axes.set_ylim, axes.dataLim.intervaly)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
+            axis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         axes.grid(axis="y", color="0.9", linewidth=0.8)
         figure.legend(loc="outside right upper")
         save_figure(figure, path)
