@@ -21,6 +21,10 @@ _GLOBAL = Severity(light=1.0, fog=0.7, noise=0.5, camera=0.0, texture=0.0, colou
 _PER_CLASS = Severity(light=0.0, fog=0.0, noise=0.0, camera=0.0, texture=1.0, colour=1.0)
 
 
+_AT = {"pole": (0, -18), "car": (0, -18), "vegetation": (-36, 9)}
+"""Places of names in points from the dot, where the usual place above it would hide an arrow."""
+
+
 def draw_shifts(path: Path) -> None:
     """Draw both shifts with the built-in scenes."""
     source = Scenes("source", "train", 60, seed=0)
@@ -60,16 +64,15 @@ def _draw_moves(axes: Axes, before: Tensor, after: Tensor) -> None:
         (x, u), (y, v) = ((float(before[k, c]), float(after[k, c])) for c in (0, 2))
         axes.annotate("", (u, v), (x, y), arrowprops={"arrowstyle": "-|>", "color": colours[k], "linewidth": 2.2})
         axes.plot(x, y, "o", color=colours[k], markersize=9)
-        below = name in ("pole", "car")
         axes.annotate(
             name,
             (x, y),
-            xytext=(0, -18 if below else 8),
+            xytext=_AT.get(name, (0, 8)),
             textcoords="offset points",
             ha="center",
             fontsize=12,
             zorder=5,
             path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )
-    axes.set(xlabel="red (dot: source, arrow: to target)", ylabel="blue", xlim=(0.05, 0.95), ylim=(0.0, 1.0))
+    axes.set(xlabel="red (dot: source, arrow: to target)", ylabel="blue", xlim=(0.0, 0.95), ylim=(0.0, 1.0))
     axes.set(xticks=[0.2, 0.4, 0.6, 0.8], yticks=[0, 0.25, 0.5, 0.75, 1])
