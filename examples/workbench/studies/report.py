@@ -24,14 +24,20 @@ __all__ += ["style_rows", "tabulate", "write_report"]
 def write_report(study: Study, results: Sequence[Record], records: Path, command: str) -> str:
     """Write the tables and the figures beside the records: `.md`, `.png` and, where there are curves, `-curves.png`.
 
-    Returns the tables. In the file, the `command` that wrote it follows them.
+    Returns the tables. In the file, the pictures and the `command` that wrote it follow them.
     """
     if not results:
         raise InputError(f"expected {records} to hold runs of {study.title}, got none")
     table = study_table(study, results)
-    write_whole(records.with_suffix(".md"), lambda to: to.write_text(f"{table}\n`{command}`\n", encoding="utf-8"))
+    pictures = [
+        f"![mIoU of every run, the mean of each row, and the differences to {study.baseline}]({records.stem}.png)"
+    ]
     draw_study(records.with_suffix(".png"), study, results)
-    draw_curves(records.with_name(f"{records.stem}-curves.png"), study, results)
+    if any(record.get("curve") for record in results):
+        draw_curves(records.with_name(f"{records.stem}-curves.png"), study, results)
+        pictures.append(f"![mIoU of each row on the validation images over the steps]({records.stem}-curves.png)")
+    text = "\n\n".join([table.rstrip("\n"), *pictures, f"`{command}`"]) + "\n"
+    write_whole(records.with_suffix(".md"), lambda to: to.write_text(text, encoding="utf-8"))
     return table
 
 

@@ -33,10 +33,12 @@ Results = Mapping[str, tuple[Study, Sequence[Record]]]
 def write_summary(found: Results, path: Path, command: str) -> str:
     """Write the table to `path`, and the figure beside it as `.png`.
 
-    Returns the table. In the file, the `command` that wrote it follows the table.
+    Returns the table. In the file, the figure and the `command` that wrote it follow the table.
     """
     table = summary_table(found)
-    write_whole(path, lambda to: to.write_text(f"{table}\n`{command}`\n", encoding="utf-8"))
+    alternative = "Difference of each row to the baseline, by study: each seed, the mean, and two standard errors"
+    text = f"{table}\n![{alternative}]({path.stem}.png)\n\n`{command}`\n"
+    write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
     draw_summary(path.with_suffix(".png"), found)
     return table
 

@@ -1,6 +1,7 @@
 """Tables and figures of studies, by hand."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -177,7 +178,9 @@ def test_the_report_stands_beside_the_records(tmp_path):
     for name, found in (("a", RESULTS), ("b", results)):
         table = write_report(STUDY, found, tmp_path / f"{name}.json", "python -m examples.workbench study a")
         text = (tmp_path / f"{name}.md").read_text(encoding="utf-8")
-        assert text == f"{table}\n`python -m examples.workbench study a`\n"
+        assert text.startswith(table)
+        assert text.endswith("\n\n`python -m examples.workbench study a`\n")
+        assert re.findall(r"!\[.+\]\((.+)\)", text) == [f"{name}.png"] + ["b-curves.png"] * (name == "b")
     assert {path.name for path in tmp_path.iterdir()} == {"a.md", "a.png", "b.md", "b.png", "b-curves.png"}
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with refuses(InputError, tmp_path / "c.json", STUDY.title, "none"):

@@ -73,7 +73,9 @@ def test_the_figure_has_a_panel_for_each_study_and_a_dot_for_each_seed(monkeypat
 def test_table_and_figure_stand_beside_each_other(tmp_path):
     table = write_summary(FOUND, tmp_path / "all.md", "python -m examples.workbench study first second")
     text = (tmp_path / "all.md").read_text(encoding="utf-8")
-    assert text == f"{table}\n`python -m examples.workbench study first second`\n"
+    assert text.startswith(table)
+    assert "](all.png)" in text
+    assert text.endswith("\n\n`python -m examples.workbench study first second`\n")
     assert {path.name for path in tmp_path.iterdir()} == {"all.md", "all.png"}
 
 
