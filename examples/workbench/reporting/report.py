@@ -173,7 +173,8 @@ def _draw_iou(figure: SubFigure, iou: Mapping[str, np.ndarray], classes: Sequenc
     for line, pair in enumerate(zip(first, second, strict=True)):
         numbers = ["–" if math.isnan(value) else f"{100 * value:.1f}" for value in pair]
         axes.text(101, line, " → ".join(numbers), va="center", fontsize=11)
-    images = f"{counted} validation images" if counted == of else f"{counted} of {of} validation images"
+    # Without validation images they are labelled images of the training, as the title of the report says.
+    images = f"{counted} target images" if counted == of else f"{counted} of {of} target images"
     axes.set(title=f"IoU of each class in percent, {images}", xlim=(0, 100), ylim=(len(classes) - 0.5, -0.5))
     axes.set_yticks(lines, [_shorten(name, 24) for name in classes])
     axes.set_xticks([0, 25, 50, 75, 100])

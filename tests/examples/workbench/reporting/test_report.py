@@ -163,7 +163,7 @@ def test_the_report_names_what_it_shows(figure_of):
     expected += [
         "single batches",
         "running mean of 6 logged batches",
-        "IoU of each class in percent, 5 validation images",
+        "IoU of each class in percent, 5 target images",
     ]
     assert {*expected, "Global discriminator", "Semantic discriminator"} <= set(found)
     # Of a long name the middle is left out.
@@ -186,7 +186,7 @@ def test_iou_is_that_of_the_predictions(figure_of):
 
 def test_iou_and_its_title_are_of_at_most_40_images(figure_of):
     found = texts(figure_of(validation=images(41)))
-    assert "IoU of each class in percent, 40 of 41 validation images" in found
+    assert "IoU of each class in percent, 40 of 41 target images" in found
 
 
 @pytest.mark.parametrize(
