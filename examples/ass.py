@@ -2,15 +2,15 @@
 
     python -m examples.ass
 
-trains three segmentation networks that differ in one thing, what they learn from, and draws what each of them sees:
+trains three segmentation networks that differ only in their training data and losses, and draws their predictions:
 
 - source-only: cross-entropy on labelled source images.
 - joint: cross-entropy on source images and on a few labelled target images.
-- ass: joint, the global view on unlabelled target images, and the semantic view on the labelled ones.
+- ass: the losses of joint, global alignment on unlabelled target images, and semantic alignment on the labelled ones.
 
-Read it from top to bottom: settings, data, network, training (section 3 of the paper), evaluation, picture. The
-weights, rates and widths below are ours; we could not find the paper's. For real images, resuming and several GPUs
-there is `examples/workbench`.
+Read this file from top to bottom: settings, data, network, training (section 3 of the paper), evaluation, picture. We
+chose the weights, learning rates and widths below, because we could not find the paper's. Use `examples/workbench` for
+real images, to resume, and for several GPUs.
 """
 
 import argparse
@@ -32,24 +32,23 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from tqdm import tqdm
 
 import semshift
-from examples.scenes import CLASSES, Scenes
+from examples.scenes import CLASS_COLOURS, CLASSES, Scenes
 
 METHODS = ("source-only", "joint", "ass")
 DOMAINS = ("source", "labelled", "unlabelled")
-COLOURS = ("#99ddff", "#aa4499", "#555555", "#f0e442", "#228833", "#222222", "#ee6677", "#332288")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that can be set; each is an option of the command line."""
+    """All settings; each one is an option of the command line."""
 
     methods: tuple[str, ...] = METHODS
     seed: int = 0
     steps: int = 800
     labelled: int = 4
-    """Of the 200 target training images, those that keep their labels."""
+    """Number of labelled images among the 200 target training images."""
     batch_size: int = 4
-    """Images of each domain in a step."""
+    """Number of images of each domain in a batch."""
     learning_rate: float = 3e-3
     discriminator_learning_rate: float = 5e-4
     lambda_global: float = 0.03
@@ -63,7 +62,7 @@ class Settings:
                 raise ValueError(f"expected {name} in 1 to {most}, got {getattr(self, name)}")
 
 
-# Data: street scenes in two looks. All source images are labelled, and a few target images.
+# Data: street scenes of two domains that look different. All source images and a few target images are labelled.
 
 
 class Domain(Dataset[tuple[Tensor, Tensor]]):
@@ -77,18 +76,18 @@ class Domain(Dataset[tuple[Tensor, Tensor]]):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """An image `[3, H, W]` and its labels `[H, W]`, 255 where the crop leaves the image."""
+        """An image `[3, H, W]` and its labels `[H, W]`; labels are 255 where the crop extends beyond the image."""
         scene = self.scenes[self.indices[index]]
         return augment(to_tensor(scene.image), torch.from_numpy(scene.label).long(), self.generator)
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """`uint8 [H, W, 3]` to `float32 [3, H, W]` in [0, 1]."""
+    """An image `uint8 [H, W, 3]` as a tensor `float32 [3, H, W]` in [0, 1]."""
     return torch.from_numpy(image).movedim(-1, 0).float() / 255
 
 
 def augment(image: Tensor, label: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Scale by 0.75 to 1.5, crop or pad to the old size, mirror every other image, and change the colours a little."""
+    """Random augmentation: scale by 0.75 to 1.5, crop or pad to the old size, mirror or not, and vary the colours."""
     height, width = label.shape
     scale = generator.uniform(0.75, 1.5)
     size = [round(height * scale), round(width * scale)]
@@ -108,14 +107,14 @@ def augment(image: Tensor, label: Tensor, generator: np.random.Generator) -> tup
 
 
 def batches(settings: Settings) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Mixed batches `{domain: (images, labels)}`, a function of the settings: every method trains on the same ones."""
+    """Mixed batches `{domain: (images, labels)}`. They depend on the settings only: all methods see the same ones."""
     source, target = (Scenes(domain, "train", 200, seed=settings.seed) for domain in ("source", "target"))
-    # The labelled images have the same numbers for every seed, and a smaller set is part of a larger one.
+    # Every seed labels the images of the same numbers, and a smaller labelled set is part of a larger one.
     labelled = np.random.RandomState(0).permutation(len(target))[: settings.labelled]
     domains = {
         "source": Domain(source, range(len(source)), settings.seed),
         "labelled": Domain(target, labelled.tolist(), settings.seed + 1),
-        # All target images, the labelled ones among them; their labels are never used.
+        # All target images, including the labelled ones. Their labels are never used.
         "unlabelled": Domain(target, range(len(target)), settings.seed + 2),
     }
     per_batch = dict.fromkeys(domains, settings.batch_size)
@@ -125,18 +124,18 @@ def batches(settings: Settings) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     return iter(DataLoader(ConcatDataset(domains.values()), batch_sampler=sampler, collate_fn=collate))
 
 
-# Network: a small encoder and decoder in place of the paper's DeepLab-v2. The features of the last encoder stage are
-# what the semantic view pools.
+# Network: a small encoder and decoder instead of the paper's DeepLab-v2. Semantic alignment pools the features of the
+# last encoder stage.
 
 
 def convolution(inputs: int, outputs: int, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:
-    """3 x 3 convolution, group norm, ReLU. Batch norm would hide the shift, since it normalises each domain apart."""
+    """3 x 3 convolution, group norm, ReLU. Batch norm would hide the shift: it normalises each domain separately."""
     layer = nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
     return nn.Sequential(layer, nn.GroupNorm(8, outputs), nn.ReLU())
 
 
 class Residual(nn.Module):
-    """Two convolutions and a shortcut."""
+    """A residual block of two convolutions."""
 
     def __init__(self, channels: int, dilation: int = 1) -> None:
         super().__init__()
@@ -149,7 +148,7 @@ class Residual(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """Images `[B, 3, H, W]` to features `[B, 4 * width, H / 8, W / 8]` and logits `[B, K, H, W]`."""
+    """Segmentation network: images `[B, 3, H, W]` to features `[B, 4 * width, H / 8, W / 8]`, logits `[B, K, H, W]`."""
 
     def __init__(self, num_classes: int, width: int = 16) -> None:
         super().__init__()
@@ -175,7 +174,7 @@ class Segmenter(nn.Module):
 
 
 def resize(maps: Tensor, like: Tensor) -> Tensor:
-    """Bilinear up-sampling to the size of other maps."""
+    """Bilinear up-sampling to the size of the maps `like`."""
     return F.interpolate(maps, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
@@ -183,19 +182,19 @@ def resize(maps: Tensor, like: Tensor) -> Tensor:
 
 
 def train(method: str, settings: Settings) -> Segmenter:
-    """Train one method; the seed and the steps are the same for all."""
+    """Train one method. The seed and the number of steps are the same for all methods."""
     torch.manual_seed(settings.seed)
     device, steps = settings.device, settings.steps
     segmenter = Segmenter(len(CLASSES)).to(device)
-    # D_g and D_s with their losses; only the method ass uses them.
-    global_view = semshift.GlobalAlignment(len(CLASSES), base_channels=16).to(device)
-    semantic_view = semshift.SemanticAlignment(segmenter.channels, len(CLASSES)).to(device)
+    # The discriminators D_g and D_s with their losses. Only the method ass uses them.
+    global_alignment = semshift.GlobalAlignment(len(CLASSES), base_channels=16).to(device)
+    semantic_alignment = semshift.SemanticAlignment(segmenter.channels, len(CLASSES)).to(device)
 
     optimiser = torch.optim.AdamW(segmenter.parameters(), settings.learning_rate, weight_decay=1e-4)
-    discriminators = [*global_view.parameters(), *semantic_view.parameters()]
+    discriminators = [*global_alignment.parameters(), *semantic_alignment.parameters()]
     discriminator_optimiser = torch.optim.Adam(discriminators, settings.discriminator_learning_rate, betas=(0.9, 0.99))
     learning_rate = semshift.Polynomial(settings.learning_rate, 0.0, steps)
-    # An untrained discriminator sends noise: both lambdas are 0 for a fifth of the steps, then rise.
+    # The gradients of an untrained discriminator are noise. So both lambdas are 0 for a fifth of the steps, then rise.
     fifth = max(1, steps // 5)
     lambda_global, lambda_semantic = (
         semshift.Then(semshift.Constant(0.0), fifth, semshift.Sigmoid(0.0, weight, fifth))
@@ -205,7 +204,7 @@ def train(method: str, settings: Settings) -> Segmenter:
     for step, batch in enumerate(tqdm(batches(settings), desc=method, total=steps, unit="step")):
         (x_s, y_s), (x_l, y_l), (x_u, _) = ([part.to(device) for part in batch[name]] for name in DOMAINS)
 
-        # Supervised: cross-entropy on the source and on the few labelled target images.
+        # Supervised loss: cross-entropy on the source images and on the few labelled target images.
         features_s, logits_s = segmenter(x_s)
         loss = F.cross_entropy(logits_s, y_s, ignore_index=255)
         if method != "source-only":
@@ -213,15 +212,16 @@ def train(method: str, settings: Settings) -> Segmenter:
             loss = loss + F.cross_entropy(logits_l, y_l, ignore_index=255)
 
         if method == "ass":
-            # Global view: output maps P of source and unlabelled target images. L_g = -log D_g(P(x_u)).
+            # Global alignment compares the output maps P of source and unlabelled target images.
+            # L_g = -log D_g(P(x_u)).
             _, logits_u = segmenter(x_u)
-            global_losses = global_view(logits_s, logits_u)
-            # Semantic view: class prototypes v_k of source and labelled target images. L_s = -log D_s(v_k(x_l)), the
-            # mean over the classes k that are present.
-            semantic_losses = semantic_view(features_s, y_s, features_l, y_l)
-            # The paper alternates: the segmenter with frozen discriminators, then the discriminators on detached
-            # inputs. One backward does both, since `confusion` (L_g, L_s) comes from frozen discriminators and
-            # `discriminator` from detached inputs.
+            global_losses = global_alignment(logits_s, logits_u)
+            # Semantic alignment compares the class prototypes v_k of source and labelled target images.
+            # L_s = -log D_s(v_k(x_l)), the mean over the classes k that are present.
+            semantic_losses = semantic_alignment(features_s, y_s, features_l, y_l)
+            # The paper alternates: it trains the segmenter with frozen discriminators, then the discriminators on
+            # detached inputs. Here one backward pass does both. `confusion` (L_g, L_s) treats the discriminators as
+            # frozen, and `discriminator` detaches its inputs.
             loss = loss + lambda_global(step) * global_losses.confusion + global_losses.discriminator
             loss = loss + lambda_semantic(step) * semantic_losses.confusion + semantic_losses.discriminator
 
@@ -239,7 +239,7 @@ def train(method: str, settings: Settings) -> Segmenter:
 
 @torch.no_grad()
 def predict(segmenter: Segmenter, scenes: Scenes) -> Tensor:
-    """The likeliest class of every pixel, `int64 [N, H, W]`."""
+    """The most likely class of every pixel, `int64 [N, H, W]`."""
     device = next(segmenter.parameters()).device
     return torch.cat(
         [segmenter(to_tensor(scenes[i].image)[None].to(device))[1].argmax(1).cpu() for i in range(len(scenes))]
@@ -247,31 +247,40 @@ def predict(segmenter: Segmenter, scenes: Scenes) -> Tensor:
 
 
 def mean_iou(predictions: Tensor, labels: Tensor) -> float:
-    """Mean intersection over union of the classes, from one confusion matrix over all images."""
+    """Mean intersection over union (mIoU) of the classes, from one confusion matrix over all images."""
     return float(MulticlassJaccardIndex(len(CLASSES))(predictions, labels))
 
 
-def draw(path: Path, scenes: Scenes, labels: Tensor, predictions: dict[str, Tensor], shown: int = 4) -> None:
-    """Draw input, ground truth and the predictions of every method, whose mIoU stands in the title."""
+def draw(settings: Settings, scenes: Scenes, labels: Tensor, predictions: dict[str, Tensor], shown: int = 4) -> Path:
+    """Draw a few images, their ground truth and the predictions of every method, with each mIoU as a title."""
     columns = {"target image": None, "ground truth": labels}
-    columns |= {f"{name}\nmIoU {100 * mean_iou(p, labels):.1f}": p for name, p in predictions.items()}
-    figure = Figure(figsize=(2.4 * len(columns), 1.75 * shown + 1), layout="constrained")
+    for name, predicted in predictions.items():
+        columns[f"{name.replace('ass', 'ASS')}\nmIoU {100 * mean_iou(predicted, labels):.1f}"] = predicted
+    figure = Figure(figsize=(1.8 * len(columns), 1.2 * shown + 1.55), layout="constrained")
+    figure.suptitle(
+        f"labelled target images: {settings.labelled}; one seed: {settings.seed}; "
+        f"mIoU in percent over {len(scenes)} target test images"
+    )
     panels = figure.subplots(shown, len(columns), squeeze=False)
     for row, index in zip(panels, np.linspace(0, len(scenes) - 1, shown, dtype=int).tolist()):
         for axes, maps in zip(row, columns.values()):
-            look: dict[str, Any] = {"cmap": ListedColormap(COLOURS), "vmin": -0.5, "vmax": len(CLASSES) - 0.5}
+            look: dict[str, Any] = {"cmap": ListedColormap(CLASS_COLOURS), "vmin": -0.5, "vmax": len(CLASSES) - 0.5}
             axes.imshow(scenes[index].image if maps is None else maps[index].numpy(), interpolation="nearest", **look)
             axes.set(xticks=[], yticks=[])
     for axes, title in zip(panels[0], columns):
-        axes.set_title(title)
-    handles = [Patch(color=colour, label=name) for colour, name in zip(COLOURS, CLASSES)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(CLASSES), columnspacing=1, handlelength=1)
+        axes.set_title(title, fontsize=15)
+    handles = [Patch(color=colour, label=name) for colour, name in zip(CLASS_COLOURS, CLASSES)]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(CLASSES), fontsize=12, columnspacing=1, handlelength=1
+    )
+    path = settings.out / "ass.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+    return path
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Train every method, print its mIoU on target test images, and draw what it sees."""
+    """Train every method, print its mIoU on the target test images, and draw its predictions."""
     parser = argparse.ArgumentParser(prog="python -m examples.ass", description=__doc__.partition("\n")[0])
     for field in fields(Settings):
         how: dict[str, Any] = {"type": type(field.default), "default": field.default}
@@ -287,10 +296,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     labels = torch.stack([torch.from_numpy(scenes[i].label).long() for i in range(len(scenes))])
     predictions = {method: predict(train(method, settings), scenes) for method in settings.methods}
     scores = {method: mean_iou(predicted, labels) for method, predicted in predictions.items()}
-    draw(settings.out / "ass.png", scenes, labels, predictions)
+    path = draw(settings, scenes, labels, predictions)
     for method, score in scores.items():
         print(f"mIoU {method}: {100 * score:.1f}")
-    print(f"picture: {settings.out / 'ass.png'}")
+    print(f"picture: {path}")
     return scores
 
 

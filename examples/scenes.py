@@ -11,10 +11,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-__all__ = ["CLASSES", "Sample", "Scenes", "Severity", "draw"]
+__all__ = ["CLASSES", "CLASS_COLOURS", "Sample", "Scenes", "Severity", "draw"]
 
 CLASSES = ("sky", "building", "road", "pavement", "vegetation", "pole", "car", "person")
 SKY, BUILDING, ROAD, PAVEMENT, VEGETATION, POLE, CAR, PERSON = range(len(CLASSES))
+# Colours of the classes in drawings of labels and predictions. Colour-blind people can tell them apart too (tested).
+CLASS_COLOURS = ("#8fcdf7", "#7c3328", "#6b6b6b", "#d990bb", "#3fa34d", "#1a1b1b", "#1f3a9e", "#e12228")
 DOMAINS = ("source", "target")
 SPLITS = ("train", "val", "test")
 

@@ -1,1 +1,1 @@
-"""The site's pictures, each a function of nothing but this code: `python -m docs.drawings [NAME ...]`."""
+"""Pictures of the site. Each depends on this code only: `python -m docs.drawings [NAME ...]`."""

@@ -1,6 +1,7 @@
-"""Draw all pictures, or those that are named: `python -m docs.drawings [--quick] [NAME ...]`.
+"""Draw all pictures, or the named ones: `python -m docs.drawings [--quick] [NAME ...]`.
 
-`--quick` leaves out those that train for minutes. Everything is drawn from the built-in scenes or from records of runs.
+`--quick` leaves out `demo.png`, which trains for minutes. The tutorial's pictures train for a minute or two.
+All pictures come from the built-in scenes or from records of runs.
 """
 
 import shutil
@@ -25,7 +26,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 
 def main(names: Sequence[str]) -> None:
-    """Draw."""
+    """Draw the pictures into `docs/figures`, and those of the studies into `docs/results`."""
     chosen = [name for name in names if name != "--quick"]
     slow = {"demo.png"} if "--quick" in names else set()
     for name in chosen or [name for name in DRAWINGS if name not in slow]:
@@ -42,7 +43,7 @@ def main(names: Sequence[str]) -> None:
 
 
 def draw_demo(path: Path) -> None:
-    """README's picture: what `python -m examples.ass` draws."""
+    """Draw README's picture, that of `python -m examples.ass`."""
     with tempfile.TemporaryDirectory() as out:
         ass.main(["--out", out])
         shutil.copy(Path(out) / "ass.png", path)
@@ -62,7 +63,7 @@ DRAWINGS: dict[str, Callable[[Path], None]] = {
     "discriminators.png": draw_discriminators,
     "demo.png": draw_demo,
 }
-"""A picture's name to what draws it; `demo.png` takes minutes."""
+"""Name of a picture to the function that draws it."""
 
 if __name__ == "__main__":
     main(sys.argv[1:])

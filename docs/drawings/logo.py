@@ -1,4 +1,4 @@
-"""The logo: classes of two domains, a dot and a cross each, drawn towards each other."""
+"""The logo: a dot and a cross for each of three classes, the same class in two domains, joined by a line."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ from examples.workbench.files import write_whole
 
 __all__ = ["draw_logo"]
 
-# Colours of examples/workbench/reporting/style.py that differ in lightness too, and the lines between the domains.
+# Positions of the dot and of the cross of each class; colours that differ in lightness too, and that of the lines.
 _PAIRS = [((10, 11), (23, 24)), ((54, 11), (41, 24)), ((32, 56), (32, 39))]
 _LIGHT = (("#332288", "#ee6677", "#228833"), "#555555")
 _DARK = (("#99ddff", "#f0e442", "#ee6677"), "#bbbbbb")
 
 
 def draw_logo(path: Path, *, dark: bool) -> None:
-    """Write the logo as SVG, for a light or a dark ground."""
+    """Write the logo as SVG, for a light or a dark background."""
     colours, line = _DARK if dark else _LIGHT
     shapes = []
     for ((x, y), (u, v)), colour in zip(_PAIRS, colours, strict=True):

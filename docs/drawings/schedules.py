@@ -1,4 +1,4 @@
-"""Every schedule over a run of a thousand steps."""
+"""Drawing of every schedule over a run of a thousand steps."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 import semshift
 from examples.workbench.files import save_figure
-from examples.workbench.reporting.style import STYLE
+from examples.workbench.reporting.style import BLUE, STYLE
 
 __all__ = ["SHOWN", "draw_schedules"]
 
@@ -19,19 +19,19 @@ SHOWN: tuple[semshift.Schedule, ...] = (
     semshift.Sigmoid(0.0, 0.01, steps=600),
     semshift.Then(semshift.Constant(0.0), 200, semshift.Sigmoid(0.0, 0.01, steps=200)),
 )
-"""One of each kind."""
+"""Schedules in the drawing, one of each kind."""
 
 _STEPS = 1000
 
 
 def draw_schedules(path: Path) -> None:
-    """A panel for each, titled by the code that makes it."""
-    with matplotlib.rc_context({**STYLE, "font.size": 13}):
+    """Draw a panel for each schedule, with its code as the title."""
+    with matplotlib.rc_context({**STYLE, "font.size": 14}):
         figure = Figure(figsize=(9, 8), layout="constrained")
         panels = figure.subplots(3, 2, sharex=True, sharey=True).flatten()
         for axes, schedule in zip(panels, SHOWN, strict=True):
-            axes.plot([schedule(step) for step in range(_STEPS)], color="#0072B2", linewidth=2.5)
-            axes.set_title(_code(schedule), fontsize=11.5, family="monospace", weight="normal")
+            axes.plot([schedule(step) for step in range(_STEPS)], color=BLUE, linewidth=2.5)
+            axes.set_title(_code(schedule), fontsize=12, family="monospace", weight="normal")
             axes.grid(color="0.9")
             axes.set(ylim=(-0.0005, 0.0108), yticks=[0, 0.005, 0.01], xticks=[0, 200, 400, 600, 800, 1000])
         for axes in panels[-2:]:

@@ -1,4 +1,4 @@
-"""The pictures of `docs/tutorial.md`, drawn from what its own blocks compute, and what the discriminators see of it."""
+"""Drawings for `docs/tutorial.md` from the results of its own code blocks, and the inputs of the discriminators."""
 
 import contextlib
 import functools
@@ -12,24 +12,26 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 import semshift
+from docs.drawings.legend import name_classes
 from docs.pages import read_blocks
+from examples.scenes import CLASSES
 from examples.workbench.files import save_figure
-from examples.workbench.reporting.style import STYLE, class_colours
+from examples.workbench.reporting.style import BLUE, ORANGE, STYLE, class_colours
 
 __all__ = ["draw_discriminators", "draw_health", "draw_predictions", "draw_scenes"]
 
 _PAGE = Path(__file__).parent.parent / "tutorial.md"
-_LARGE = {**STYLE, "font.size": 13, "axes.titlesize": 13}
-_ORANGE, _BLUE = "#D55E00", "#0072B2"
+_LARGE = {**STYLE, "font.size": 14, "axes.titlesize": 14}
 
 
 @functools.cache
 def _computed() -> dict[str, Any]:
-    """The names that the page's blocks leave behind; takes a minute."""
+    """The variables that the page's code blocks define; takes a minute or two."""
     names: dict[str, Any] = {}
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         for block in read_blocks(_PAGE):
@@ -39,7 +41,7 @@ def _computed() -> dict[str, Any]:
 
 
 def draw_scenes(path: Path) -> None:
-    """Two images of each domain above their labels."""
+    """Draw two images of each domain above their labels."""
     names = _computed()
     pairs = [names["source"][i] for i in (0, 1)] + [names["labelled"][i] for i in (0, 1)]
     with matplotlib.rc_context(_LARGE):
@@ -51,33 +53,38 @@ def draw_scenes(path: Path) -> None:
             _draw_classes(below, label)
             for axes in (above, below):
                 axes.set(xticks=[], yticks=[])
-        _name_classes(figure, names["CLASSES"])
+        name_classes(figure, names["CLASSES"])
         save_figure(figure, path)
 
 
 def draw_health(path: Path) -> None:
-    """The discriminator's accuracy, and the distance of the prototypes, over the steps."""
+    """Draw the discriminator's accuracy and the distance of the prototypes, with and without alignment."""
     names = _computed()
     runs = {"without alignment": names["plain_rows"], "with alignment": names["aligned_rows"]}
     with matplotlib.rc_context(_LARGE):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for (title, rows), colour in zip(runs.items(), ("0.45", _BLUE), strict=True):
+        for (title, rows), colour in zip(runs.items(), (ORANGE, BLUE), strict=True):
             steps = [row["step"] for row in rows]
             accuracy = [(row["source_accuracy"] + row["target_accuracy"]) / 2 for row in rows]
-            left.plot(steps, _smooth(accuracy), color=colour, linewidth=2.5, label=title)
-            right.plot(
-                steps, _smooth([row["prototype_distance"] for row in rows]), color=colour, linewidth=2.5, label=title
-            )
-        left.axhline(0.5, color="0.75", linestyle=":", linewidth=1.5)
-        left.set(title="accuracy, mean of both domains", ylim=(0, 1.05), xlabel="step")
-        right.set(title="distance of the prototypes", ylim=(0, 0.9), xlabel="step")
-        right.legend()
+            distance = [row["prototype_distance"] for row in rows]
+            for axes, values in ((left, accuracy), (right, distance)):
+                axes.plot(steps, values, color=colour, linewidth=1, alpha=0.35)
+                axes.plot(steps, _smooth(values), color=colour, linewidth=2.5, label=title)
+        left.axhline(0.5, color="0.5", linestyle=":", linewidth=1.5)
+        left.text(left.get_xlim()[1], 0.48, "chance", ha="right", va="top")
+        left.set(title="accuracy of the discriminator", ylim=(0, 1.05), yticks=[0, 0.25, 0.5, 0.75, 1])
+        left.set(xlabel="step", ylabel="mean of both domains")
+        right.set(title="distance of the prototypes", ylim=(0, None), xlabel="step")
+        right.yaxis.set_major_locator(MaxNLocator(4))
+        handles = [*right.get_legend_handles_labels()[0], Line2D([], [], color="0.4", linewidth=1, alpha=0.5)]
+        labels = [*runs, "thin: single batches; thick: mean of five"]
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=12)
         save_figure(figure, path)
 
 
 def draw_predictions(path: Path) -> None:
-    """Three test images, their labels, and what each network sees."""
+    """Draw three test images, their labels, and the predictions of both networks."""
     names = _computed()
     shown = [names["test"][i] for i in (0, 1, 4)]
     with matplotlib.rc_context(_LARGE):
@@ -91,12 +98,12 @@ def draw_predictions(path: Path) -> None:
                 axes.set(xticks=[], yticks=[])
         for axes, title in zip(panels[0], ["target image", "labels", "plain", "aligned"], strict=True):
             axes.set_title(title)
-        _name_classes(figure, names["CLASSES"])
+        name_classes(figure, names["CLASSES"])
         save_figure(figure, path)
 
 
 def draw_discriminators(path: Path) -> None:
-    """What either discriminator sees of both domains, and what the one over prototypes answers."""
+    """Draw the inputs of both discriminators in both domains, and the outputs of the one over prototypes."""
     names = _computed()
     classes = names["CLASSES"]
     inputs = {"source": names["source"][:40], "target": names["test"]}
@@ -106,16 +113,16 @@ def draw_discriminators(path: Path) -> None:
         for domain, pairs in inputs.items()
     }
     with matplotlib.rc_context(_LARGE):
-        figure = Figure(figsize=(9, 9.2), layout="constrained")
+        figure = Figure(figsize=(9, 9.8), layout="constrained")
         panels = figure.subplots(3, 2, height_ratios=[1, 1, 1])
         for axes, (domain, pairs) in zip(panels[0], inputs.items(), strict=True):
             with torch.no_grad():
                 _, logits = names["plain"](pairs[0][0][None])
-            colours = torch.from_numpy(class_colours(len(classes))).float() / 255
+            colours = torch.from_numpy(class_colours(classes)).float() / 255
             axes.imshow(torch.einsum("khw,kc->hwc", logits[0].softmax(0), colours).numpy(), interpolation="nearest")
             axes.set_title(f"output map, {domain}")
             axes.set(xticks=[], yticks=[])
-        # Roots, since a few channels are far larger than the rest; they are the outputs of a ReLU.
+        # Square roots, since a few channels are far larger than the rest. All values are outputs of a ReLU.
         seen = {domain: prototypes["plain", domain].sqrt() for domain in inputs}
         largest = max(float(value.max()) for value in seen.values())
         for axes, domain in zip(panels[1], inputs, strict=True):
@@ -123,14 +130,15 @@ def draw_discriminators(path: Path) -> None:
             axes.set_title(f"prototypes, {domain}")
             axes.set(xticks=[], yticks=range(len(classes)), yticklabels=classes, xlabel="64 channels")
         for axes, run, align in zip(panels[2], ("plain", "aligned"), ("plain_align", "align"), strict=True):
-            for domain, marker, colour in (("source", "o", _BLUE), ("target", "X", _ORANGE)):
+            for domain, marker, colour in (("source", "o", BLUE), ("target", "X", ORANGE)):
                 with torch.no_grad():
                     answers = names[align].discriminator(prototypes[run, domain])
                 axes.plot(answers.numpy(), range(len(classes)), marker, color=colour, markersize=10, label=domain)
             axes.axvline(0, color="0.75", linestyle=":", linewidth=1.5)
             axes.set(yticks=range(len(classes)), yticklabels=classes, ylim=(len(classes) - 0.5, -0.5))
-            axes.set(title=f"D_s answers, {run} training", xlabel="logit, positive for source", xlim=(-8, 8))
-        panels[2, 1].legend(loc="lower right")
+            axes.set(title=f"output of D_s, {run} run", xlabel="logit (positive: source)", xlim=(-8, 8))
+        panels[2, 1].legend(loc="lower right", handletextpad=0.1)
+        name_classes(figure, classes)
         save_figure(figure, path)
 
 
@@ -152,16 +160,11 @@ def _picture(image: Tensor) -> np.ndarray:
 
 
 def _draw_classes(axes: Axes, ids: Tensor) -> None:
-    colours = class_colours(8) / 255
-    axes.imshow(ids.numpy(), cmap=ListedColormap(colours), vmin=-0.5, vmax=7.5, interpolation="nearest")
-
-
-def _name_classes(figure: Figure, classes: tuple[str, ...]) -> None:
-    handles = [Patch(color=c, label=name) for c, name in zip(class_colours(len(classes)) / 255, classes, strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize=11, columnspacing=1, handlelength=1)
+    colours = class_colours(CLASSES) / 255
+    axes.imshow(ids.numpy(), cmap=ListedColormap(colours), vmin=-0.5, vmax=len(CLASSES) - 0.5, interpolation="nearest")
 
 
 def _smooth(values: list[float]) -> np.ndarray:
-    """A mean over five neighbours, fewer at the ends."""
+    """Running mean of five neighbours, of fewer at both ends."""
     ones = np.ones(5)
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")

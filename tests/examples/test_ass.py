@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from examples import ass
-from examples.scenes import CLASSES, Scenes
+from examples.scenes import CLASS_COLOURS, CLASSES, Scenes
 
 SOURCE = Path(ass.__file__).read_text()
 FEW = ass.Settings(steps=5, batch_size=1, device="cpu")
@@ -96,6 +99,29 @@ def test_mean_iou():
         values.append(float(both / either))
     assert ass.mean_iou(predictions, labels) == pytest.approx(sum(values) / len(values), abs=1e-6)
     assert ass.mean_iou(labels, labels) == 1
+
+
+def test_the_picture_says_what_it_shows(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    scenes = Scenes("target", "test", 5, seed=3)
+    labels = torch.stack([torch.from_numpy(scenes[i].label).long() for i in range(5)])
+    sky = torch.zeros_like(labels)
+    settings = dataclasses.replace(FEW, seed=3, labelled=7, out=tmp_path)
+    ass.draw(settings, scenes, labels, {"joint": sky, "ass": labels})
+    found = [text.get_text() for text in drawn[0].findobj(Text)]
+    titles = ["target image", "ground truth", f"joint\nmIoU {100 * ass.mean_iou(sky, labels):.1f}", "ASS\nmIoU 100.0"]
+    assert [axes.get_title() for axes in drawn[0].axes[:4]] == titles
+    assert any(all(part in text for part in ("labelled target images: 7", "one seed: 3", "5")) for text in found)
+    legend = drawn[0].legends[0]
+    assert [text.get_text() for text in legend.texts] == list(CLASSES)
+    assert [patch.get_facecolor()[:3] for patch in legend.get_patches()] == [to_rgb(c) for c in CLASS_COLOURS]
+    # A class has its legend's colour in every map.
+    for axes in (drawn[0].axes[i] for i in (1, 2, 3, 5)):
+        (image,) = axes.images
+        assert image.to_rgba(image.get_array())[..., :3].reshape(-1, 3).tolist()[0] == pytest.approx(
+            to_rgb(CLASS_COLOURS[int(image.get_array()[0, 0])])
+        )
 
 
 def test_segmenter_shapes():

@@ -1,4 +1,4 @@
-"""Masks whose colours mean classes: the table of colours, and ids from a mask."""
+"""Masks in colours: the table from colours to classes, and the class ids of a mask."""
 
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ Colour = tuple[int, int, int]
 def open_table(
     colours: Mapping[str, Colour] | str, root: Path, classes: Sequence[str], ignore_index: int
 ) -> tuple[dict[Colour, int], list[str]]:
-    """Index in `classes` by colour, `ignore_index` for the colours of other names; and those names."""
+    """Table from colour to index in `classes`, or to `ignore_index` for names outside `classes`; and those names."""
     known = _read_labelmap(path_below(root, colours)) if isinstance(colours, str) else colours
     by_name = {unicodedata.normalize("NFC", name): tuple(colour) for name, colour in known.items()}
     indices = {unicodedata.normalize("NFC", name): k for k, name in enumerate(classes)}
@@ -32,8 +32,8 @@ def open_table(
 
 
 def ids_of_colours(mask: Image.Image, table: Mapping[Colour, int]) -> np.ndarray:
-    """Ids, `uint8 [H, W]`, of the pixels of a mask in mode RGB."""
-    # Red is the lowest of four bytes. Only the pages of the colours that occur are ever in memory.
+    """Class ids `uint8 [H, W]` of a mask in mode RGB."""
+    # Red is the lowest of four bytes. The table is large, but only the pages of colours that occur are in memory.
     colours = np.asarray(mask.convert("RGBA")).view("<u4")[..., 0] & 0xFFFFFF
     ids_plus_1 = np.zeros(1 << 24, np.uint16)
     for (r, g, b), index in table.items():
@@ -46,12 +46,12 @@ def ids_of_colours(mask: Image.Image, table: Mapping[Colour, int]) -> np.ndarray
             f"{[int(unknown[i]) >> shift & 255 for shift in (0, 8, 16)]} ({counts[i]} pixels)" for i in order[:3]
         )
         more = f" and {len(unknown) - 3} more colours" if len(unknown) > 3 else ""
-        raise ValueError(f"expected the colours of the table, got {some}{more}")
+        raise ValueError(f"expected only colours of the table, got {some}{more}")
     return np.asarray(found - 1, np.uint8)
 
 
 def _read_labelmap(file: Path) -> dict[str, Colour]:
-    """Colours by name, in the format of CVAT's `labelmap.txt`: a line `name:red,green,blue::` each."""
+    """Colours by name, from a file like CVAT's `labelmap.txt` with lines `name:red,green,blue::`."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -70,8 +70,6 @@ def _read_labelmap(file: Path) -> dict[str, Colour]:
             )
         r, g, b = map(int, channels)
         if name in colours or (r, g, b) in colours.values():
-            raise InputError(
-                f"expected different names and colours, got {line!r} after the like: {file}, line {number}"
-            )
+            raise InputError(f"expected a new name and colour in every line, got {line!r} again: {file}, line {number}")
         colours[name] = (r, g, b)
     return colours

@@ -42,14 +42,13 @@ def predict_files(
     if overlay and (both := [name for name in files if f"{name}_overlay" in files]):
         file, other = files[both[0]], files[f"{both[0]}_overlay"]
         raise InputError(f"with --overlay, {file} and {other} would both be written to {other.stem}.png; rename one")
-    k = len(network.data.classes)
     for name, file in bar(files.items(), desc="predict", unit="image", leave=False):
         image = read_image(file)
         logits = network.logits(image)
         mask = classes_of(logits)
-        save_mask(out / f"{name}.png", mask, k)
+        save_mask(out / f"{name}.png", mask, network.data.classes)
         if overlay:
-            save_picture(out / f"{name}_overlay.png", blend(image, mask, k))
+            save_picture(out / f"{name}_overlay.png", blend(image, mask, network.data.classes))
         if probabilities:
             _save_probabilities(out / f"{name}.npz", logits.softmax(0).half().cpu().numpy(), network.data.classes)
     return len(files)

@@ -1,5 +1,6 @@
-"""Index masks as files that also show their classes' colours."""
+"""Index masks as files whose palette shows the classes in colour."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,11 @@ from examples.workbench.reporting.style import IGNORED, class_colours
 __all__ = ["blend", "save_mask", "save_picture"]
 
 
-def save_mask(file: Path, ids: np.ndarray, num_classes: int) -> None:
+def save_mask(file: Path, ids: np.ndarray, classes: Sequence[str]) -> None:
     """Write class ids `uint8 [H, W]` as a PNG whose pixels are the ids and whose palette has the report's colours."""
     picture = Image.fromarray(ids)
     palette = np.tile(IGNORED.astype(np.uint8), (256, 1))
-    palette[:num_classes] = class_colours(num_classes)
+    palette[: len(classes)] = class_colours(classes)
     picture.putpalette(palette.tobytes())
     save_picture(file, picture)
 
@@ -26,6 +27,6 @@ def save_picture(file: Path, picture: Image.Image) -> None:
     write_whole(file, lambda to: picture.save(to, format="png"))
 
 
-def blend(image: np.ndarray, ids: np.ndarray, num_classes: int) -> Image.Image:
-    """An image `uint8 [H, W, 3]` under the colours of its classes, in equal parts."""
-    return Image.blend(Image.fromarray(image), Image.fromarray(class_colours(num_classes)[ids]), 0.5)
+def blend(image: np.ndarray, ids: np.ndarray, classes: Sequence[str]) -> Image.Image:
+    """Mix an image `uint8 [H, W, 3]` and the colours of its classes in equal parts."""
+    return Image.blend(Image.fromarray(image), Image.fromarray(class_colours(classes)[ids]), 0.5)

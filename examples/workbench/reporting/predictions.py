@@ -1,4 +1,4 @@
-"""Predictions of a segmenter as pictures, in the classes' colours."""
+"""Predictions of a segmenter as pictures in the colours of the classes."""
 
 import math
 
@@ -14,19 +14,19 @@ from examples.workbench.reporting.style import IGNORED, STRIPE, class_colours
 __all__ = ["choose_shown", "draw_predictions", "paint_classes"]
 
 _SHOWN, _LONGEST = 4, 512
-"""Number of images that are shown, and the longest side of a picture of one, in pixels."""
+"""Number of images in a report, and the longest side of an image in it, in pixels."""
 
 
 def choose_shown(samples: Samples) -> list[Sample]:
-    """A few of the images, at equal distances from the first to the last."""
+    """A few images, evenly spaced from the first to the last."""
     indices = np.linspace(0, len(samples) - 1, min(_SHOWN, len(samples))).round().astype(int)
     return [samples[index] for index in indices.tolist()]
 
 
 def draw_predictions(segmenter: nn.Module, samples: Samples, data: Data) -> list[np.ndarray]:
-    """Image, ground truth and prediction side by side, `uint8 [H, 3 * W, 3]`, of a few images.
+    """Pictures `uint8 [H, 3 * W, 3]` of a few images: image, ground truth and prediction side by side.
 
-    The segmenter is in evaluation mode. Large images are thinned out.
+    The segmenter must be in evaluation mode. Large images are subsampled.
     """
     pictures = []
     for sample in choose_shown(samples):
@@ -38,9 +38,9 @@ def draw_predictions(segmenter: nn.Module, samples: Samples, data: Data) -> list
 
 
 def paint_classes(ids: np.ndarray, data: Data) -> np.ndarray:
-    """Class ids `[H, W]` in their colours, with hatching where there is no class."""
+    """Class ids `[H, W]` as a picture in the colours of the classes, hatched where a pixel has no class."""
     ignored = ids == data.ignore_index
-    picture: np.ndarray = class_colours(len(data.classes))[np.where(ignored, 0, ids)]
+    picture: np.ndarray = class_colours(data.classes)[np.where(ignored, 0, ids)]
     period = max(4, ids.shape[1] // 24)
     stripe = np.indices(ids.shape).sum(0) % period < period // 3
     picture[ignored] = IGNORED

@@ -1,4 +1,4 @@
-"""Evaluation of a segmenter: intersection over union of each class over a whole set of images."""
+"""Evaluation of a segmenter: intersection over union (IoU) of each class over a set of images."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,14 +22,14 @@ __all__ = ["Scores", "classes_of", "evaluate", "mean_iou", "predict", "score_tab
 
 
 class Scores(NamedTuple):
-    """Intersection over union of each class, and their mean."""
+    """IoU of each class, and their mean."""
 
     iou: dict[str, float | None]
-    """A class's name to its IoU in [0, 1]; None for a class that is neither in the labels nor in the predictions."""
+    """Name of a class to its IoU in [0, 1]; None for a class that is neither in the labels nor in the predictions."""
     miou: float | None
     """Mean over the classes that have an IoU; None where nothing was evaluated."""
     unlabelled: list[str]
-    """Classes of which the labels show no pixel; where such a class is predicted, its IoU is 0."""
+    """Classes without a labelled pixel; if such a class is predicted, its IoU is 0."""
 
 
 def evaluate(
@@ -42,16 +42,16 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
 ) -> Scores:
-    """Scores of a segmenter over all images, counted at the labels' own size.
+    """Scores of a segmenter over all images, counted at the size of the labels.
 
     Args:
         segmenter: maps images `[1, 3, *data.size]` to a `Segmentation`, in evaluation mode.
         samples: images with labels.
-        data: the classes, the size of the images that the segmenter sees, and the label of pixels that do not count.
+        data: the classes, the size at which the segmenter sees the images, and the label of ignored pixels.
         predictions: folder for the predicted masks, `NAME.png`, see `save_mask`.
         progress: title of the progress bar; None shows no bar.
-        rank: of this process. Each evaluates its own images and writes their masks.
-        world_size: number of processes. All return the same scores.
+        rank: of this process. Each process evaluates its own images and writes their masks.
+        world_size: number of processes. All processes return the same scores.
     """
     device = next(segmenter.parameters()).device
     metric = MulticlassJaccardIndex(
@@ -65,8 +65,8 @@ def evaluate(
         pixels += torch.from_numpy(np.bincount(sample.label.ravel(), minlength=256))
         metric.update(torch.from_numpy(predicted)[None].to(device), torch.from_numpy(sample.label)[None].to(device))
         if predictions is not None:
-            save_mask(predictions / f"{sample.name}.png", predicted, len(data.classes))
-    # Where there are several ranks, this adds up their counts.
+            save_mask(predictions / f"{sample.name}.png", predicted, data.classes)
+    # With several ranks, this adds up their counts.
     values = metric.compute().tolist()
     iou = {name: None if math.isnan(value) else value for name, value in zip(data.classes, values)}
     miou = mean_iou(iou, data.classes)
@@ -82,7 +82,7 @@ def segment(
 ) -> Tensor:
     """Logits `float32 [K, *shape]` of an image `uint8 [H, W, 3]` that the segmenter sees at `size`.
 
-    Without `shape` they have the image's.
+    By default, `shape` is that of the image.
     """
     images = image_tensor(resize_image(image, size))[None].to(next(segmenter.parameters()))
     return upsample(segmenter(images).logits.float(), shape or image.shape[:2])[0]
@@ -91,7 +91,7 @@ def segment(
 def predict(
     segmenter: nn.Module, image: np.ndarray, size: tuple[int, int], shape: Sequence[int] | None = None
 ) -> np.ndarray:
-    """Predicted class of each pixel `uint8 [*shape]`, as in `segment`."""
+    """Predicted class of each pixel, `uint8 [*shape]`; arguments as in `segment`."""
     return classes_of(segment(segmenter, image, size, shape))
 
 
@@ -102,7 +102,7 @@ def classes_of(logits: Tensor) -> np.ndarray:
 
 
 def mean_iou(iou: Mapping[str, float | None], classes: Sequence[str]) -> float | None:
-    """Mean IoU of the named classes, over those that have an IoU; None if none has."""
+    """Mean IoU of the named classes that have an IoU; None if no class has one."""
     values = [value for name in classes if (value := iou[name]) is not None]
     return sum(values) / len(values) if values else None
 
@@ -115,8 +115,8 @@ def subset_means(iou: Mapping[str, float | None], subsets: Mapping[str, Sequence
 def score_table(scores: Scores, *, subsets: Mapping[str, Sequence[str]], only: str | None = None) -> str:
     """Scores in percent as lines of text: each class, the mean over all, and the mean over each subset.
 
-    A mean says how many of its classes have an IoU. With `only`, a subset's name, the classes of that subset and their
-    mean.
+    Beside each mean stands how many of its classes have an IoU. `only` is the name of a subset: the table then has the
+    classes of that subset and their mean.
     """
     lists = {"all classes": list(scores.iou), **subsets}
     rows = {name: scores.iou[name] for name in (subsets[only] if only else scores.iou)}

@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.workbench.files import save_figure, write_whole
-from examples.workbench.reporting.style import STYLE
+from examples.workbench.reporting.style import BLUE, ORANGE, STYLE
 from examples.workbench.studies.report import (
     count_classes,
     duration,
@@ -32,10 +33,12 @@ Results = Mapping[str, tuple[Study, Sequence[Record]]]
 def write_summary(found: Results, path: Path, command: str) -> str:
     """Write the table to `path`, and the figure beside it as `.png`.
 
-    Returns the table. The file names below it the `command` that wrote it.
+    Returns the table. In the file, the figure and the `command` that wrote it follow the table.
     """
     table = summary_table(found)
-    write_whole(path, lambda to: to.write_text(f"{table}\n`{command}`\n", encoding="utf-8"))
+    alternative = "Difference of each row to the baseline, by study: each seed, the mean, and two standard errors"
+    text = f"{table}\n![{alternative}]({path.stem}.png)\n\n`{command}`\n"
+    write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
     draw_summary(path.with_suffix(".png"), found)
     return table
 
@@ -45,16 +48,17 @@ def summary_table(found: Results) -> str:
     columns = pd.DataFrame({name: _cells(*of) for name, of in found.items()}).reindex(_rows(found)).fillna("–")
     columns.index.name = "row"
     notes = [
-        f"- `{name}`: {study.title}. On {study.split} images, over {count_classes(study, results)}; differences to "
-        f"{study.baseline}; {len(results)} runs, {duration(results)} in all, every one `train "
-        f"{' '.join(as_arguments(study.train))}`."
+        f"- `{name}`: {study.title}. mIoU on the {study.split} images over {count_classes(study, results)}. Baseline: "
+        f"`{study.baseline}`. {len(results)} runs, {duration(results)} in total, each with "
+        f"`train {' '.join(as_arguments(study.train))}`."
         for name, (study, results) in found.items()
     ]
     parts = [
         f"## Summary of {', '.join(found)}",
-        "mIoU in percent: mean ± sample standard deviation over the seeds; then the difference to the baseline with "
-        "the same seed: mean ± standard error; in brackets the number of seeds. A difference below two of its errors "
-        "may be chance. Rows with other numbers of seeds compare by their differences only.",
+        "Each cell has three parts. The first is mIoU in percent: mean ± sample standard deviation over the seeds. The "
+        "second is the difference to the baseline with the same seed: mean ± standard error. The number of seeds is in "
+        "brackets. A difference below two standard errors is not statistically significant. Where two rows have "
+        "different numbers of seeds, compare their differences only.",
         columns.to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * len(found)),
         "\n".join(notes),
     ]
@@ -65,13 +69,16 @@ def draw_summary(path: Path, found: Results) -> None:
     """Draw the differences to the baseline: a panel for each study, a line for each row, a dot for each seed."""
     rows = _rows(found)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.7 + 4.0 * len(found), 2.4 + 0.5 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(max(9.0, 1.5 + 2.5 * len(found)), 2.2 + 0.55 * len(rows)), layout="constrained")
         # One scale, so that a point of mIoU has the same length in every panel.
         all_axes = figure.subplots(1, len(found), sharex=True, sharey=True, squeeze=False)[0]
         for axes, (study, results) in zip(all_axes, found.values(), strict=True):
-            axes.set_title(textwrap.fill(study.title, 32))
-            axes.set_xlabel(f"worse  ←  points of mIoU against {study.baseline}  →  better")
+            axes.set_title(textwrap.fill(study.title, 22))
+            axes.set_xlabel(f"points against {study.baseline}\nworse  ←  →  better")
             _draw_differences(axes, study, results, rows)
+        for axes in all_axes:
+            # After all panels, whose scale is one.
+            style_rows(axes)
         all_axes[0].set_yticks(range(len(rows)), rows)
         all_axes[0].set_ylim(len(rows) - 0.4, -0.7)
         figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
@@ -85,7 +92,7 @@ def _rows(found: Results) -> list[str]:
 
 
 def _cells(study: Study, results: Sequence[Record]) -> pd.Series:
-    """What the table says of each row of a study."""
+    """Cells of one study's column, by row."""
     miou, differences, _ = tabulate(study, results)
     means = format_spread(miou.mean(axis=1), miou.std(axis=1))
     changes = format_spread(differences.mean(axis=1), differences.sem(axis=1), sign="+")
@@ -101,14 +108,18 @@ def _draw_differences(axes: Axes, study: Study, results: Sequence[Record], rows:
     axes.axvline(0, color="0.5", linewidth=1, zorder=0)
     for index, seed in enumerate(differences):
         label = "_" if index else "one seed"
-        axes.plot(differences[seed], lines + 0.2, "o", color="#0072B2", markersize=5, alpha=0.7, label=label)
-    bars = axes.errorbar(means, lines, xerr=2 * errors, fmt="D", color="#D55E00", capsize=4, elinewidth=2)
-    bars.set_label("mean ± 2 standard errors; may be chance where it crosses 0")
+        axes.plot(differences[seed], lines + 0.2, "o", color=BLUE, markersize=5, alpha=0.7, label=label)
+    several = errors.notna()
+    bars = axes.errorbar(means[several], lines[several], xerr=2 * errors[several], fmt="D", **_BARS)
+    bars.set_label("mean ± 2 standard errors; not significant where it crosses 0")
     for line, (row, mean) in enumerate(means.items()):
         if not math.isnan(mean):
-            axes.text(mean, line - 0.15, format_number(mean, "+"), ha="center", va="bottom", fontsize=10)
+            text = format_number(mean, "+") if several[row] else f"{format_number(mean, '+')}, one seed"
+            axes.text(mean, line - 0.15, text, ha="center", va="bottom", fontsize=11)
             continue
         note = f"mIoU {format_number(miou.loc[row].mean())}" if row in miou.index else "not run"
         look = {"boxstyle": "square", "facecolor": "white", "edgecolor": "none"}
-        axes.text(0, line, note, ha="center", va="center", fontsize=10, bbox=look)
-    style_rows(axes)
+        axes.text(0, line, note, ha="center", va="center", fontsize=11, bbox=look)
+
+
+_BARS: Any = {"color": ORANGE, "capsize": 4, "elinewidth": 2}

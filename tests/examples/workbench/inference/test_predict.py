@@ -64,7 +64,7 @@ def test_a_mask_holds_ids_and_shows_colours(predict, images, tmp_path, trained):
     ids = load_run(trained.run).predict(np.asarray(Image.open(image)))
     assert mask.mode == "P"
     np.testing.assert_array_equal(np.asarray(mask), ids)
-    np.testing.assert_array_equal(np.asarray(mask.convert("RGB")), class_colours(3)[ids])
+    np.testing.assert_array_equal(np.asarray(mask.convert("RGB")), class_colours(["a", "b", "c"])[ids])
 
 
 def test_overlay_and_probabilities(predict, images, tmp_path):
@@ -73,7 +73,7 @@ def test_overlay_and_probabilities(predict, images, tmp_path):
     assert names(tmp_path / "masks") == ["a.npz", "a.png", "a_overlay.png"]
     mask = np.asarray(Image.open(tmp_path / "masks" / "a.png"))
     overlay = np.asarray(Image.open(tmp_path / "masks" / "a_overlay.png")).astype(float)
-    half = (np.asarray(Image.open(images / "a.png")).astype(float) + class_colours(3)[mask]) / 2
+    half = (np.asarray(Image.open(images / "a.png")).astype(float) + class_colours(["a", "b", "c"])[mask]) / 2
     assert np.abs(overlay - half).max() <= 0.5
     with np.load(tmp_path / "masks" / "a.npz") as file:
         probabilities, classes = file["probabilities"], file["classes"]

@@ -33,7 +33,7 @@ def samples(count, height=40, width=48):
 
 def test_image_truth_and_prediction_side_by_side():
     (picture,) = draw_predictions(SecondClass(), samples(1), DATA)
-    colours = class_colours(2)
+    colours = class_colours(["a", "b"])
     assert picture.dtype == np.uint8
     assert picture.shape == (40, 3 * 48, 3)
     assert (picture[:, :48] == 9).all()

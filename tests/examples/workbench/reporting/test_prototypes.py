@@ -11,6 +11,8 @@ from examples.workbench.data_settings import Data
 from examples.workbench.networks.segmentation import Segmentation
 from examples.workbench.reporting.prototypes import draw_prototypes, pool_prototypes
 
+NAMES = [f"class {k}" for k in range(9)]
+
 
 class Features(nn.Conv2d):
     def forward(self, images):
@@ -43,7 +45,7 @@ def test_prototypes_lie_on_their_principal_axes():
     flat = random.normal(size=(2, 4, 2)) * [5, 1]
     source, target = flat @ plane.T + 3
     axes = Figure().add_subplot()
-    draw_prototypes(axes, source, target)
+    draw_prototypes([axes], [(source, target)], NAMES[: len(source)])
     drawn = [line.get_xydata()[0] for mark in "oX" for line in axes.lines if line.get_marker() == mark]
     before, after = flat.reshape(8, 2), np.array(drawn)
 
@@ -64,7 +66,7 @@ def test_axes_never_flip(seed):
     # Along a line on which every channel grows, further is to the right.
     steps = np.random.default_rng(seed).normal(size=(2, 5, 1))
     axes = Figure().add_subplot()
-    draw_prototypes(axes, *(steps * [1.0, 2.0, 3.0]))
+    draw_prototypes([axes], [tuple(steps * [1.0, 2.0, 3.0])], NAMES[:5])
     right = [line.get_xydata()[0, 0] for line in axes.lines if line.get_marker() == "o"]
     np.testing.assert_array_equal(np.argsort(right), np.argsort(steps[0, :, 0]))
 
@@ -75,7 +77,7 @@ def test_domain_gap_by_hand_without_the_absent_class():
     target = source + np.array([0.0, 0.0, 2.0])
     target[3] = np.nan
     axes = Figure().add_subplot()
-    draw_prototypes(axes, source, target)
+    draw_prototypes([axes], [(source, target)], NAMES[: len(source)])
     *numbers, gap = [text.get_text() for text in axes.texts]
     assert numbers == ["0", "1", "2"]
     assert "0.50" in gap
@@ -92,5 +94,27 @@ def test_domain_gap_by_hand_without_the_absent_class():
 )
 def test_few_prototypes_are_drawn(source, target, drawn):
     axes = Figure().add_subplot()
-    draw_prototypes(axes, np.array(source), np.array(target))
+    draw_prototypes([axes], [(np.array(source), np.array(target))], NAMES[: len(source)])
     assert [text.get_text() for text in axes.texts] == drawn
+
+
+def test_panels_share_their_axes():
+    """Prototypes that only moved together are drawn at the same places; others at the same scale."""
+    random = np.random.default_rng(0)
+    source, target = random.normal(size=(2, 5, 8))
+    before, moved, closer = Figure().subplots(1, 3)
+    pairs = [(source, target), (source + 3, target + 3), (source, (source + target) / 2)]
+    draw_prototypes([before, moved, closer], pairs, NAMES[:5])
+
+    def drawn(axes):
+        return np.array([[line.get_xydata()[0] for line in axes.lines if line.get_marker() == mark] for mark in "oX"])
+
+    np.testing.assert_allclose(drawn(moved), drawn(before), atol=1e-12)
+    # A projection keeps the halves.
+    np.testing.assert_allclose(np.diff(drawn(closer), axis=0), np.diff(drawn(before), axis=0) / 2, atol=1e-12)
+    for axes in (before, moved, closer):
+        assert axes.get_xlim() == before.get_xlim()
+        assert axes.get_ylim() == before.get_ylim()
+        for (low, high), values in zip((axes.get_xlim(), axes.get_ylim()), drawn(axes).reshape(-1, 2).T):
+            assert low < values.min()
+            assert high > values.max()

@@ -38,6 +38,15 @@ class Network(nn.Module):
         return Segmentation(features, self.classifier(features))
 
 
+class Constant(Network):
+    """Predicts one class everywhere."""
+
+    def __init__(self, predicted):
+        super().__init__(0)
+        nn.init.zeros_(self.classifier.weight)
+        self.classifier.bias.data = nn.functional.one_hot(torch.tensor(predicted), 3).float()
+
+
 def images(count=5, *, shape=(32, 48), classes=3):
     found = []
     for i in range(count):
@@ -107,10 +116,13 @@ def test_every_key_of_the_history_is_a_curve(figure_of):
         assert sum(np.array_equal(curve[:, 1], column) for curve in drawn) == 1, key
 
 
-def test_curves_are_running_means_of_two_batches(figure_of):
-    # Of 60 rows, 60 // 25 = 2 make a point: itself and the one before; the first has none before it.
-    rows = [{"step": i, "loss/segmentation": float(i % 2)} for i in range(60)]
-    assert [0.0] + [0.5] * 59 in [curve[:, 1].tolist() for curve in curves(figure_of(history=rows))]
+def test_curves_are_running_means_over_the_raw_ones(figure_of):
+    # Of 60 rows, 60 // 10 = 6 make a point: three before it, itself and two after it; fewer at the ends.
+    values = [float(i % 2) for i in range(60)]
+    drawn = curves(figure_of(history=[{"step": i, "loss/segmentation": value} for i, value in enumerate(values)]))
+    means = [np.mean(values[max(0, i - 3) : i + 3]) for i in range(60)]
+    assert any(np.array_equal(curve[:, 1], values) for curve in drawn)
+    assert any(len(curve) == 60 and np.allclose(curve[:, 1], means) for curve in drawn)
 
 
 def test_values_that_are_missing_or_not_finite_leave_gaps(figure_of):
@@ -128,7 +140,7 @@ def test_images_stand_beside_their_labels_and_predictions(figure_of):
     validation = images()
     pictures = [picture.get_array() for picture in figure_of(validation=validation).findobj(AxesImage)]
     assert len(pictures) == 4 * 4
-    colours = class_colours(3)
+    colours = class_colours(["road", "sky_", "$ign"])
     for row, index in enumerate([0, 1, 3, 4]):
         image, label, *predictions = pictures[4 * row : 4 * row + 4]
         sample = validation[index]
@@ -148,10 +160,33 @@ def test_the_report_names_what_it_shows(figure_of):
         for sample in images(1)
     ]
     expected = ["0 road", "1 sky_", "2 $ign", "no class", "step 8", "Prototypes, step 9", "A run", "chance"]
+    expected += [
+        "single batches",
+        "running mean of 6 logged batches",
+        "IoU of each class in percent, 5 target images",
+    ]
     assert {*expected, "Global discriminator", "Semantic discriminator"} <= set(found)
     # Of a long name the middle is left out.
-    assert "0" + "x" * 11 + "…" + "y" * 25 in found
-    assert f"{100 * accuracies[0]:.0f} % of pixels right" in found
+    assert "0" + "x" * 7 + "…" + "y" * 17 in found
+    assert f"{100 * accuracies[0]:.0f} % of pixels correct" in found
+
+
+def test_iou_is_that_of_the_predictions(figure_of):
+    """Of each class and segmenter, by loops, with their mean in the titles; class 2 occurs nowhere."""
+    validation = images(3, classes=2)
+    found = texts(figure_of(validation=validation, before=("step 8", Constant(0)), after=("step 9", Constant(1))))
+    labels = np.stack([sample.label for sample in validation])
+    shares = [100 * (labels == k).sum() / (labels != 255).sum() for k in range(2)]
+    assert f"{shares[0]:.1f} → 0.0" in found
+    assert f"0.0 → {shares[1]:.1f}" in found
+    assert "– → –" in found
+    assert f"step 8\nmIoU {shares[0] / 2:.1f}" in found
+    assert f"step 9\nmIoU {shares[1] / 2:.1f}" in found
+
+
+def test_iou_and_its_title_are_of_at_most_40_images(figure_of):
+    found = texts(figure_of(validation=images(41)))
+    assert "IoU of each class in percent, 40 of 41 target images" in found
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
 import numpy as np
+import pytest
+import yaml
 
+from examples.scenes import CLASS_COLOURS, CLASSES
+from examples.workbench.options import PRESETS
 from examples.workbench.reporting.style import IGNORED, class_colours
 
 # How colour-blind eyes see linear RGB, at full severity: Machado, Oliveira and Fernandes 2009, table 1.
@@ -33,18 +37,60 @@ def lab(colours, sight):
     return np.stack([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])], axis=1)
 
 
-def test_twelve_colours_and_the_grey_differ_for_every_eye():
-    colours = np.concatenate([class_colours(12), [IGNORED]])
-    for sight in SIGHTS.values():
-        points = lab(colours, sight)
-        distances = np.linalg.norm(points[:, None] - points, axis=-1) + 1000 * np.eye(13)
-        # Two units are just noticeable; 18 are told apart without comparing.
-        assert distances.min() >= 18
+def smallest_distance(colours):
+    """Over all pairs of colours and all kinds of sight."""
+    points = [lab(colours, sight) for sight in SIGHTS.values()]
+    distances = [np.linalg.norm(p[:, None] - p, axis=-1) + 1000 * np.eye(len(p)) for p in points]
+    return np.min(distances)
+
+
+# Two units are just noticeable; 18 are told apart without comparing.
+@pytest.mark.parametrize("preset", [None, "camvid-kitti", "idd-camvid"])
+def test_classes_and_ignored_pixels_differ_in_every_sight(preset):
+    classes = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())["data"]["classes"] if preset else CLASSES
+    assert smallest_distance(np.concatenate([class_colours(classes), [IGNORED]])) >= 18
+
+
+def test_twelve_unknown_classes_differ_in_every_sight():
+    colours = class_colours([f"class {k}" for k in range(12)])
+    assert smallest_distance(np.concatenate([colours, [IGNORED]])) >= 18
+
+
+def test_the_distance_finds_colours_that_only_some_eyes_confuse():
+    """Red and green of the same lightness, which differ in ordinary sight."""
+    colours = np.array([[200, 90, 60], [120, 140, 60]])
+    assert np.linalg.norm(np.diff(lab(colours, SIGHTS["ordinary"]), axis=0)) > 50
+    assert smallest_distance(colours) < 18
+
+
+def hues(classes):
+    """The name of each colour's strongest channel, or grey."""
+    return {
+        name: "grey" if np.ptp(colour.astype(int)) < 16 else ["red", "green", "blue"][int(colour.argmax())]
+        for name, colour in zip(classes, class_colours(classes), strict=True)
+    }
+
+
+def test_classes_have_the_colours_that_readers_expect():
+    expected = {"sky": "blue", "road": "grey", "vegetation": "green", "car": "blue", "person": "red", "pole": "grey"}
+    assert expected.items() <= hues(CLASSES).items()
+    scenes = class_colours(CLASSES)
+    assert [f"#{bytes(colour).hex()}" for colour in scenes] == list(CLASS_COLOURS)
+    other = ["Tree", "sidewalk", "far_object", "pedestrian", "vehicle", "sky", "drivable", "pole"]
+    same = ["vegetation", "pavement", "building", "person", "car", "sky", "road", "pole"]
+    np.testing.assert_array_equal(class_colours(other), scenes[[CLASSES.index(name) for name in same]])
+
+
+def test_classes_of_one_meaning_and_unknown_ones_have_colours_of_their_own():
+    colours = class_colours(["moon", "tree", "vegetation", "sky", "sun"])
+    assert len(np.unique(colours, axis=0)) == 5
+    np.testing.assert_array_equal(colours[[1, 3]], class_colours(["vegetation", "sky"]))
 
 
 def test_shades_are_all_different_and_then_repeat():
-    colours = class_colours(40)
+    names = [f"class {k}" for k in range(40)]
+    colours = class_colours(names)
     assert colours.dtype == np.uint8
     assert len(np.unique(colours[:36], axis=0)) == 36
     np.testing.assert_array_equal(colours[36:], colours[:4])
-    np.testing.assert_array_equal(class_colours(7), colours[:7])
+    np.testing.assert_array_equal(class_colours(names[:7]), colours[:7])

@@ -32,7 +32,7 @@ def test_table_by_hand():
         ["row", "first", "second"],
         ["joint", "43.0 ± 3.6 (3)", "50.0 ± 0.0 (3)"],
         ["late", "48.0 ± 2.6, +5.0 ± 1.7 (3)", "51.0 ± 1.4, +1.0 ± 1.0 (2)"],
-        ["bare", "–", "45.0 ± –, -5.0 ± – (1)"],
+        ["bare", "–", "45.0, -5.0 (1)"],
     ]
     notes = table.splitlines()[-2:]
     for note, words in zip(notes, (("first", "A study", "6 runs"), ("second", "Another", "--steps=9", "6 runs"))):
@@ -61,18 +61,21 @@ def test_the_figure_has_a_panel_for_each_study_and_a_dot_for_each_seed(monkeypat
     ):
         seeds = [line.get_xdata() for line in axes.lines if line.get_marker() == "o"]
         np.testing.assert_allclose(np.transpose(seeds), dots)
+        # A row with one seed has no error.
         ((points, _, (bars,)),) = axes.containers
-        assert points.get_xdata()[1] == pytest.approx(mean)
-        assert bars.get_segments()[1][:, 0] == pytest.approx([mean - bar, mean + bar])
+        assert points.get_xdata() == pytest.approx([mean])
+        assert bars.get_segments()[0][:, 0] == pytest.approx([mean - bar, mean + bar])
     assert [text.get_text() for text in panels[0].texts] == ["mIoU 43.0", "+5.0", "not run"]
-    assert [text.get_text() for text in panels[1].texts] == ["mIoU 50.0", "+1.0", "-5.0"]
+    assert [text.get_text() for text in panels[1].texts] == ["mIoU 50.0", "+1.0", "-5.0, one seed"]
     assert panels[0].get_xlim() == panels[1].get_xlim()
 
 
 def test_table_and_figure_stand_beside_each_other(tmp_path):
     table = write_summary(FOUND, tmp_path / "all.md", "python -m examples.workbench study first second")
     text = (tmp_path / "all.md").read_text(encoding="utf-8")
-    assert text == f"{table}\n`python -m examples.workbench study first second`\n"
+    assert text.startswith(table)
+    assert "](all.png)" in text
+    assert text.endswith("\n\n`python -m examples.workbench study first second`\n")
     assert {path.name for path in tmp_path.iterdir()} == {"all.md", "all.png"}
 
 
