@@ -227,7 +227,7 @@ def test_the_check_tells_of_colours_that_are_no_class():
     cvat()
     data = dataclasses.replace(settings("CVAT").data, size=(48, 64))
     notes = check_data(Settings(method="labelled-only", data=data), Path()).notes
-    assert any("background" in note and "no class" in note for note in notes)
+    assert any("background" in note and "ignored" in note for note in notes)
 
 
 def test_every_recipe_has_its_test():

@@ -9,12 +9,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import nn
+from torchmetrics.classification import MulticlassJaccardIndex
 
 from examples.scenes import Sample
 from examples.workbench.data.samples import Samples, Subset
@@ -77,7 +79,7 @@ def draw_report(
         figure = Figure(figsize=(_WIDTH, sum(heights) + 0.5), layout="constrained")
         figure.suptitle(textwrap.fill(title, 70), fontsize=15, weight="bold", x=0.01, ha="left")
         parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
-        _draw_images(parts[0], shown, segmenters, iou, data)
+        _draw_images(parts[0], shown, segmenters, iou, len(counted), data)
         _draw_iou(parts[1], iou, data.classes, len(counted), len(validation))
         _draw_curves(parts[2], pd.DataFrame(history), list(settings.alignments))
         if source is not None:
@@ -98,23 +100,27 @@ def _spread(samples: Samples) -> Samples:
 def _class_iou(segmenter: nn.Module, samples: Samples, data: Data) -> np.ndarray:
     """IoU of each class over the images, `[K]`, NaN for a class that is neither in the labels nor in the predictions.
 
-    Only the first rank draws the report, so this does not use `evaluate`, in which all ranks meet.
+    Only the first rank draws the report, so ranks are not synchronised.
     """
-    k = len(data.classes)
-    counts = np.zeros((k, k))
+    metric = MulticlassJaccardIndex(
+        len(data.classes),
+        average="none",
+        ignore_index=data.ignore_index,
+        zero_division=math.nan,
+        sync_on_compute=False,
+    )
     for index in range(len(samples)):
         sample = samples[index]
         predicted = predict(segmenter, sample.image, data.size, sample.label.shape)
-        labelled = sample.label != data.ignore_index
-        pairs = k * sample.label[labelled].astype(np.int64) + predicted[labelled]
-        counts += np.bincount(pairs, minlength=k * k).reshape(k, k)
-    union = counts.sum(0) + counts.sum(1) - counts.diagonal()
-    iou: np.ndarray = np.where(union > 0, counts.diagonal() / np.maximum(union, 1), np.nan)
+        metric.update(torch.from_numpy(predicted)[None], torch.from_numpy(sample.label)[None])
+    iou: np.ndarray = metric.compute().numpy()
     return iou
 
 
-def _describe_mean(iou: np.ndarray) -> str:
-    return f"mIoU {100 * np.nanmean(iou):.1f}" if np.isfinite(iou).any() else "no labelled pixel"
+def _describe_mean(iou: np.ndarray, counted: int) -> str:
+    if np.isnan(iou).all():
+        return "no labelled pixel"
+    return f"mIoU {100 * np.nanmean(iou):.1f} on {counted} image{'' if counted == 1 else 's'}"
 
 
 def _draw_images(
@@ -122,6 +128,7 @@ def _draw_images(
     shown: Sequence[Sample],
     segmenters: Sequence[Named],
     iou: Mapping[str, np.ndarray],
+    counted: int,
     data: Data,
 ) -> None:
     """A row of each image, its ground truth and the predictions, above a legend of the classes."""
@@ -139,7 +146,11 @@ def _draw_images(
         ):
             axes.imshow(picture)
             axes.set_xlabel(note, fontsize=11, color="0.35", labelpad=3)
-    titles = ["Target image", "Ground truth", *(f"{name}\n{_describe_mean(iou[name])}" for name, _ in segmenters)]
+    titles = [
+        "Target image",
+        "Ground truth",
+        *(f"{name}\n{_describe_mean(iou[name], counted)}" for name, _ in segmenters),
+    ]
     for axes, name in zip(panels[0], titles, strict=True):
         axes.set_title(name)
     names = _numbered(data)

@@ -180,8 +180,8 @@ def test_iou_is_that_of_the_predictions(figure_of):
     assert f"{shares[0]:.1f} → 0.0" in found
     assert f"0.0 → {shares[1]:.1f}" in found
     assert "– → –" in found
-    assert f"step 8\nmIoU {shares[0] / 2:.1f}" in found
-    assert f"step 9\nmIoU {shares[1] / 2:.1f}" in found
+    assert f"step 8\nmIoU {shares[0] / 2:.1f} on 3 images" in found
+    assert f"step 9\nmIoU {shares[1] / 2:.1f} on 3 images" in found
 
 
 def test_iou_and_its_title_are_of_at_most_40_images(figure_of):
