@@ -62,7 +62,8 @@ def multiply(features: Tensor, weights: Tensor) -> Optional[Tensor]:
     num_classes, pixels = weights.shape[1:]
     narrow = features.dtype in (torch.float16, torch.bfloat16, torch.float32) and weights.dtype != torch.float64
     plane = plane_of(features, True)
-    # The backward of the op calls this too, with few pixels and many classes: an ordinary matrix product.
+    # The backward of the op calls this function too, with few pixels and many classes. The default body computes that
+    # as an ordinary matrix product.
     if not narrow or plane is None or not 0 < num_classes <= min(FEW, pixels // 4) or features.numel() == 0:
         return None
     # Each accumulator takes several products, which some releases of Triton compute wrongly on newer devices.
