@@ -94,7 +94,7 @@ def _axis(pixels: int, cells: int, area: bool, align_corners: bool) -> tuple[int
 @triton.jit
 def _reach(cell, pixels, scale, shift, unit, AREA: tl.constexpr):
     """The first pixel that may overlap a cell, and the end: one after the last."""
-    # Quotients are rounded towards 0, so `maximum` also corrects negative ones.
+    # Quotients are rounded towards 0, so `maximum` also corrects negative quotients.
     first = cell * unit // scale if AREA else tl.maximum(((cell - 1) * unit - shift + scale) // scale, 0)
     return first, tl.minimum(((cell + 1) * unit - shift + scale - 1) // scale, pixels)
 

@@ -25,7 +25,7 @@ _BLOCK = 2**18
 _SMALL = 2**17
 # Up to this number of channels, sorting pixels by class costs less than adding them in their own order.
 _NARROW = 512
-# Up to this number of classes, four sums per class cost less than waiting for one.
+# Up to this number of classes, four sums per class cost less than waiting for a single sum.
 _TURNED = 256
 
 

@@ -204,7 +204,8 @@ def _spread_planes_kernel(
     key = tl.where(key < 0, NOWHERE, key)
     first = part * a_program
     count = tl.minimum(a_program, tl.cdiv(channels - residue, STEP) - first)
-    # No address per pixel: Triton moves keys to the threads that store them before the loop, but addresses within it.
+    # No address per pixel: Triton moves keys to the threads that store them before the loop, but moves addresses inside
+    # the loop.
     from_ = table + image * table_apart + (residue + first.to(tl.int64) * STEP) * (NOWHERE + 1)
     to = result + offset + first * apart
     # Whole vectors: the pixels of each share a mask.

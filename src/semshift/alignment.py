@@ -260,9 +260,10 @@ class SemanticAlignment(nn.Module):
 class GlobalAlignment(nn.Module):
     """Global alignment: adversarial losses of a discriminator over the segmenter's output maps.
 
-    This is the output-level alignment of AdaptSegNet (Tsai et al. 2018, arXiv 1802.10349), section 4. With
-    `inputs="entropy"` it is the alignment of ADVENT (Vu et al. 2019, arXiv 1811.12833), section 3.2. The module needs
-    no labels. The notes on optimisers, precision and ranks at `SemanticAlignment` hold for this module too.
+    An output map holds the class probabilities, or their entropies, at each pixel. This is the output-level alignment
+    of AdaptSegNet (Tsai et al. 2018, arXiv 1802.10349), section 4. With `inputs="entropy"` it is the alignment of
+    ADVENT (Vu et al. 2019, arXiv 1811.12833), section 3.2. The module needs no labels. The notes on optimisers,
+    precision and ranks at `SemanticAlignment` hold for this module too.
 
     Output maps also show the class frequencies of a domain. Where these differ between the domains, the segmenter can
     fool the discriminator by predicting the source's class frequencies on the target. On the three real pairs in

@@ -30,8 +30,9 @@ _WITHOUT_AUTOCAST = frozenset(device for device in ("meta", "mps") if not torch.
 class FCDiscriminator(nn.Module):
     """Fully-convolutional discriminator of source against target over output maps: five strided convolutions.
 
-    The layers are those of AdaptSegNet (Tsai et al. 2018, section 5.1), with 4 x 4 kernels and stride 2. Their output
-    channels are `base_channels` times 1, 2, 4 and 8, then 1. Between the layers is a leaky ReLU of slope 0.2.
+    An output map holds class probabilities, or their entropies, at each pixel. The layers are those of AdaptSegNet
+    (Tsai et al. 2018, section 5.1), with 4 x 4 kernels and stride 2. Their output channels are `base_channels` times 1,
+    2, 4 and 8, then 1. Between the layers is a leaky ReLU of slope 0.2.
 
     Args:
         in_channels: channels of the maps; for class probabilities, the number of classes; at least 1.
@@ -84,8 +85,9 @@ class FCDiscriminator(nn.Module):
 class PrototypeDiscriminator(nn.Module):
     """Discriminator of source against target over class prototypes: a multi-layer perceptron shared by all classes.
 
-    This is the semantic-level discriminator of Wang et al. 2020 (arXiv 2004.00794), section 3. The paper does not
-    publish its widths, or how it knows the class of a prototype; we chose both.
+    A class prototype is the mean feature of a class. This is the semantic-level discriminator of Wang et al. 2020
+    (arXiv 2004.00794), section 3. The discriminator's widths, and how it knows the class of a prototype, were not
+    published; we chose both.
 
     Args:
         in_channels: C, the length of a prototype; at least 1.

@@ -94,7 +94,8 @@ def class_domain_accuracy(
 ) -> DomainAccuracy:
     """Accuracy of a class-and-domain discriminator on each domain.
 
-    The discriminator's answer is the domain whose K outputs have the larger total probability.
+    Such a discriminator has 2K outputs, see `class_discriminator_loss`. Its answer is the domain whose K outputs have
+    the larger total probability.
 
     Args:
         source_logits: `[..., 2K]`, source classes then target classes.

@@ -143,8 +143,8 @@ def resize_labels(
 
     Raises:
         TypeError: labels of a wrong dtype, or a min_share that is not a number.
-        ValueError: a wrong shape, size, resample or min_share, a min_share above 0 with `"nearest"` or without an
-            `ignore_index` that the labels' dtype can hold; on the CPU, a label out of range.
+        ValueError: a wrong shape, size or resample; a min_share outside [0, 1]; a min_share above 0 with `"nearest"`,
+            or without an `ignore_index` that the labels' dtype can hold; on the CPU, a label out of range.
 
     Example:
         >>> labels = torch.tensor([[[0, 0, 1, 1], [0, 1, 1, 255]]])

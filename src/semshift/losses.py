@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 Objective: TypeAlias = Literal["bce", "least-squares", "hinge", "wasserstein"]
-"""Objective: the form of the adversarial loss, the same for the discriminator and the segmenter.
+"""Objective, the form of the adversarial loss; use the same for the discriminator and the segmenter.
 
 `bce`: Goodfellow et al. 2014, the non-saturating form. `least-squares`: Mao et al. 2017, with targets 1 (source) and
 -1. `hinge`: Lim and Ye 2017. `wasserstein`: Arjovsky et al. 2017, which also needs a penalty or spectral norm.
@@ -144,7 +144,8 @@ def class_discriminator_loss(
     """Adversarial loss for a class-and-domain discriminator: cross-entropy over class and domain jointly.
 
     This is the loss of FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2, with half the sum of the two domains'
-    means.
+    means. A class-and-domain discriminator has 2K outputs: it is a `ClassPixelDiscriminator`, or a
+    `PrototypeDiscriminator` with `conditioning="class-and-domain"`.
 
     Args:
         source_logits: `[..., 2K]`, source classes then target classes; pass maps `[B, 2K, H, W]` as
@@ -178,10 +179,10 @@ def class_discriminator_loss(
 def class_confusion_loss(
     logits: Tensor, *, classes: Optional[Tensor] = None, weight: Optional[Tensor] = None
 ) -> Tensor:
-    """Adversarial loss for the segmenter with a class-and-domain discriminator: cross-entropy to the source's class.
+    """Class-and-domain adversarial loss for the segmenter: cross-entropy to each element's class in the source domain.
 
-    This is the loss of FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2. The loss is low if each target element
-    is classified as its own class of the source.
+    This is the loss of FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2. The loss is low if the discriminator
+    classifies each target element as the element's own class of the source.
 
     Args:
         logits: `[..., 2K]`, of target inputs, source classes then target classes.

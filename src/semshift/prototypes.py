@@ -40,11 +40,11 @@ class FilledPrototypes(NamedTuple):
 class PrototypeBank(nn.Module):
     """Prototype bank: running class prototypes of one domain over many batches; use one bank for each domain.
 
-    Let m be the momentum, and s and n the sums and mass of an update. For a class k that is present in the update, the
-    bank sets `S_k = m S_k + (1 - m) s_k` and `M_k = m M_k + (1 - m) n_k`. For an absent class, both stay bit-identical.
-    The prototype is `S_k / M_k`: the weighted mean of all features so far, where features from j updates of the class
-    ago have the weight `m ** j`. So an update counts in proportion to its mass. Starting from 0 causes no bias, since
-    it affects `S_k` and `M_k` alike.
+    A prototype is the mean feature of a class. Let m be the momentum, and s and n the sums and mass of an update. For a
+    class k that is present in the update, the bank sets `S_k = m S_k + (1 - m) s_k` and `M_k = m M_k + (1 - m) n_k`.
+    For an absent class, both stay bit-identical. The prototype is `S_k / M_k`: the weighted mean of all features so
+    far. After j later updates of the class, a feature has the weight `m ** j`. So an update counts in proportion to its
+    mass. Starting from 0 causes no bias, since it affects `S_k` and `M_k` alike.
 
     The state is two buffers without gradients, which the `state_dict` includes. The bank must stay in float32, whatever
     the model's precision: after a cast to half precision it raises an error.
@@ -106,7 +106,7 @@ class PrototypeBank(nn.Module):
         added up over ranks do no harm, since the prototype is a ratio.
 
         Args:
-            pooled: sums `[K, C]` or, with `per_image`, `[B, K, C]`.
+            pooled: `ClassSums` with sums `[K, C]`, or `[B, K, C]` if pooled with `per_image=True`.
 
         Raises:
             TypeError: not a `ClassSums`, sums that are not float32 or float64, or a bank in half precision.
@@ -139,7 +139,7 @@ class PrototypeBank(nn.Module):
         Gradients flow to the batch's own rows; the bank's rows are constants.
 
         Args:
-            pooled: sums `[K, C]` or `[B, K, C]`.
+            pooled: `ClassSums` with sums `[K, C]` or `[B, K, C]`.
 
         Returns:
             `FilledPrototypes` of the shape of `pooled`, means in the dtype of its sums.

@@ -1,4 +1,4 @@
-"""Sampler of batches mixed from several domains; each batch is a pure function of the seed and the step."""
+"""Sampler of batches mixed from several domains; each batch is a pure function of the seed, the step and the rank."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +44,7 @@ class MixedBatchSampler:
         world_size: number of processes, at least 1. A run may resume at a step with a different number of processes if
             world size times images per batch stays the same; `resume` checks this.
         first_step: the step of the first batch, at least 0.
-        steps: number of batches, at least 0; None for endless.
+        steps: number of batches of an epoch, at least 0; None for an endless sampler.
         weights: maps a domain's name to one weight per image, not negative. Images of these domains are drawn
             independently with replacement, in proportion to their weights. See `rare_class_weights`.
 
@@ -163,7 +163,7 @@ class MixedBatchSampler:
 
     @property
     def drop_last(self) -> bool:
-        """False: Accelerate reads it when it distributes batches over processes.
+        """False: Accelerate reads this property when it distributes batches over processes.
 
         Returns:
             False.
@@ -194,7 +194,7 @@ class MixedBatchSampler:
             per_batch: images per batch on each rank; `world_size` times each number must stay the same.
 
         Returns:
-            A sampler.
+            A `MixedBatchSampler` that begins at `first_step`.
 
         Raises:
             TypeError: as in the constructor.

@@ -15,7 +15,7 @@ from semshift._checks import check_finite, check_int
 __all__ = ["Constant", "Cosine", "Linear", "Polynomial", "Schedule", "Sigmoid", "Then"]
 
 Schedule: TypeAlias = Callable[[int], float]
-"""Schedule: any function of a step (0 or more) that returns a float.
+"""Type of a schedule, which is any function of a step (0 or more) that returns a float.
 
 Example:
     >>> halved: semshift.Schedule = lambda step: 0.01 * 0.5 ** (step // 1000)
