@@ -24,7 +24,8 @@ def _kernels(name: str, device: torch.device) -> Any:
         module = importlib.import_module(f"semshift._{name}_triton")
     except ImportError:
         return None
-    # Earlier compilers crash the process on a product of bfloat16 whose factor comes from a shift.
+    # Earlier versions of Triton crash the process when they compile a product of bfloat16 with a factor from a bit
+    # shift.
     return None if on_cuda and tuple(map(int, version.split(".")[:2])) < (3, 2) else module
 
 

@@ -76,7 +76,7 @@ def _resize(
             return labels.new_empty((len(labels), height, width))
         rows, columns = (_centres(n, to, labels.device) for n, to in zip(labels.shape[1:], (height, width)))
         return labels[:, rows[:, None], columns]
-    # In a tie, `max` returns the first.
+    # In a tie, `max` returns the first class.
     share, winner = label_shares(labels, height, width, num_classes, "area", False, ignore_index).max(1)
     if ignore_index is not None and fits(labels.dtype, ignore_index):
         ignored = ignore_index
@@ -86,7 +86,7 @@ def _resize(
         ignored = info.max if info.max >= num_classes else info.min
     lost = winner == num_classes
     if min_share > 0:
-        # Votes are integers, so their quotient is rounded as the decimal is that a user writes.
+        # Votes are integers, so their quotient is rounded like the decimal number that a user writes.
         lost |= share / max(1, labels.shape[1] * labels.shape[2]) < min_share
     return winner.masked_fill_(lost, ignored).to(labels.dtype)
 

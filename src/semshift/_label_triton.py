@@ -23,7 +23,7 @@ _LANES = 32
 
 
 def ignored_class(num_classes: int, ignore_index: Optional[int]) -> int:
-    """The class that is ignored, or -1 if none is: an id that is not a class is out of range anyway."""
+    """The class that is ignored, or -1 if no class is. An id that is not a class is out of range anyway."""
     return ignore_index if ignore_index is not None and 0 <= ignore_index < num_classes else -1
 
 
@@ -94,7 +94,7 @@ def _axis(pixels: int, cells: int, area: bool, align_corners: bool) -> tuple[int
 @triton.jit
 def _reach(cell, pixels, scale, shift, unit, AREA: tl.constexpr):
     """The first pixel that may overlap a cell, and the end: one after the last."""
-    # Quotients are rounded towards 0, so `maximum` also corrects negative ones.
+    # Quotients are rounded towards 0, so `maximum` also corrects negative quotients.
     first = cell * unit // scale if AREA else tl.maximum(((cell - 1) * unit - shift + scale) // scale, 0)
     return first, tl.minimum(((cell + 1) * unit - shift + scale - 1) // scale, pixels)
 
@@ -110,7 +110,7 @@ def _weight(pixel, cell, cells, scale, shift, unit, AREA: tl.constexpr):
 
 @triton.jit
 def class_of(label, num_classes, ignored, nowhere):
-    """The class of each label; `nowhere` if it is ignored or out of range. As unsigned, negative labels are large."""
+    """The class of each label; `nowhere` if it is ignored or out of range. Negative labels are large if unsigned."""
     narrow = label.to(tl.int32)
     known = label.to(tl.uint64) < num_classes if label.dtype == tl.int64 else narrow.to(tl.uint32) < num_classes
     return tl.where(known & (narrow != ignored), narrow, nowhere)

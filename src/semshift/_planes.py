@@ -13,11 +13,11 @@ __all__ = ["FEW", "MOST_PIXELS", "Plane", "multiprocessors", "next_power", "plan
 FEW = 256
 # Kernels count pixels in 32 bits and may step past the last pixel.
 MOST_PIXELS = 2**31 - 2**18
-# The fewest pixels of a program: for fewer, its partial sums cost more than it saves.
+# A program has at least this number of pixels: with fewer, its partial sums cost more than it saves.
 _PIXELS = 256
 # One program adds up to this number of partial sums; more are added by several programs first.
 _ADDED = 16
-# Those of an H100, for Triton's interpreter.
+# The number of multiprocessors of an H100, for Triton's interpreter.
 _MULTIPROCESSORS = 132
 
 
@@ -114,7 +114,8 @@ def plan(
     spans = _spans(tiles * groups * plane.images, at_once, max(1, pixels // _PIXELS))
     span = -(-pixels // (spans * block_n)) * block_n
     spans = -(-pixels // span)
-    # The partial sums of a table of prototypes: one program adds each heap, and another adds the heaps' sums.
+    # The partial sums of a table of prototypes are divided into heaps. One program adds up each heap, and another adds
+    # up the heaps' sums.
     tables, total = (plane.images, spans) if per_image else (1, plane.images * spans)
     heap = total if total <= _ADDED else math.ceil(math.sqrt(total))
     heaps = -(-total // heap)

@@ -19,13 +19,13 @@ from semshift._transforms import transformed
 
 __all__ = ["hard_sums"]
 
-# Half-precision elements that are widened at a time, so that the copies stay in the cache.
+# Half-precision elements that are converted to float32 at a time, so that the copies stay in the cache.
 _BLOCK = 2**18
 # On the CPU, up to this number of elements, fewer steps save more than a copy of the features costs.
 _SMALL = 2**17
 # Up to this number of channels, sorting pixels by class costs less than adding them in their own order.
 _NARROW = 512
-# Up to this number of classes, four sums per class cost less than waiting for one.
+# Up to this number of classes, four sums per class cost less than waiting for a single sum.
 _TURNED = 256
 
 
@@ -33,7 +33,7 @@ def hard_sums(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: Optional[int], per_image: bool
 ) -> tuple[Tensor, Tensor]:
     """Sums `[(B,) K, C]` of the features of each class, and its number of pixels."""
-    # For a small call, the dispatch to an op costs more than all of its arithmetic.
+    # For a small call, the dispatch to an op costs more than all of the arithmetic.
     plain = not torch.compiler.is_compiling() and type(features) is Tensor and features.is_cpu
     if plain and transformed(features):
         return _definition(features, labels, num_classes, ignore_index, per_image)
@@ -75,7 +75,7 @@ def _definition(
     return sums[:num_classes], mass
 
 
-# Defined by hand: for a small call, the wrapper of `torch.library.custom_op` costs more than all of its arithmetic.
+# Not `torch.library.custom_op`: for a small call, its wrapper costs more than all of the arithmetic.
 _LIBRARY = torch.library.Library("semshift", "FRAGMENT")
 _LIBRARY.define(
     "class_sums(Tensor features, Tensor labels, SymInt num_classes, int? ignore_index, bool per_image) "
@@ -97,7 +97,7 @@ def _add_up(
 ) -> tuple[Tensor, Tensor]:
     """The definition: add the feature of each pixel to the row of its class.
 
-    Features are read in their memory order, by channel or by pixel; docs/benchmarks.md has what each way gains.
+    Features are read in their memory order, by channel or by pixel; docs/benchmarks.md shows the gain of each way.
     """
     if _is_small(features):
         return _add_up_at_once(features, labels, num_classes, ignore_index, per_image)
@@ -176,8 +176,8 @@ def _by_pixel(pixels: Tensor, keys: Tensor, num_rows: int) -> Tensor:
 def _by_channel(pixels: Tensor, keys: Tensor, num_rows: int, turns: int) -> Tensor:
     """Sums `[num_rows, C]` of pixels `[*S, C]`, each channel of which is contiguous.
 
-    Neighbouring pixels mostly have one class and would wait for each other's sum. So each class has several sums, and
-    the pixels of a line take turns at them.
+    Neighbouring pixels mostly have the same class, so each addition would wait for the one before. So each class has
+    several sums, and the pixels of a line use them in turn.
     """
     dtype = sum_dtype(pixels.dtype)
     keys = keys.long() + torch.arange(keys.shape[-1], device=keys.device) % turns * num_rows

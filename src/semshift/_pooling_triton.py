@@ -62,7 +62,8 @@ def multiply(features: Tensor, weights: Tensor) -> Optional[Tensor]:
     num_classes, pixels = weights.shape[1:]
     narrow = features.dtype in (torch.float16, torch.bfloat16, torch.float32) and weights.dtype != torch.float64
     plane = plane_of(features, True)
-    # The backward of the op calls this too, with few pixels and many classes: an ordinary matrix product.
+    # The backward of the op calls this function too, with few pixels and many classes. The default body computes that
+    # as an ordinary matrix product.
     if not narrow or plane is None or not 0 < num_classes <= min(FEW, pixels // 4) or features.numel() == 0:
         return None
     # Each accumulator takes several products, which some releases of Triton compute wrongly on newer devices.
@@ -203,7 +204,8 @@ def _spread_planes_kernel(
     key = tl.where(key < 0, NOWHERE, key)
     first = part * a_program
     count = tl.minimum(a_program, tl.cdiv(channels - residue, STEP) - first)
-    # No address per pixel: Triton moves keys to the threads that store them before the loop, but addresses within it.
+    # No address per pixel: Triton moves keys to the threads that store them before the loop, but moves addresses inside
+    # the loop.
     from_ = table + image * table_apart + (residue + first.to(tl.int64) * STEP) * (NOWHERE + 1)
     to = result + offset + first * apart
     # Whole vectors: the pixels of each share a mask.

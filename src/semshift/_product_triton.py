@@ -50,7 +50,7 @@ def find_class(labels, at, inside, num_classes, ignored, MASKED: tl.constexpr):
 
 @triton.jit
 def _split(x):
-    """A finite float32 as the sum of three of eight bits each; truncated, not rounded, so that none overflows."""
+    """A finite float32 as a sum of three pieces of eight bits each; truncated, not rounded, so that none overflows."""
     high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     rest = x - high
     middle = (rest.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
@@ -91,7 +91,8 @@ def _add(x, by, high, middle, low, SOFT: tl.constexpr, INTERPRETED: tl.constexpr
         low = _dot(b, by_low, low, INTERPRETED)
         low = _dot(c, by_middle, _dot(c, by_high, low, INTERPRETED), INTERPRETED)
     elif x.dtype == tl.float32:
-        # One accumulator for each: some releases of Triton compute products chained to one wrongly on sm_103.
+        # One accumulator for each piece: on sm_103, some releases of Triton compute chained products into one
+        # accumulator wrongly.
         a, b, c = _split(x)
         high, middle = _dot(a, by, high, INTERPRETED), _dot(b, by, middle, INTERPRETED)
         low = _dot(c, by, low, INTERPRETED)
@@ -124,7 +125,7 @@ def _read(
         return x, tl.load(by + at_by, mask=(k < num_classes)[None, :] & inside[:, None], other=0.0)
     else:
         key = find_class(by, n, inside, num_classes, ignored, MASKED)
-        # Selected, since converting from a bool is slower.
+        # With `where`, since converting from a bool is slower.
         return x, tl.where(key[:, None] == k[None, :], 1.0, 0.0)
 
 

@@ -10,7 +10,7 @@ from semshift._transforms import transformed
 
 __all__ = ["soft_sums", "sum_dtype"]
 
-# Elements that are widened at a time.
+# Elements that are converted to a wider dtype at a time.
 _BLOCK = 2**18
 _EXACT_BLOCK = 2**20
 

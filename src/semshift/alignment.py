@@ -1,7 +1,8 @@
 """Alignment modules: semantic-level and global alignment, each with its own discriminator.
 
-Together they are the alignment of ASS (Wang et al. 2020, arXiv 2004.00794). Each returns two losses that share no
-gradient, so one backward serves both the segmenter and the discriminator.
+Together they are the alignment of the method ASS (Wang et al. 2020, arXiv 2004.00794). Each module returns two losses,
+one for the segmenter and one for its discriminator. No parameter gets a gradient from both, so one backward serves both
+losses.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ __all__ = ["AlignmentLosses", "GlobalAlignment", "SemanticAlignment", "balanced_
 
 
 class AlignmentLosses(NamedTuple):
-    """Losses of an alignment module, for the segmenter and for the discriminator, and its figures to log.
+    """Result of an alignment module: a loss for the segmenter, a loss for the discriminator, and figures to log.
 
     Example:
         >>> align = semshift.SemanticAlignment(4, 2)
@@ -45,7 +46,7 @@ class AlignmentLosses(NamedTuple):
     confusion: Tensor
     """Adversarial loss for the segmenter: a scalar whose gradient reaches only the target features.
 
-    Multiply it by a weight.
+    Multiply it by a weight and add it to the segmentation loss.
     """
     discriminator: Tensor
     """Adversarial loss for the discriminator: a scalar whose gradient reaches only the discriminator's parameters.
@@ -60,13 +61,14 @@ class SemanticAlignment(nn.Module):
     """Semantic-level alignment: adversarial losses of a discriminator over class prototypes.
 
     This is section 3 of Wang et al. 2020 (arXiv 2004.00794). The module pools source features and labelled target
-    features to class prototypes. The discriminator learns to tell the domains' prototypes apart, class by class. The
-    segmenter learns to fool it, so that target prototypes are classified as source. A class of one domain counts if it
-    is present in this batch and the other domain has shown it, in this batch or an earlier one. The buffer `seen`
-    `[2, K]` (source, target) records which classes each domain has shown.
+    features to class prototypes: the mean feature of each class. The discriminator learns to tell the domains'
+    prototypes apart, class by class. The segmenter learns to fool it, so that target prototypes are classified as
+    source. A class of one domain counts if it is present in this batch. The other domain must also have shown it, in
+    this batch or an earlier one. The buffer `seen` `[2, K]` (source, target) records which classes each domain has
+    shown.
 
     Train the module's parameters with a separate optimiser or parameter group. The module must stay in float32,
-    whatever the network's precision. Save its `state_dict` in your checkpoint.
+    whatever the network's precision. Save the module's `state_dict` in your checkpoint.
 
     With `torch.distributed` initialised, every rank must call the module and run the backward. The losses are then
     computed over the batch of all ranks. After the backward, every rank holds the whole gradient of the discriminator,
@@ -77,17 +79,19 @@ class SemanticAlignment(nn.Module):
         in_channels: C, channels of the features; at least 1.
         num_classes: K, at least 1.
         hidden_channels: widths of the discriminator's hidden layers.
-        conditioning: how the discriminator knows the class, see `PrototypeDiscriminator`.
+        conditioning: how the discriminator knows the class of a prototype, see `PrototypeDiscriminator`.
         objective: the form of the adversarial loss, see `Objective`; class-and-domain supports `"bce"` only.
         spectral_norm: divide each of the discriminator's matrices by its largest singular value.
         resample: how labels are resampled to the feature grid, see `class_sums`.
-        align_corners: for `"bilinear"` only; set it as your network does where it up-samples its logits.
-        per_image: one prototype for each image and class, as in the paper; False pools the batch.
+        align_corners: for `"bilinear"` only; use the value with which your network up-samples its logits.
+        per_image: True gives one prototype for each image and class, as in the paper; False gives one for each class of
+            the batch.
         ignore_index: id of pixels without a class; None if there is no such id.
 
     Raises:
         TypeError: a count that is not an int, widths that are not a sequence, or a flag that is not a bool.
-        ValueError: a count out of range, an unknown option, or class-and-domain with an objective other than bce.
+        ValueError: a count out of range, an unknown option, `align_corners` without `"bilinear"`, class-and-domain with
+            an objective other than bce, or more than 255 classes with the default `ignore_index`.
 
     Example:
         >>> align = semshift.SemanticAlignment(4, 2)
@@ -174,16 +178,16 @@ class SemanticAlignment(nn.Module):
     ) -> AlignmentLosses:
         """Compare prototypes that you pooled yourself: from banks, with soft weights, over several batches.
 
-        Detached sums are fine: the confusion loss then has no gradient, and the discriminator still learns.
+        The sums may be detached. The confusion loss then has no gradient, and the discriminator still learns.
 
         Args:
-            source: sums `[K, C]` or, per image, `[B, K, C]`.
-            target: sums `[K, C]` or `[B', K, C]`.
-            target_confusion: target sums for the confusion loss, such as sums without a bank's rows; None uses
-                `target`.
+            source: source sums `[K, C]`, or `[B, K, C]` for one set of prototypes per image.
+            target: target sums `[K, C]` or `[B', K, C]`.
+            target_confusion: target sums for the confusion loss alone, such as the batch's own sums without the rows
+                from a `PrototypeBank`; None uses `target`.
 
         Returns:
-            `AlignmentLosses`, as `forward` does.
+            `AlignmentLosses` with the same losses and figures as from `forward`.
 
         Raises:
             TypeError: not a `ClassSums`, sums or mass of a wrong dtype, or a module in half precision.
@@ -256,14 +260,15 @@ class SemanticAlignment(nn.Module):
 class GlobalAlignment(nn.Module):
     """Global alignment: adversarial losses of a discriminator over the segmenter's output maps.
 
-    This is the output-level alignment of AdaptSegNet (Tsai et al. 2018, arXiv 1802.10349), section 4. With
-    `inputs="entropy"` it is that of ADVENT (Vu et al. 2019, arXiv 1811.12833), section 3.2. It needs no labels. The
-    notes on optimisers, precision and ranks at `SemanticAlignment` hold for this module too.
+    An output map holds the class probabilities, or their entropies, at each pixel. This is the output-level alignment
+    of AdaptSegNet (Tsai et al. 2018, arXiv 1802.10349), section 4. With `inputs="entropy"` it is the alignment of
+    ADVENT (Vu et al. 2019, arXiv 1811.12833), section 3.2. The module needs no labels. The notes on optimisers,
+    precision and ranks at `SemanticAlignment` hold for this module too.
 
     Output maps also show the class frequencies of a domain. Where these differ between the domains, the segmenter can
     fool the discriminator by predicting the source's class frequencies on the target. On the three real pairs in
-    `docs/results.md`, global alignment alone lost 1, 4 and 14 points of mIoU. Compare with a run without it, on
-    labelled target images.
+    `docs/results.md`, global alignment alone lost 1, 4 and 14 points of mIoU. Compare with a run without global
+    alignment, on labelled target images.
 
     Args:
         num_classes: K, channels of the logits; at least 2.
@@ -316,15 +321,16 @@ class GlobalAlignment(nn.Module):
                 require grad.
             size: `(H, W)` to which both maps are up-sampled before the softmax, usually the images' size. None keeps
                 each domain's own size, and the two may differ. The discriminator needs at least 32 x 32.
-            align_corners: for the up-sampling to `size`; set it as your network does.
+            align_corners: for the up-sampling to `size`; use the value with which your network up-samples its logits.
 
         Returns:
             `AlignmentLosses`: two scalars and the figures `source_accuracy` and `target_accuracy`.
 
         Raises:
-            TypeError: logits that are not floating-point tensors, or a module in half precision.
-            ValueError: wrong channels, shapes or devices; maps below 32 x 32; align_corners without a size; target
-                logits that do not require grad in training mode.
+            TypeError: logits that are not floating-point tensors, a size that does not hold ints, an align_corners that
+                is not a bool, or a module in half precision.
+            ValueError: wrong channels, shapes or devices; a size that is not (H, W); maps below 32 x 32; align_corners
+                without a size; target logits that do not require grad in training mode.
         """
         check_floating("source_logits", source_logits)
         check_floating("target_logits", target_logits)
@@ -368,27 +374,30 @@ class GlobalAlignment(nn.Module):
 
 
 def balanced_weight(loss: Tensor, confusion: Tensor, features: Tensor, ratio: float) -> Tensor:
-    """Adaptive weight: it makes the confusion loss's gradient at the features `ratio` times the task loss's.
+    """Adaptive weight that makes the confusion loss's gradient at the features `ratio` times the task loss's gradient.
 
     This is the adaptive weight of VQGAN (Esser et al. 2021, arXiv 2012.09841), section 3.1, as a ratio of Euclidean
-    norms. It takes two more passes from the losses back to the features, or four in float16. With several ranks, the
-    norms are computed over the batch of all ranks, and every rank must call the function. With float16 autocast, call
-    it inside the autocast context: it then scales small gradients.
+    norms. A call takes two more passes from the losses back to the features, or four in float16. With several ranks,
+    the norms are computed over the batch of all ranks, and every rank must call the function. With float16 autocast,
+    call the function inside the autocast context. There, the function scales the losses, so that float16 does not lose
+    small gradients.
 
     Args:
-        loss: the task loss, a scalar computed from `features`.
+        loss: the task loss (the segmentation loss), a scalar computed from `features`.
         confusion: `AlignmentLosses.confusion`, computed from `features` too.
-        features: the tensor that both losses were computed from, not a slice or a copy of it. Concatenate the images of
-            several batches before the head.
-        ratio: the ratio of the norms, finite and not negative; with 0.1 the task loss leads.
+        features: the tensor that both losses were computed from, not a slice or a copy of it. If your images come in
+            several batches, concatenate them before the head, and pass the features of all images.
+        ratio: the norm of the weighted confusion loss's gradient, divided by that of the task loss's gradient; finite
+            and not negative. With 0.1, the task loss's gradient is ten times as large.
 
     Returns:
-        A detached float32 scalar, at least 0; 0 if either gradient vanishes.
+        A detached float32 scalar, at least 0; 0 if either gradient is 0.
 
     Raises:
         TypeError: losses or features that are not floating-point tensors, or a ratio that is not a number.
         ValueError: a loss that is not a scalar or was not computed from `features`, or a ratio out of range.
-        RuntimeError: a network that is checkpointed with `use_reentrant=True` or compiled with donated buffers.
+        RuntimeError: activation checkpointing with `use_reentrant=True`, a compiled network that frees its buffers in
+            the backward, or a backward that has already freed the graph. The message gives the fix.
 
     Example:
         >>> features = torch.tensor([3.0, 4.0], requires_grad=True)

@@ -1,6 +1,6 @@
-"""Pixel-to-prototype contrast: it draws each feature to the prototypes of its class, and away from all others.
+"""Pixel-to-prototype contrast: a loss that pulls each feature towards its class's prototypes and away from all others.
 
-It needs labels or pseudo-labels, and no discriminator.
+The loss needs labels or pseudo-labels, and no discriminator.
 """
 
 import math
@@ -28,20 +28,21 @@ def prototype_contrast_loss(
     resample: Optional[Literal["nearest", "majority", "area", "bilinear"]] = "bilinear",
     align_corners: bool = False,
 ) -> Tensor:
-    """Pixel-to-prototype contrastive loss: cross-entropy over the cosines of each pixel's feature to the prototypes.
+    """Pixel-to-prototype contrastive loss: cross-entropy over cosine similarities of features and prototypes.
 
-    With `p_dk` the prototype of class k in domain d and t the temperature, a pixel of class y with feature f costs::
+    A prototype is the mean feature of a class. Let `p_dk` be the prototype of class k in domain d, `cos` the cosine
+    similarity and t the temperature. The cost of a pixel of class y with feature f is::
 
         -mean_d log(exp(cos(f, p_dy) / t) / sum_dk exp(cos(f, p_dk) / t))
 
-    The mean is over the domains that have class y. The loss is the mean cost over pixels. A prototype of zeros is a
-    class that the domain lacks, as in the means of `PrototypeBank` and `ClassSums`: it is left out of the sums. A pixel
-    is ignored if its class has no prototype in any domain.
+    The mean is over the domains that have class y. The loss is the mean cost over pixels. A prototype of zeros means
+    that the domain lacks the class, as in the means of `PrototypeBank` and `ClassSums`. Such a prototype is left out of
+    the sums. A pixel is ignored if its class has no prototype in any domain.
 
-    The average over positives is L_out of Khosla et al. 2020 (arXiv 2004.11362). Contrast with prototypes instead of
-    pixels is from ProCA (Jiang et al. 2022, arXiv 2207.06654), SePiCo (its centroid-aware contrast; Xie et al. 2022,
-    arXiv 2204.08808) and Zhou et al. 2022 (arXiv 2203.15102). Morales-Brotons et al. 2024 (arXiv 2411.18728) use pixel
-    contrast with a small labelled target set.
+    The mean over positives (here the prototypes of class y), taken outside the logarithm, is L_out of Khosla et al.
+    2020 (arXiv 2004.11362). Contrast with prototypes instead of pixels is from ProCA (Jiang et al. 2022, arXiv
+    2207.06654), SePiCo (its centroid-aware contrast; Xie et al. 2022, arXiv 2204.08808) and Zhou et al. 2022 (arXiv
+    2203.15102). Morales-Brotons et al. 2024 (arXiv 2411.18728) use pixel contrast with a small labelled target set.
 
     With `torch.distributed` initialised, the loss is computed over the batch of all ranks. Every rank must call the
     function with the same prototypes and run the backward. Average the gradients over ranks, as
@@ -54,12 +55,12 @@ def prototype_contrast_loss(
             CUDA any other label is ignored without an error, since checking would force a device sync: see
             `check_labels`.
         prototypes: `[K, C]`, or `[D, K, C]` of D domains, of any dtype that features may have. They must be finite,
-            which is checked on the CPU. Differentiable; those of a `PrototypeBank` are constants.
+            which is checked on the CPU. Differentiable; the prototypes of a `PrototypeBank` have no gradient.
         temperature: t, above 0; the smaller it is, the more the nearest wrong prototypes count.
         ignore_index: id of pixels without a class; None if there is no such id. The default is refused with more than
             255 classes.
-        resample: how labels are resampled to a feature grid of a different size, see `class_sums`. `"bilinear"` gives
-            the loss at the labels' size, with log-probabilities that are up-sampled to it.
+        resample: how labels are resampled to a feature grid of a different size, see `class_sums`. `"bilinear"`
+            computes the loss at the labels' size, from up-sampled log-probabilities.
         align_corners: for `"bilinear"` only, as in `torch.nn.functional.interpolate`.
 
     Returns:
@@ -70,8 +71,8 @@ def prototype_contrast_loss(
     Raises:
         TypeError: features, labels or prototypes of a wrong dtype, a temperature that is not a number, or a flag that
             is not a bool.
-        ValueError: shapes or devices that do not match, a temperature that is not above 0, an unknown option, or on the
-            CPU a label out of range or a prototype that is not finite.
+        ValueError: shapes or devices that do not match, a temperature that is not above 0, or an unknown option; on the
+            CPU, a label out of range or a prototype that is not finite.
 
     Example:
         >>> prototypes = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -89,7 +90,8 @@ def prototype_contrast_loss(
     pooled = class_sums(
         costs, labels, num_classes, ignore_index=ignore_index, resample=resample, align_corners=align_corners
     )
-    # Row k adds up the pixels of class k: in column k their costs as class k, in the last column those not finite.
+    # Row k adds up the pixels of class k. Column k holds their costs as class k. The last column is above 0 if a
+    # feature is not finite.
     spoilt = present & (pooled.sums[:, -1] > 0)
     total = pooled.sums.diagonal() * torch.where(spoilt, math.nan, 1.0).to(pooled.sums.dtype)
     total = all_reduce_sum(total.sum())
@@ -98,7 +100,7 @@ def prototype_contrast_loss(
 
 
 def _costs(features: Tensor, prototypes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The cost of each pixel as each class, 0 if the class has no prototype; and which of the K classes have one.
+    """Costs of each pixel as each class, 0 for classes without a prototype; and which of the K classes have one.
 
     The costs are `[B, K + 1, *S]`. The last map marks the pixels whose features are not finite. A cost of nan instead
     would make all classes nan where pooling is a matrix product.
@@ -111,7 +113,7 @@ def _costs(features: Tensor, prototypes: Tensor, temperature: float) -> tuple[Te
     pixels = torch.where(finite, pixels, 0).to(dtype)
     rows = prototypes.flatten(0, 1).to(dtype)
     rows, held = rows * _inverse_length(rows, 1) / temperature, (rows != 0).any(1, keepdim=True)
-    # Not `@`, since autocast and the precision switches would compute it below float32.
+    # Not `@`, since autocast and the precision switches would compute that product below float32.
     logits = soft_sums(pixels.mT, rows.expand(len(pixels), -1, -1)) * _inverse_length(pixels, 1)
     # Not -inf: with no class at all the softmax would be nan.
     logits = torch.where(held, logits, info.min)

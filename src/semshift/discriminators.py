@@ -1,10 +1,10 @@
 """Discriminators of source against target: over output maps, over class prototypes, and over classes of pixels.
 
 All return logits, never probabilities. A single output is positive for source. Of 2K outputs, the first K are the
-source's classes and the other K the target's. All stay in float32, whatever the precision around them: they cast
-half-precision inputs and switch autocast off inside. A discriminator that was itself cast to half precision raises an
-error. None has batch norm: a discriminator sees source and target one after the other, so running statistics would fit
-neither.
+source's classes and the other K the target's classes. All discriminators stay in float32, whatever the precision around
+them: they cast half-precision inputs and switch autocast off inside. A discriminator that was itself cast to half
+precision raises an error. None has batch norm: a discriminator sees source and target one after the other, so running
+statistics would fit neither.
 """
 
 import functools
@@ -30,11 +30,12 @@ _WITHOUT_AUTOCAST = frozenset(device for device in ("meta", "mps") if not torch.
 class FCDiscriminator(nn.Module):
     """Fully-convolutional discriminator of source against target over output maps: five strided convolutions.
 
-    The layers of AdaptSegNet (Tsai et al. 2018, section 5.1): 4 x 4 kernels, stride 2, `base_channels` times 1, 2, 4,
-    8, then 1; leaky ReLU of slope 0.2 between them.
+    An output map holds class probabilities, or their entropies, at each pixel. The layers are those of AdaptSegNet
+    (Tsai et al. 2018, section 5.1), with 4 x 4 kernels and stride 2. Their output channels are `base_channels` times 1,
+    2, 4 and 8, then 1. Between the layers is a leaky ReLU of slope 0.2.
 
     Args:
-        in_channels: channels of the map, the number of classes for class probabilities; at least 1.
+        in_channels: channels of the maps; for class probabilities, the number of classes; at least 1.
         base_channels: channels of the first layer, at least 1.
         spectral_norm: divide each kernel by its largest singular value (Miyato et al. 2018).
 
@@ -84,17 +85,18 @@ class FCDiscriminator(nn.Module):
 class PrototypeDiscriminator(nn.Module):
     """Discriminator of source against target over class prototypes: a multi-layer perceptron shared by all classes.
 
-    This is the semantic-level discriminator of Wang et al. 2020 (arXiv 2004.00794), section 3. Its widths and the way
-    in which it knows the class were not published; we chose them.
+    A class prototype is the mean feature of a class. This is the semantic-level discriminator of Wang et al. 2020
+    (arXiv 2004.00794), section 3. The discriminator's widths, and how it knows the class of a prototype, were not
+    published; we chose both.
 
     Args:
         in_channels: C, the length of a prototype; at least 1.
         num_classes: K, at least 1.
         hidden_channels: widths of the hidden layers.
-        conditioning: how the discriminator knows the class. `"per-class"`: one output per class, where row k uses
-            output k, so that each class has its own boundary over shared layers. `"none"`: one output for all classes.
-            `"class-and-domain"`: 2K outputs, source classes then target classes, for the losses
-            `class_discriminator_loss` and `class_confusion_loss` (FADA, Wang et al. 2020, arXiv 2007.09222).
+        conditioning: how the discriminator knows the class of a prototype. `"per-class"`: one output per class. Row k
+            of the prototypes uses output k, so each class has its own decision boundary over shared layers. `"none"`:
+            one output for all classes. `"class-and-domain"`: 2K outputs, source classes then target classes, for the
+            losses `class_discriminator_loss` and `class_confusion_loss` (FADA, Wang et al. 2020, arXiv 2007.09222).
         spectral_norm: divide each matrix by its largest singular value.
 
     Raises:
@@ -160,13 +162,13 @@ class PrototypeDiscriminator(nn.Module):
 class ClassPixelDiscriminator(nn.Module):
     """Discriminator of class and domain at every pixel of a feature map, with 2K outputs.
 
-    The fine-grained discriminator of FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2: the first K outputs are
-    the source's classes, the other K the target's.
+    This is the fine-grained discriminator of FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2. The first K
+    outputs are the source's classes, the other K the target's classes.
 
     Args:
         in_channels: C, channels of the features; at least 1.
         num_classes: K, at least 1.
-        hidden_channels: widths of the hidden layers, 3 x 3 convolutions.
+        hidden_channels: widths of the hidden layers, which are 3 x 3 convolutions.
         spectral_norm: divide each kernel by its largest singular value.
 
     Raises:
@@ -222,13 +224,13 @@ class ClassPixelDiscriminator(nn.Module):
 
 
 def frozen(module: nn.Module) -> Callable[..., Any]:
-    """A callable that runs a module with its parameters detached: gradients reach its inputs but no parameter.
+    """Frozen call of a module, with its parameters detached: gradients reach the inputs but no parameter.
 
-    Use it for the segmenter's adversarial loss; the same module can be trained in the same step. Each call runs on
+    Use it for the segmenter's adversarial loss. You can train the same module in the same step. Each call runs on
     copies of the parameters and buffers, so the module does not change and its optimiser may step before the backward.
-    Activation checkpointing recomputes with the same copies, unless it is given a closure that was made outside the
+    Activation checkpointing recomputes with the same copies, unless it runs a closure that was created outside the
     module's methods. The wrappers `DistributedDataParallel`, `DataParallel` and `torch.compile` are bypassed, also
-    inside the module. No other thread may run the module during the call.
+    where they are inside the module. No other thread may run the module during the call.
 
     Args:
         module: any module.
@@ -238,8 +240,8 @@ def frozen(module: nn.Module) -> Callable[..., Any]:
 
     Raises:
         TypeError: not a module, or a scripted module.
-        ValueError: a module on which `fully_shard` was called. Calling `fully_shard` on an enclosing module only is
-            fine.
+        ValueError: `fully_shard` was called on the module or on a part of it. Calling `fully_shard` only on a larger
+            module that contains it is fine.
 
     Example:
         >>> discriminator = semshift.FCDiscriminator(2)
@@ -272,11 +274,12 @@ def _check_copies(module: nn.Module) -> None:
     """Refuse a module that cannot run on copies of its parameters."""
     if any(isinstance(each, torch.jit.ScriptModule) for each in module.modules()):
         raise TypeError("expected a Python module, got a torch.jit.ScriptModule; pass the module it was scripted from")
-    # By name, since torch 2.4 has the class elsewhere. The hooks of FSDP would replace the copies by other parameters.
+    # Compared by name, since torch 2.4 has the class in a different module. FSDP's hooks would replace the copies by
+    # other parameters.
     if any(base.__name__ == "FSDPModule" for each in module.modules() for base in type(each).__mro__):
         raise ValueError(
-            "expected a module with whole parameters, got one that fully_shard has split: shard the alignment module "
-            "around the discriminator instead, or do not shard it"
+            "expected a module without sharded parameters, got one that fully_shard has split: shard the alignment "
+            "module around the discriminator instead, or do not shard it"
         )
 
 
@@ -293,7 +296,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name. Each module gets one name: swapped under two names, it would keep a copy."""
+    """Parameters and buffers by name, each module under one name: if swapped under two names, it would keep a copy."""
     tensors: dict[str, Tensor] = {}
     for prefix, each in module.named_modules():
         tensors |= dict(each.named_parameters(prefix, recurse=False, remove_duplicate=False))

@@ -17,10 +17,10 @@ def all_reduce_sum(tensor: Tensor, *, group: Optional[Any] = None) -> Tensor:
     """Sum of a tensor over all ranks, differentiable.
 
     Every rank gets the same sum. The backward also adds up the gradients of all ranks, since each rank's input affects
-    every rank's loss. So if all W ranks compute the same loss from the sum, each gets W times its gradient.
-    `DistributedDataParallel` averages over ranks, which gives the gradient of the loss again. All ranks must reach the
-    forward and the backward, in the same order. If a rank leaves the sum out of its loss, the others wait for it:
-    multiply the sum by 0 instead.
+    every rank's loss. So if all W ranks compute the same loss from the sum, each rank gets W times the gradient of that
+    loss. `DistributedDataParallel` then averages over ranks, which gives the gradient of the loss. All ranks must reach
+    the forward and the backward, in the same order. If a rank leaves the sum out of its loss, the other ranks wait for
+    it. Such a rank must multiply the sum by 0 instead.
 
     Args:
         tensor: of the same shape and dtype on every rank; integers are allowed and have no gradient.
@@ -87,7 +87,7 @@ def average_gradients(parameters: Iterable[Tensor], *, group: Optional[Any] = No
 
     Args:
         parameters: the same on every rank and in the same order, such as `module.parameters()`. Parameters that do not
-            require grad are left out. A missing gradient counts as 0, and is set afterwards.
+            require grad are left out. A missing gradient counts as 0, and is set to the average too.
         group: a process group, None for all ranks.
 
     Raises:
@@ -136,7 +136,7 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        # The adjoint of a sum that every rank receives is the sum of what every rank sends back.
+        # Every rank receives the sum, so the gradients from all ranks are added up.
         return _AllReduceSum.apply(gradients[0], ctx.group), None  # type: ignore[no-untyped-call]  # because torch's apply is untyped
 
 

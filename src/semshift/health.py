@@ -1,9 +1,9 @@
 """Health figures of adversarial training, to log beside the losses.
 
-A discriminator whose accuracy stays at 1 on both domains teaches the segmenter nothing. A discriminator that stays at
-one half has lost, or the domains do not differ. An adversarial term changes nothing if its gradient at the features is
-a thousandth of the segmentation loss's. If its gradient exceeds the segmentation loss's, the term dominates the
-training.
+If a discriminator's accuracy stays at 1 on both domains, the discriminator teaches the segmenter nothing. If the
+accuracy stays at one half, the discriminator has lost, or the domains do not differ. An adversarial loss has no effect
+if its gradient at the features is a thousandth of the segmentation loss's gradient. If its gradient exceeds the
+segmentation loss's gradient, the adversarial loss dominates the training.
 """
 
 import math
@@ -54,13 +54,13 @@ def domain_accuracy(
     source_weight: Optional[Tensor] = None,
     target_weight: Optional[Tensor] = None,
 ) -> DomainAccuracy:
-    """Accuracy of a discriminator on each domain.
+    """Accuracy of a discriminator on each domain: the share of logits with the right sign.
 
     One number for both domains would hide the usual collapse, in which everything is classified as one domain. A logit
-    of exactly 0 is wrong in both domains.
+    of exactly 0 is counted as wrong in both domains.
 
     Args:
-        source_logits: any shape, positive for source; nan is wrong in both domains too.
+        source_logits: any shape, positive for source; nan is counted as wrong in both domains too.
         target_logits: any shape.
         source_weight: bool or floating point in the shape of `source_logits`; elements of weight 0 do not count, and
             all others count equally. None counts all elements.
@@ -92,7 +92,10 @@ def class_domain_accuracy(
     source_weight: Optional[Tensor] = None,
     target_weight: Optional[Tensor] = None,
 ) -> DomainAccuracy:
-    """Accuracy of a class-and-domain discriminator on each domain: it chooses the half with the larger probability.
+    """Accuracy of a class-and-domain discriminator on each domain.
+
+    Such a discriminator has 2K outputs, see `class_discriminator_loss`. Its answer is the domain whose K outputs have
+    the larger total probability.
 
     Args:
         source_logits: `[..., 2K]`, source classes then target classes.
@@ -123,10 +126,10 @@ def class_domain_accuracy(
 
 
 def gradient_norm(loss: Tensor, features: Tensor) -> Tensor:
-    """Gradient norm: the Euclidean norm of a loss term's gradient at the features.
+    """Gradient norm: the Euclidean norm of a loss's gradient at the features.
 
-    The function keeps the graph and writes no `.grad`, so you can call it just before the backward. Only features on
-    which `retain_grad` was called get their `.grad`. Multiply the norm by the term's weight to compare terms.
+    The function keeps the graph, so you can call it just before the backward. It writes no `.grad`, except that of
+    features on which `retain_grad` was called. To compare two losses, multiply each norm by the weight of its loss.
 
     Args:
         loss: scalar, a function of `features`.
@@ -139,7 +142,8 @@ def gradient_norm(loss: Tensor, features: Tensor) -> Tensor:
         TypeError: a loss or features that are not a floating-point tensor.
         ValueError: a loss that is not a scalar or does not depend on features. A loss in which no element counts does
             depend on them: its norm is 0.
-        RuntimeError: a network that is checkpointed with `use_reentrant=True` or compiled with donated buffers.
+        RuntimeError: activation checkpointing with `use_reentrant=True`, a compiled network that frees its buffers in
+            the backward, or a backward that has already freed the graph. The message gives the fix.
 
     Example:
         >>> features = torch.tensor([3.0, 4.0], requires_grad=True)
@@ -155,9 +159,9 @@ def gradient_norm(loss: Tensor, features: Tensor) -> Tensor:
 def prototype_distance(source_means: Tensor, target_means: Tensor, *, weight: Optional[Tensor] = None) -> Tensor:
     """Distance between the two domains' prototypes of each class, in units of the distance between classes.
 
-    The unit is the mean distance between different classes, where each class is at the middle of its two prototypes.
-    Without this unit, features that shrink would look like domains that come closer. If all prototypes are one point,
-    there is no unit, and the distance is nan rather than 0.
+    A prototype is the mean feature of a class. The unit is the mean distance between different classes, where each
+    class is at the middle of its two prototypes. Without this unit, features that shrink would look like domains that
+    come closer. If all prototypes are equal, the unit is 0, and the distance is nan rather than 0.
 
     Args:
         source_means: prototypes `[K, C]`.
@@ -199,21 +203,22 @@ def prototype_distance(source_means: Tensor, target_means: Tensor, *, weight: Op
 
 
 def health_warnings(history: Sequence[Mapping[str, float | Tensor]], *, objective: Objective = "bce") -> list[str]:
-    """Health warnings: faults of a discriminator, found in the figures of many steps.
+    """Health warnings: faults of a discriminator, found in its figures over many steps.
 
-    Pass the last tenth of a run, and only steps at which the weight has reached its final value: before that, the
-    discriminator should be ahead. A figure is judged if at least ten steps hold it. Reading tensors on a device forces
-    a device sync.
+    Pass the last tenth of a run, and only steps at which the weight has reached its final value: before that, a high
+    accuracy is no fault. A figure is judged if at least ten steps have it. Reading tensors on a device forces a device
+    sync.
 
     Args:
-        history: one mapping for each step: `AlignmentLosses.figures`, or floats under these keys. You may add
+        history: one mapping for each step: `AlignmentLosses.figures`, or floats under the same keys. You may add
             `gradient_ratio`: the norm of the weighted confusion loss's gradient at the features, divided by the norm of
             the task loss's gradient. Other keys are ignored, and so is nan.
-        objective: the discriminator's. With `"wasserstein"`, its accuracy is not judged.
+        objective: the discriminator's objective. With `"wasserstein"`, the accuracy is not judged.
 
     Returns:
-        One warning for each fault. It begins with the fault's kind: `certain`, `chance` or `idle`, `silent` or
-        `dominates`.
+        One warning for each fault; an empty list if there is no fault. A warning begins with its kind: `certain`
+        (accuracy near 1), `chance` (accuracy near one half), `idle` (nothing was compared), `silent` (gradient too
+        small) or `dominates` (gradient too large).
 
     Raises:
         TypeError: a history that is not a sequence of mappings, or a figure that is not a number.
@@ -232,12 +237,12 @@ def health_warnings(history: Sequence[Mapping[str, float | Tensor]], *, objectiv
     if min(len(source), len(target)) >= _STEPS:
         source, target = ([value for value in values if not math.isnan(value)] for values in (source, target))
         if not (source and target):
-            # The gradient is then 0 for the same reason.
+            # The ratio is not judged: for the same reason, the gradient is 0.
             return [
                 "idle: no class in the labels of one domain was seen in the other, so nothing was compared; check the "
                 "label ids, or label more images"
             ]
-        # With the Wasserstein objective the sign of a logit means nothing; only differences do.
+        # With the Wasserstein objective the sign of a logit has no meaning; only differences have one.
         if min(len(source), len(target)) >= _STEPS and objective != "wasserstein":
             found += _judge_accuracy(statistics.fmean(source), statistics.fmean(target))
     ratios = [ratio for ratio in ratios if not math.isnan(ratio)]

@@ -23,10 +23,10 @@ __all__ = ["check_labels", "class_shares", "remap_labels", "resize_labels"]
 
 
 def check_labels(labels: Tensor, num_classes: int, *, ignore_index: Optional[int] = 255) -> None:
-    """Refuse labels outside `[0, num_classes)` that are not `ignore_index`, on any device.
+    """Check labels: any label outside `[0, num_classes)` that is not `ignore_index` is an error, on any device.
 
-    The check forces a device sync. Call it where labels are loaded: pooling on CUDA does not check, and ignores such a
-    label.
+    The check forces a device sync. Call the function where you load labels: pooling on CUDA does not check labels, and
+    ignores wrong ones.
 
     Args:
         labels: any shape, uint8, int8, int16, int32 or int64.
@@ -51,17 +51,17 @@ def check_labels(labels: Tensor, num_classes: int, *, ignore_index: Optional[int
 def remap_labels(labels: Tensor, table: Union[Mapping[int, int], Tensor], *, default: Optional[int] = None) -> Tensor:
     """Remap labels: replace every label by its new id from a table.
 
-    An id that the table lacks is an error unless you give a `default`: without this error, a data set with unexpected
-    ids scores 1 %. The function forces a device sync.
+    An id that the table lacks is an error unless you give a `default`. Without this error, training on a data set with
+    unexpected ids would run, and score 1 %. The function forces a device sync.
 
     Args:
         labels: any shape, uint8, int8, int16, int32 or int64.
-        table: maps old id to new id, for every id that occurs, including the ignored id; or a tensor `[N]` of one of
-            these dtypes, with the new ids of 0 to N - 1.
+        table: mapping of old ids to new ids, for every id that occurs, including the ignored id. Or a tensor `[N]` of
+            one of the dtypes above: its entry i is the new id of i.
         default: the new id of every label that the table lacks, such as 255; with None such labels are an error.
 
     Returns:
-        Labels of the same shape and dtype. Widen uint8 labels first if a new id does not fit.
+        Labels of the same shape and dtype. If a new id does not fit uint8, convert the labels to a wider dtype first.
 
     Raises:
         TypeError: labels or a table of a wrong dtype, or an id in the table or a default that is not an int.
@@ -125,15 +125,16 @@ def resize_labels(
     ignore_index: Optional[int] = 255,
     min_share: float = 0.0,
 ) -> Tensor:
-    """Resample a label map to a different size, with one label per cell.
+    """Resample a label map to a grid of a different size, with one label per cell of the grid.
 
     Args:
         labels: `[B, H, W]`, uint8, int8, int16, int32 or int64.
         size: `(h, w)` of the result, coarser or finer.
         num_classes: K, at least 1.
         resample: `"nearest"` takes the label at the cell's centre (PyTorch's `nearest-exact`); `"majority"` takes the
-            label that covers most of the cell; a pixel on the cell's border counts by its part inside. Ignored pixels
-            vote for an ignored cell. Ties go to the lower id, and to a class rather than to an ignored cell.
+            label that covers the largest part of the cell. Of a pixel on the cell's border, only the part inside
+            counts. Ignored pixels vote for an ignored cell. Ties go to the lower id, and to a class rather than to an
+            ignored cell.
         ignore_index: id of pixels without a class; None if there is no such id.
         min_share: with `"majority"`, a cell whose label covers less than this share of it is ignored; in [0, 1].
 
@@ -142,7 +143,8 @@ def resize_labels(
 
     Raises:
         TypeError: labels of a wrong dtype, or a min_share that is not a number.
-        ValueError: a wrong shape, size, resample or share; on the CPU, a label out of range.
+        ValueError: a wrong shape, size or resample; a min_share outside [0, 1]; a min_share above 0 with `"nearest"`,
+            or without an `ignore_index` that the labels' dtype can hold; on the CPU, a label out of range.
 
     Example:
         >>> labels = torch.tensor([[[0, 0, 1, 1], [0, 1, 1, 255]]])
@@ -177,8 +179,8 @@ def class_shares(
 
     With `"area"`, the weight is the share of the cell that the class covers. The weights of a cell sum to at most 1;
     ignored pixels fill the rest. With `"bilinear"`, the weights are the transpose of bilinear interpolation from the
-    grid to the labels, applied to the class's mask. The weights of a class then sum to its number of label pixels, and
-    pooling features with these weights is the same as pooling the up-sampled features.
+    grid to the labels, applied to the class's mask. The weights of a class then sum to its number of label pixels.
+    Pooling features with these weights is the same as pooling the up-sampled features.
 
     Args:
         labels: `[B, H, W]`, uint8, int8, int16, int32 or int64.
@@ -193,7 +195,8 @@ def class_shares(
 
     Raises:
         TypeError: labels of a wrong dtype, or an align_corners that is not a bool.
-        ValueError: a wrong shape, size or resample; on the CPU, a label out of range.
+        ValueError: a wrong shape, size or resample, or align_corners without `"bilinear"`; on the CPU, a label out of
+            range.
 
     Example:
         >>> labels = torch.tensor([[[0, 0, 1, 255]]])

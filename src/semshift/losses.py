@@ -1,13 +1,13 @@
 """Adversarial losses for the discriminator and for the segmenter.
 
 Every loss takes logits, never probabilities; positive logits mean source. The boundary between the domains is 0 for
-every objective except `wasserstein`, which does not see an offset that both domains share. Weights say which elements
-count. Where the weight is 0, the loss and its gradient ignore the logit, whatever its value. If no element counts, the
-loss is 0 with gradient 0. A weight that is negative or not finite is an error on the CPU. It is not checked elsewhere,
-since checking would force a device sync.
+every objective except `wasserstein`, where an offset that both domains share has no effect. Weights say how much each
+element counts. Where the weight is 0, the loss and its gradient ignore the logit, whatever its value. If no element
+counts, the loss is 0 with gradient 0. A weight that is negative or not finite is an error on the CPU. On other devices
+weights are not checked, since checking would force a device sync.
 
 Losses are float32 (float64 for float64 logits), whatever the logits' dtype. A float16 sum overflows beyond 65504, and
-so does a float16 loss times the first scale of `GradScaler`. A bfloat16 sum stops counting at 256.
+so does a float16 loss times the first scale of `GradScaler`. A bfloat16 sum of ones stops at 256.
 """
 
 import math
@@ -39,10 +39,10 @@ __all__ = [
 ]
 
 Objective: TypeAlias = Literal["bce", "least-squares", "hinge", "wasserstein"]
-"""Objective: the form of the adversarial loss, the same for the discriminator and the segmenter.
+"""Objective, the form of the adversarial loss; use the same for the discriminator and the segmenter.
 
-`bce`: Goodfellow et al. 2014, the non-saturating form. `least-squares`: Mao et al. 2017, towards 1 and -1. `hinge`: Lim
-and Ye 2017. `wasserstein`: Arjovsky et al. 2017, which also needs a penalty or spectral norm.
+`bce`: Goodfellow et al. 2014, the non-saturating form. `least-squares`: Mao et al. 2017, with targets 1 (source) and
+-1. `hinge`: Lim and Ye 2017. `wasserstein`: Arjovsky et al. 2017, which also needs a penalty or spectral norm.
 
 Example:
     >>> objective: semshift.Objective = "least-squares"
@@ -143,7 +143,9 @@ def class_discriminator_loss(
 ) -> Tensor:
     """Adversarial loss for a class-and-domain discriminator: cross-entropy over class and domain jointly.
 
-    FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2, here with half the sum of the two domains' means.
+    This is the loss of FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2, with half the sum of the two domains'
+    means. A class-and-domain discriminator has 2K outputs: it is a `ClassPixelDiscriminator`, or a
+    `PrototypeDiscriminator` with `conditioning="class-and-domain"`.
 
     Args:
         source_logits: `[..., 2K]`, source classes then target classes; pass maps `[B, 2K, H, W]` as
@@ -160,7 +162,8 @@ def class_discriminator_loss(
         A scalar, float32 (float64 for float64 logits).
 
     Raises:
-        TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
+        TypeError: logits or classes that are not a floating-point tensor, or a weight that is neither bool nor floating
+            point.
         ValueError: shapes or devices that do not match, or a weight that is negative or not finite.
 
     Example:
@@ -176,9 +179,10 @@ def class_discriminator_loss(
 def class_confusion_loss(
     logits: Tensor, *, classes: Optional[Tensor] = None, weight: Optional[Tensor] = None
 ) -> Tensor:
-    """Adversarial loss for the segmenter with a class-and-domain discriminator: cross-entropy to the same source class.
+    """Class-and-domain adversarial loss for the segmenter: cross-entropy to each element's class in the source domain.
 
-    FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2.
+    This is the loss of FADA (Wang et al. 2020, arXiv 2007.09222), section 3.2. The loss is low if the discriminator
+    classifies each target element as the element's own class of the source.
 
     Args:
         logits: `[..., 2K]`, of target inputs, source classes then target classes.
@@ -190,7 +194,8 @@ def class_confusion_loss(
         A scalar, float32 (float64 for float64 logits).
 
     Raises:
-        TypeError: logits that are not a floating-point tensor, or a weight that is neither bool nor floating point.
+        TypeError: logits or classes that are not a floating-point tensor, or a weight that is neither bool nor floating
+            point.
         ValueError: shapes or devices that do not match, or a weight that is negative or not finite.
 
     Example:
@@ -203,8 +208,8 @@ def class_confusion_loss(
 def entropy_map(probabilities: Tensor) -> Tensor:
     """Entropy map, `-p log p / log K` for each class and pixel: the input of ADVENT's discriminator.
 
-    Vu et al. 2019 (arXiv 1811.12833), section 3.2. Its sum over classes is 1 where all classes are equally likely. The
-    gradient is finite at 0.
+    This is the map of Vu et al. 2019 (arXiv 1811.12833), section 3.2. Its sum over classes is 1 where all classes are
+    equally likely. The gradient is finite where a probability is 0.
 
     Args:
         probabilities: `[B, K, *S]`, in [0, 1], K at least 2.
@@ -239,15 +244,16 @@ def entropy_map(probabilities: Tensor) -> Tensor:
 def r1_penalty(logits: Tensor, inputs: Tensor, *, sample_dims: int = 1, weight: Optional[Tensor] = None) -> Tensor:
     """R1 gradient penalty: half the mean squared norm of a discriminator's gradient at its source inputs.
 
-    This is equation 9 of Mescheder et al. 2018 (arXiv 1801.04406) without the factor gamma. Add it to the
-    discriminator's loss. Its backward differentiates the gradient once more.
+    This is equation 9 of Mescheder et al. 2018 (arXiv 1801.04406) without the factor gamma. Add the penalty to the
+    discriminator's loss. The penalty's backward differentiates the gradient once more.
 
     Args:
         logits: any shape, computed from `inputs`.
         inputs: the discriminator's inputs, detached and then set to require grad.
-        sample_dims: number of leading dimensions of `inputs` that count samples: 1 for maps `[B, C, H, W]`, all but the
-            last for prototypes `[..., K, C]`.
-        weight: bool or floating point in the shape of those dimensions, not negative; None means equal weights.
+        sample_dims: number of leading dimensions of `inputs` that count samples. Pass 1 for maps `[B, C, H, W]`, and
+            the number of dimensions minus 1 for prototypes `[..., K, C]`.
+        weight: bool or floating point in the shape of the `sample_dims` leading dimensions, not negative; None means
+            equal weights.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs).
@@ -285,8 +291,8 @@ def r1_penalty(logits: Tensor, inputs: Tensor, *, sample_dims: int = 1, weight: 
 def reverse_gradient(features: Tensor, *, scale: float = 1.0) -> Tensor:
     """Gradient reversal: the features are unchanged, and their gradient is multiplied by `-scale`.
 
-    Ganin and Lempitsky 2015 (arXiv 1409.7495), section 3. Apply it to the discriminator's inputs. Minimising the
-    discriminator's loss then trains the discriminator, and teaches the network to fool it by the same backward.
+    This is the layer of Ganin and Lempitsky 2015 (arXiv 1409.7495), section 3. Apply it to the discriminator's inputs.
+    One backward of the discriminator's loss then trains the discriminator, and teaches the segmenter to fool it.
 
     Args:
         features: any shape, floating point.
@@ -298,7 +304,7 @@ def reverse_gradient(features: Tensor, *, scale: float = 1.0) -> Tensor:
     Raises:
         TypeError: features that are not a floating-point tensor, or a scale that is not a number.
         ValueError: a scale that is negative or not finite.
-        NotImplementedError: forward-mode differentiation.
+        NotImplementedError: forward-mode differentiation, such as `torch.func.jvp`.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)

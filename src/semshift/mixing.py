@@ -37,10 +37,10 @@ class PseudoLabels(NamedTuple):
 def pseudo_labels(logits: Tensor, *, threshold: float = 0.968) -> PseudoLabels:
     """Pseudo-labels: the most likely class of every pixel, and which pixels the network is sure of.
 
-    As in DACS (Tranheden et al. 2021, arXiv 2007.08702), with one weight per image as in DAFormer (Hoyer et al. 2022,
-    arXiv 2111.14887), section 3.1. Every pixel has a label, and the image's weight multiplies the loss of its pixels.
-    The logits come from a teacher or the network itself; no gradient flows back. If you pass probabilities by mistake,
-    the weight is 0 at every step.
+    The pseudo-labels are those of DACS (Tranheden et al. 2021, arXiv 2007.08702), with one weight per image as in
+    DAFormer (Hoyer et al. 2022, arXiv 2111.14887), section 3.1. Every pixel has a label, and the image's weight
+    multiplies the loss of its pixels. The logits come from a teacher or from the network itself. No gradient flows
+    back. If you pass probabilities by mistake, the weight is 0 at every step.
 
     Args:
         logits: `[B, K, *S]`, floating point, K at least 2; the softmax is taken in float32 at least.
@@ -52,8 +52,8 @@ def pseudo_labels(logits: Tensor, *, threshold: float = 0.968) -> PseudoLabels:
 
     Raises:
         TypeError: logits that are not a floating-point tensor, or a threshold that is not a number.
-        ValueError: a wrong shape, a threshold outside [0, 1], or on the CPU, logits without a softmax, such as nan. On
-            CUDA the network is not sure of such pixels.
+        ValueError: a wrong shape or a threshold outside [0, 1]; on the CPU, logits without a softmax, such as nan. On
+            CUDA such logits are no error, and `sure` is False for their pixels.
 
     Example:
         >>> pseudo = semshift.pseudo_labels(torch.tensor([[[9.0, 0.0], [0.0, 0.5]]]))
@@ -93,8 +93,8 @@ def class_mix(
 ) -> Tensor:
     """ClassMix mask: the pixels of half of each image's classes (rounded up), to paste on another image.
 
-    ClassMix (Olsson et al. 2021, arXiv 2007.07936), section 3.1; from source to target as in DACS (Tranheden et al.
-    2021, arXiv 2007.08702). Classes are chosen for each image separately, among the classes that the image holds.
+    This is ClassMix (Olsson et al. 2021, arXiv 2007.07936), section 3.1, from source to target as in DACS (Tranheden et
+    al. 2021, arXiv 2007.08702). Classes are chosen for each image separately, among the classes that the image holds.
     Ignored pixels are never chosen. Pixels under the mask come from the source, with a weight of 1. The rest comes from
     the target, with the weight of its pseudo-labels::
 
@@ -104,25 +104,25 @@ def class_mix(
 
     Args:
         labels: labels of the source, `[B, *S]`, uint8, int8, int16, int32 or int64, in `[0, num_classes)` or
-            `ignore_index`. On CUDA any other label is not an error, since checking would force a device sync, but it is
-            never chosen: see `check_labels`.
+            `ignore_index`. On CUDA pixels with any other label are never chosen. There is no error, since checking
+            would force a device sync: see `check_labels`.
         num_classes: K, at least 1.
         ignore_index: id of pixels without a class; None if there is no such id. The default is refused with more than
             255 classes.
-        generator: random generator of the choice, on any device; None uses PyTorch's own on the labels' device. A
-            generator on the CPU makes the same choice on every device. A generator seeded by the step makes the mask a
-            function of the step.
-        keys: `[B, K]` finite, instead of the generator: of the classes that an image holds, the half with the lower
-            keys is chosen. `torch.rand(B, K, generator=generator)` makes the same choice as `generator`. Use keys in a
-            full graph of `torch.compile`, which cannot contain a generator.
+        generator: random generator for the choice, on any device; None uses PyTorch's default generator of the labels'
+            device. A generator on the CPU makes the same choice for labels on every device. A generator that you seed
+            by the step makes the mask a function of the step.
+        keys: `[B, K]`, floating point and finite, to pass instead of a generator. Of the classes that an image holds,
+            the half with the lower keys is chosen. `torch.rand(B, K, generator=generator)` makes the same choice as
+            `generator`. Use keys in a full graph of `torch.compile`, which cannot contain a generator.
 
     Returns:
         `[B, *S]` bool, on the device of `labels`.
 
     Raises:
         TypeError: labels of a wrong dtype, a count that is not an int, or keys that are not floating point.
-        ValueError: labels without dimensions of pixels, keys of a wrong shape or together with a generator, or on the
-            CPU a label out of range or a key that is not finite.
+        ValueError: labels without pixel dimensions, keys of a wrong shape, or both keys and a generator; on the CPU, a
+            label out of range or a key that is not finite.
 
     Example:
         >>> labels = torch.tensor([[[0, 0, 255], [1, 1, 1]]])

@@ -1,7 +1,8 @@
 """Class-prototype pooling: the features of each class are added up, and divided by its mass once at the end.
 
-Sums and masses add up over images, batches, shards and ranks. So a prototype over any of these takes one division:
-`(a + b).means`, never the mean of means.
+The mass of a class is its number of pixels, or the sum of its weights. Sums and masses can be added over images,
+batches, shards and ranks. So a prototype over any of these needs one division: `(a + b).means`, never the mean of
+means.
 """
 
 import math
@@ -34,12 +35,15 @@ __all__ = ["ClassSums", "class_sums", "weighted_class_sums"]
 # properties nor its addition.
 @dataclass(eq=False)
 class ClassSums:
-    """Class sums: the summed features and the mass of each class; add first, divide last.
+    """Class sums: the summed features and the mass of each class.
+
+    Add the objects of several batches or ranks with `+`. Then `.means` divides once, and gives the class prototypes:
+    the mean feature of each class.
 
     Args:
         sums: `[(B,) K, C]` float32 (float64 for float64 features), the features of each class added up.
-        mass: `[(B,) K]`, the amount that was added: int64 pixels, or in the dtype of `sums` for `"area"` and for
-            weights.
+        mass: `[(B,) K]`, the amount that was added: a count of pixels or cells (int64), or a sum of weights in the
+            dtype of `sums` for `"area"` and for weights.
 
     Raises:
         ValueError: on addition, shapes or dtypes that differ.
@@ -57,13 +61,14 @@ class ClassSums:
     def means(self) -> Tensor:
         """Prototypes `[(B,) K, C]` in the dtype of `sums`; an absent class is 0 with gradient 0."""
         present = self.present[..., None]
-        # The inner `where` keeps 0 / 0 out of the backward; the outer one hides what an absent class's sums hold.
+        # The inner `where` keeps 0 / 0 out of the backward. The outer `where` hides the sums of an absent class,
+        # whatever they hold.
         mass = torch.where(self.present, self.mass, 1)[..., None].to(self.sums.dtype)
         return torch.where(present, self.sums / mass, 0.0)
 
     @property
     def present(self) -> Tensor:
-        """`[(B,) K]` bool, the classes with a mass above 0."""
+        """`[(B,) K]` bool, True for the classes with a mass above 0."""
         return self.mass > 0
 
     def to(self, *args: Any, **kwargs: Any) -> "ClassSums":
@@ -158,19 +163,20 @@ def class_sums(
         resample: how labels are resampled to a feature grid of a different size, for two spatial dimensions only. At
             equal sizes all options give the same sums. `"bilinear"`: the exact sums of features that are bilinearly
             up-sampled to the labels' size, without up-sampling them. `"nearest"`: the label at the cell's centre.
-            `"majority"`: the label that covers most of the cell. `"area"`: each class is weighted by the share of the
-            cell that it covers. None refuses labels of a different size.
+            `"majority"`: the label that covers the largest part of the cell. `"area"`: each class is weighted by the
+            share of the cell that it covers. None refuses labels of a different size.
         align_corners: for `"bilinear"` only, as in `torch.nn.functional.interpolate`.
         per_image: one set of prototypes per image instead of one for the batch.
 
     Returns:
-        `ClassSums` with sums `[(B,) K, C]` and mass `[(B,) K]`: int64 label pixels, or with `"area"` cells in the
-        dtype of the sums.
+        `ClassSums` with sums `[(B,) K, C]` and mass `[(B,) K]`. The mass counts label pixels in int64. After resampling
+        with `"nearest"` or `"majority"` it counts cells in int64; with `"area"`, cells in the dtype of the sums.
 
     Raises:
         TypeError: features or labels of a wrong dtype, or a flag that is not a bool.
-        ValueError: shapes that do not match, labels of a different size with `resample=None`, labels that look
-            transposed by their aspect ratio, an unknown option, or on the CPU a label out of range.
+        ValueError: shapes that do not match, labels of a different size with `resample=None`, labels whose aspect ratio
+            suggests that they are transposed, an unknown option, or align_corners without `"bilinear"`; on the CPU, a
+            label out of range.
 
     Example:
         >>> features = torch.tensor([[[1.0, 3.0, 5.0, 9.0]]])
@@ -190,20 +196,19 @@ def class_sums(
         else:
             return _resampled(features, labels, num_classes, ignore_index, resample, align_corners, per_image)
     sums, mass = hard_sums(features, labels, num_classes, ignore_index, per_image)
-    # At equal sizes an area is a pixel; only the dtype of the mass tells the modes apart.
+    # At equal sizes a cell is a pixel, so the modes differ only in the dtype of the mass.
     return ClassSums(sums, mass.to(sums.dtype) if resample == "area" else mass)
 
 
 def weighted_class_sums(features: Tensor, weights: Tensor, *, per_image: bool = False) -> ClassSums:
-    """Weighted class sums: features added up with a weight per class and place, such as a network's probabilities.
+    """Weighted class sums: features added up with a weight per class and cell, such as a network's probabilities.
 
     On the CPU, a cell whose weights are all 0 adds nothing, whatever its features hold. On CUDA this is a matrix
     product, so all features must be finite.
 
     Args:
         features: `[B, C, *S]`, float16, bfloat16, float32 or float64; differentiable.
-        weights: `[B, K, *S]`, of any of these dtypes; differentiable. They must not be negative if `.means` are to be
-            means.
+        weights: `[B, K, *S]`, of any of these dtypes; differentiable. With negative weights, `.means` are not means.
         per_image: one set of prototypes per image instead of one for the batch.
 
     Returns:

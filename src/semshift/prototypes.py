@@ -40,14 +40,14 @@ class FilledPrototypes(NamedTuple):
 class PrototypeBank(nn.Module):
     """Prototype bank: running class prototypes of one domain over many batches; use one bank for each domain.
 
-    An update has sums s and mass n; m is the momentum. For a class k that is present in it, the bank sets
-    `S_k = m S_k + (1 - m) s_k` and `M_k = m M_k + (1 - m) n_k`. For an absent class, both stay bit-identical. The
-    prototype is `S_k / M_k`: the mean over all features so far, where those from j updates of the class ago have a
-    weight of `m ** j`. So an update counts by its mass. Starting from 0 causes no bias, since it affects `S_k` and
-    `M_k` alike.
+    A prototype is the mean feature of a class. Let m be the momentum, and s and n the sums and mass of an update. For a
+    class k that is present in the update, the bank sets `S_k = m S_k + (1 - m) s_k` and `M_k = m M_k + (1 - m) n_k`.
+    For an absent class, both stay bit-identical. The prototype is `S_k / M_k`: the weighted mean of all features so
+    far. After j later updates of the class, a feature has the weight `m ** j`. So an update counts in proportion to its
+    mass. Starting from 0 causes no bias, since it affects `S_k` and `M_k` alike.
 
-    The state is two buffers without gradients, which a checkpoint includes. The bank must stay in float32, whatever the
-    model's precision: after a cast to half precision it raises an error.
+    The state is two buffers without gradients, which the `state_dict` includes. The bank must stay in float32, whatever
+    the model's precision: after a cast to half precision it raises an error.
 
     Args:
         in_channels: C, the length of a prototype, at least 1.
@@ -90,7 +90,7 @@ class PrototypeBank(nn.Module):
 
     @property
     def present(self) -> Tensor:
-        """`[K]` bool, the classes that were seen in any update.
+        """`[K]` bool, True for the classes that were seen in any update.
 
         Raises:
             TypeError: the bank was cast to half precision.
@@ -99,20 +99,21 @@ class PrototypeBank(nn.Module):
 
     @torch.no_grad()
     def update(self, pooled: ClassSums) -> None:
-        """Update the bank with a batch; with several ranks, with all ranks' batches, so that all banks are the same.
+        """Update the bank with the sums of a batch; with several ranks, with the sums of all ranks.
 
-        Every rank must call it, even if its batch lacks every class. Images are added up first; then each rank's sums
-        and mass go through `all_reduce_sum`. Sums that were already added up over ranks do no harm, since the prototype
-        is a ratio.
+        Every rank must call the method, even if its batch lacks every class. The banks of all ranks are then the same.
+        Images are added up first; then each rank's sums and mass go through `all_reduce_sum`. Sums that were already
+        added up over ranks do no harm, since the prototype is a ratio.
 
         Args:
-            pooled: sums `[K, C]` or, with `per_image`, `[B, K, C]`.
+            pooled: `ClassSums` with sums `[K, C]`, or `[B, K, C]` if pooled with `per_image=True`.
 
         Raises:
             TypeError: not a `ClassSums`, sums that are not float32 or float64, or a bank in half precision.
             ValueError: a wrong shape or device; on the CPU, sums of a present class that are not finite in the bank's
                 dtype, or a mass that is negative or not finite. The bank is then unchanged. On other devices checking
-                would force a device sync: there, and in a compiled graph, such a class keeps its value.
+                would force a device sync. There, and in a compiled graph, such a class is not an error, and its
+                prototype stays as it is.
         """
         state = self._state()
         self._check(pooled)
@@ -138,7 +139,7 @@ class PrototypeBank(nn.Module):
         Gradients flow to the batch's own rows; the bank's rows are constants.
 
         Args:
-            pooled: sums `[K, C]` or `[B, K, C]`.
+            pooled: `ClassSums` with sums `[K, C]` or `[B, K, C]`.
 
         Returns:
             `FilledPrototypes` of the shape of `pooled`, means in the dtype of its sums.

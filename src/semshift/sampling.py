@@ -1,4 +1,4 @@
-"""Sampler of batches mixed from several domains; each batch is a pure function of the seed and the step."""
+"""Sampler of batches mixed from several domains; each batch is a pure function of the seed, the step and the rank."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,15 +21,16 @@ class MixedBatchSampler:
     """Sampler of mixed batches: each batch has a fixed number of images from every domain.
 
     Each domain is one endless stream of draws: passes through all of its images, each pass in a different random order.
-    With n images per batch and W ranks, step s uses draws `[s * W * n, (s + 1) * W * n)` of the stream. The ranks
-    divide these draws in their order. A batch depends on (seed, world size, rank, step) and nothing else. To resume,
-    set `first_step`: this takes no time and needs no state. Orders are computed, not stored, so a billion images cost
-    the same as a thousand. A domain's stream depends on its name and length, not on the other domains.
+    With n images per batch and W ranks, step s uses draws `[s * W * n, (s + 1) * W * n)` of the stream. Rank 0 takes
+    the first n of them, rank 1 the next n, and so on. A batch depends on (seed, world size, rank, step) and nothing
+    else. To resume, set `first_step`: this takes no time and needs no state. Orders are computed, not stored, so a
+    billion images need no more memory or time than a thousand. A domain's stream depends on its name and length, not on
+    the other domains.
 
-    Pass it as `batch_sampler` to a `torch.utils.data.DataLoader` over the `ConcatDataset` of the domains in this order.
-    It is a value: you can print, compare and pickle it. Each iteration starts at `first_step` again. So a loop over
-    several epochs must call `set_epoch`, as Lightning, Fabric and Accelerate do: then each epoch continues where the
-    last one ended.
+    Pass it as `batch_sampler` to a `torch.utils.data.DataLoader` over the `ConcatDataset` of the domains, in the order
+    of `sizes`. The sampler is a value: you can print, compare and pickle it. Each iteration starts at `first_step`
+    again. So a loop over several epochs must call `set_epoch`, as Lightning, Fabric and Accelerate do: then each epoch
+    continues where the last one ended.
 
     The sampler distributes the batches over ranks, so no other tool may distribute them again. With Lightning and
     Fabric, set `use_distributed_sampler=False`. Accelerate gives each of W processes every W-th batch: pass
@@ -43,7 +44,7 @@ class MixedBatchSampler:
         world_size: number of processes, at least 1. A run may resume at a step with a different number of processes if
             world size times images per batch stays the same; `resume` checks this.
         first_step: the step of the first batch, at least 0.
-        steps: number of batches, at least 0; None for endless.
+        steps: number of batches of an epoch, at least 0; None for an endless sampler.
         weights: maps a domain's name to one weight per image, not negative. Images of these domains are drawn
             independently with replacement, in proportion to their weights. See `rare_class_weights`.
 
@@ -97,13 +98,13 @@ class MixedBatchSampler:
         self.steps = None if steps is None else check_int("steps", steps, 0)
         self.weights = {name: tuple(_weights(name, weight, sizes)) for name, weight in (weights or {}).items()}
         self.epoch = 0
-        # The first step of epoch 0 and the length of an epoch; after `resume`, first_step and steps are those of the
-        # rest.
+        # `_first` is the first step of epoch 0, and `_length` the length of an epoch. After `resume`, `first_step` and
+        # `steps` are those of the rest of the epoch.
         self._first, self._length = self.first_step, self.steps
         self._cumulative = {name: _cumulative(weight) for name, weight in self.weights.items()}
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Batches from `first_step` on: indices into the concatenation, domain after domain."""
+        """Batches from `first_step` on: lists of indices into the concatenated data set, domain after domain."""
         # Read once, so that `set_epoch` does not change an iteration that has begun.
         step, end = self.first_step, None if self.steps is None else self.first_step + self.steps
         while end is None or step < end:
@@ -140,7 +141,9 @@ class MixedBatchSampler:
         if epoch == self.epoch:
             return
         if self._length is None:
-            raise ValueError(f"expected epoch 0 for an endless sampler, got {epoch}; pass steps=")
+            raise ValueError(
+                f"expected epoch 0 for an endless sampler, got {epoch}; pass steps= to set the length of an epoch"
+            )
         self.epoch, self.steps = epoch, self._length
         self.first_step = self._first + self.epoch * self._length
 
@@ -160,7 +163,7 @@ class MixedBatchSampler:
 
     @property
     def drop_last(self) -> bool:
-        """False: Accelerate reads it when it distributes batches over processes.
+        """False: Accelerate reads this property when it distributes batches over processes.
 
         Returns:
             False.
@@ -191,11 +194,12 @@ class MixedBatchSampler:
             per_batch: images per batch on each rank; `world_size` times each number must stay the same.
 
         Returns:
-            A sampler.
+            A `MixedBatchSampler` that begins at `first_step`.
 
         Raises:
             TypeError: as in the constructor.
-            ValueError: a changed number of draws per step, a step outside the run, or as in the constructor.
+            ValueError: a changed number of draws per step, a step before `first_step` or after the end of the epoch, or
+                as in the constructor.
 
         Example:
             >>> sampler = semshift.MixedBatchSampler({"source": 1000}, {"source": 4}, seed=0, steps=100)
@@ -276,14 +280,17 @@ class MixedBatchSampler:
 
 
 def collate_by_domain(samples: Sequence[Any], per_batch: Mapping[str, int]) -> dict[str, Any]:
-    """Collate the samples of a mixed batch domain by domain, since domains differ in size and some have no masks.
+    """Collate the samples of a mixed batch, domain by domain.
+
+    Domains may differ in image size, and some have no labels. So the samples of each domain are collated separately.
 
     Args:
         samples: as `MixedBatchSampler` draws them, domain after domain.
-        per_batch: the sampler's; bind it with `functools.partial`.
+        per_batch: the sampler's `per_batch`; bind it with `functools.partial` to get the `collate_fn` of a
+            `DataLoader`.
 
     Returns:
-        A dictionary of each domain's samples by name, collated by `torch.utils.data.default_collate`.
+        A dictionary from each domain's name to its samples, collated by `torch.utils.data.default_collate`.
 
     Raises:
         TypeError: a count that is not an int.
@@ -307,15 +314,16 @@ def rare_class_weights(
 ) -> np.ndarray:
     """Image weights for rare class sampling: images with rare classes are drawn more often.
 
-    DAFormer's rare class sampling (Hoyer et al. 2022, arXiv 2111.14887), section 3.2. A class of frequency f is chosen
-    with probability proportional to `exp((1 - f) / temperature)`, then one of the images that hold this class. The
-    weight of an image is its probability under this scheme. A class that no image holds is never chosen.
+    This is DAFormer's rare class sampling (Hoyer et al. 2022, arXiv 2111.14887), section 3.2. First, a class is chosen:
+    a class of frequency f has a probability proportional to `exp((1 - f) / temperature)`. Then one of the images that
+    hold this class is chosen. The weight of an image is its probability under this scheme. A class that no image holds
+    is never chosen.
 
     Args:
         class_counts: `[N, K]`, pixels of each class in each image, not negative.
         temperature: positive; the smaller it is, the more the rarest class is favoured.
-        min_pixels: an image holds a class if it has at least this number of its pixels; at least 1. If an image has a
-            handful, a random crop mostly misses them. Frequencies count every pixel.
+        min_pixels: an image holds a class if at least this number of the image's pixels are of the class; at least 1.
+            If there are only a few such pixels, a random crop mostly misses them. Frequencies count every pixel.
 
     Returns:
         `float64 [N]`, summing to 1; 0 for images without any class.
@@ -344,8 +352,8 @@ def rare_class_weights(
             f"expected class_counts with a count of at least min_pixels {min_pixels}, got at most {counts.max()}"
         )
     occurs = held.any(0)
-    # Only ratios matter: the rarest class is set to exp(0), or a small temperature would overflow. Others may
-    # underflow.
+    # Only ratios matter. The rarest class is set to exp(0), since otherwise a small temperature would overflow. Others
+    # may underflow.
     with np.errstate(over="ignore"):
         exponent = np.where(occurs, (frequency[occurs].min() - frequency) / temperature, -np.inf)
     chosen = np.exp(exponent)

@@ -15,7 +15,7 @@ from semshift._checks import check_finite, check_int
 __all__ = ["Constant", "Cosine", "Linear", "Polynomial", "Schedule", "Sigmoid", "Then"]
 
 Schedule: TypeAlias = Callable[[int], float]
-"""Schedule: any function of a step (0 or more) that returns a float.
+"""Type of a schedule, which is any function of a step (0 or more) that returns a float.
 
 Example:
     >>> halved: semshift.Schedule = lambda step: 0.01 * 0.5 ** (step // 1000)
@@ -115,9 +115,9 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Polynomial:
-    """Polynomial decay, `stop + (start - stop) * (1 - step / steps) ** power`, fixed from step `steps` on.
+    """Polynomial schedule, `stop + (start - stop) * (1 - step / steps) ** power`, fixed from step `steps` on.
 
-    With the default power this is the decay of DeepLab (Chen et al. 2017, section 4.1) and AdaptSegNet.
+    With the default power this is the learning-rate decay of DeepLab (Chen et al. 2017, section 4.1) and AdaptSegNet.
 
     Args:
         start: value at step 0, finite.
@@ -147,22 +147,23 @@ class Polynomial:
     def __call__(self, step: int) -> float:
         """The value at `step`."""
         remaining = 1 - _progress(step, self.steps)
-        # 0 ** 0 is 1, but from step `steps` on the value is `stop` whatever the power. Compared with 0, since torch 2.4
-        # compiles `if remaining` again at every step.
+        # 0 ** 0 is 1, but from step `steps` on the value is `stop` whatever the power. The test is `> 0`, since torch
+        # 2.4 compiles `if remaining` again at every step.
         share = remaining**self.power if remaining > 0 else 0.0
         return float(share * self.start + (1 - share) * self.stop)
 
 
 @dataclass(frozen=True)
 class Sigmoid:
-    """DANN's sigmoid, `start + (stop - start) * (2 / (1 + exp(-gain * step / steps)) - 1)`, fixed from step `steps` on.
+    """Sigmoid schedule of DANN: a rise or fall that is fast at first and then flat, fixed from step `steps` on.
 
-    Ganin et al. 2016 (JMLR 17), section 5.2.2, with gain 10. At step `steps` the value is 0.9999 of the way from
-    `start` to `stop`.
+    The value is `start + (stop - start) * (2 / (1 + exp(-gain * step / steps)) - 1)`. This is the schedule of Ganin et
+    al. 2016 (JMLR 17), section 5.2.2, where the gain is 10. With this gain, the value at step `steps` is 0.9999 of the
+    way from `start` to `stop`.
 
     Args:
         start: value at step 0, finite.
-        stop: the value that it approaches, finite.
+        stop: the value that the schedule approaches, finite.
         steps: number of steps from `start` to `stop`, at least 1.
         gain: how fast the value changes at the start, finite and positive.
 
@@ -233,7 +234,7 @@ def _progress(step: int, steps: int) -> float:
 
 
 def _settle(schedule: Any) -> None:
-    """Check the numbers of a schedule and store them as Python's, so that it prints, compares and pickles with them."""
+    """Check the numbers of a schedule and store them as Python's numbers, which print, compare and pickle well."""
     for field in dataclasses.fields(schedule):
         value = getattr(schedule, field.name)
         checked = check_int("steps", value, 1) if field.name == "steps" else check_finite(field.name, value)
