@@ -86,7 +86,8 @@ class SemanticAlignment(nn.Module):
         align_corners: for `"bilinear"` only; use the value with which your network up-samples its logits.
         per_image: True gives one prototype for each image and class, as in the paper; False gives one for each class of
             the batch.
-        ignore_index: id of pixels without a class; None if there is no such id.
+        ignore_index: id of pixels to ignore. None: every label must be a class; any other label raises an error on the
+            CPU and is ignored on CUDA. With more than 255 classes the default raises an error: pass None or another id.
 
     Raises:
         TypeError: a count that is not an int, widths that are not a sequence, or a flag that is not a bool.

@@ -57,8 +57,8 @@ def prototype_contrast_loss(
         prototypes: `[K, C]`, or `[D, K, C]` of D domains, of any dtype that features may have. They must be finite,
             which is checked on the CPU. Differentiable; the prototypes of a `PrototypeBank` have no gradient.
         temperature: t, above 0; the smaller it is, the more the nearest wrong prototypes count.
-        ignore_index: id of pixels without a class; None if there is no such id. The default is refused with more than
-            255 classes.
+        ignore_index: id of pixels to ignore. None: every label must be a class; any other label raises an error on the
+            CPU and is ignored on CUDA. With more than 255 classes the default raises an error: pass None or another id.
         resample: how labels are resampled to a feature grid of a different size, see `class_sums`. `"bilinear"`
             computes the loss at the labels' size, from up-sampled log-probabilities.
         align_corners: for `"bilinear"` only, as in `torch.nn.functional.interpolate`.

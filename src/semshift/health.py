@@ -282,8 +282,8 @@ def _judge_accuracy(source: float, target: float) -> list[str]:
     if (source + target) / 2 <= _CHANCE:
         return [
             f"chance: the discriminator is at chance {found}, so its gradient is noise. Check that its parameters "
-            "change. Raise its learning rate, or lower the weight if the accuracy fell as the weight rose. If "
-            "prototype_distance is near 0, the domains are aligned"
+            "change, and that Adam or AdamW trains them. Raise its learning rate, or lower the weight if the accuracy "
+            "fell as the weight rose. If prototype_distance is near 0, the domains are aligned"
         ]
     return []
 

@@ -31,7 +31,8 @@ def check_labels(labels: Tensor, num_classes: int, *, ignore_index: Optional[int
     Args:
         labels: any shape, uint8, int8, int16, int32 or int64.
         num_classes: K, at least 1.
-        ignore_index: id of pixels without a class; None if there is no such id.
+        ignore_index: id of pixels to ignore. None: every label must be a class. With more than 255 classes the default
+            raises an error: pass None or another id.
 
     Raises:
         TypeError: labels of a wrong dtype, or a count that is not an int.
@@ -135,7 +136,8 @@ def resize_labels(
             label that covers the largest part of the cell. Of a pixel on the cell's border, only the part inside
             counts. Ignored pixels vote for an ignored cell. Ties go to the lower id, and to a class rather than to an
             ignored cell.
-        ignore_index: id of pixels without a class; None if there is no such id.
+        ignore_index: id of pixels to ignore. None: every label must be a class; any other label raises an error on the
+            CPU and is ignored on CUDA. With more than 255 classes the default raises an error: pass None or another id.
         min_share: with `"majority"`, a cell whose label covers less than this share of it is ignored; in [0, 1].
 
     Returns:
@@ -188,7 +190,8 @@ def class_shares(
         num_classes: K, at least 1.
         resample: `"area"` or `"bilinear"`.
         align_corners: for `"bilinear"` only, as in `torch.nn.functional.interpolate`.
-        ignore_index: id of pixels without a class; None if there is no such id.
+        ignore_index: id of pixels to ignore. None: every label must be a class; any other label raises an error on the
+            CPU and is ignored on CUDA. With more than 255 classes the default raises an error: pass None or another id.
 
     Returns:
         `[B, K, h, w]` float32.

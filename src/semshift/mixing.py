@@ -107,8 +107,8 @@ def class_mix(
             `ignore_index`. On CUDA pixels with any other label are never chosen. There is no error, since checking
             would force a device sync: see `check_labels`.
         num_classes: K, at least 1.
-        ignore_index: id of pixels without a class; None if there is no such id. The default is refused with more than
-            255 classes.
+        ignore_index: id of pixels to ignore. None: every label must be a class; any other label raises an error on the
+            CPU and is ignored on CUDA. With more than 255 classes the default raises an error: pass None or another id.
         generator: random generator for the choice, on any device; None uses PyTorch's default generator of the labels'
             device. A generator on the CPU makes the same choice for labels on every device. A generator that you seed
             by the step makes the mask a function of the step.

@@ -154,12 +154,13 @@ def class_sums(
     features hold. Sums are kept in float32 at least, counts in int64.
 
     Args:
-        features: `[B, C, *S]`, float16, bfloat16, float32 or float64, any strides; differentiable, twice in eager mode.
+        features: `[B, C, *S]`, float16, bfloat16, float32 or float64, any strides; differentiable.
+            Second derivatives work in eager mode, but not under `torch.compile`.
         labels: `[B, *S']`, uint8, int8, int16, int32 or int64, in `[0, num_classes)` or `ignore_index`. On CUDA any
             other label is ignored without an error, since checking would force a device sync: see `check_labels`.
         num_classes: K, at least 1.
-        ignore_index: id of pixels without a class; None if there is no such id. The default is refused with more than
-            255 classes.
+        ignore_index: id of pixels to ignore. None: every label must be a class; any other label raises an error on the
+            CPU and is ignored on CUDA. With more than 255 classes the default raises an error: pass None or another id.
         resample: how labels are resampled to a feature grid of a different size, for two spatial dimensions only. At
             equal sizes all options give the same sums. `"bilinear"`: the exact sums of features that are bilinearly
             up-sampled to the labels' size, without up-sampling them. `"nearest"`: the label at the cell's centre.
@@ -173,9 +174,10 @@ def class_sums(
         with `"nearest"` or `"majority"` it counts cells in int64; with `"area"`, cells in the dtype of the sums.
 
     Raises:
-        TypeError: features or labels of a wrong dtype, or a flag that is not a bool.
-        ValueError: shapes that do not match, labels of a different size with `resample=None`, labels whose aspect ratio
-            suggests that they are transposed, an unknown option, or align_corners without `"bilinear"`; on the CPU, a
+        TypeError: features or labels of a wrong dtype, a count that is not an int, or a flag that is not a bool.
+        ValueError: shapes that do not match, labels of a different size with `resample=None` or without two spatial
+            dimensions, labels whose aspect ratio suggests that they are transposed, a `num_classes` below 1 (above 255
+            with the default `ignore_index`), an unknown option, or align_corners without `"bilinear"`; on the CPU, a
             label out of range.
 
     Example:
