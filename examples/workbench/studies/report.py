@@ -69,7 +69,7 @@ def study_table(study: Study, results: Sequence[Record]) -> str:
         *_describe_rows(study, list(miou.index)),
         f"Settings of every run: `train {common}`." if common else "",
         f"IoU of each class in percent{', mean over the seeds' if len(miou.columns) > 1 else ''}.",
-        *min([_fit(iou.map(format_number)), _fit(iou.map(format_number).T.rename_axis("class"))], key=len),
+        *min(_fit(iou.map(format_number)), _fit(iou.map(format_number).T.rename_axis("class")), key=_width),
         f"{len(results)} runs, {duration(results)} in total. Versions: {found}.",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -94,6 +94,11 @@ def _describe_rows(study: Study, rows: Sequence[str]) -> list[str]:
 def _markdown(table: pd.DataFrame) -> str:
     text: str = table.to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * len(table.columns))
     return text
+
+
+def _width(tables: list[str]) -> tuple[int, int]:
+    """The number of tables and of their columns: few of both also fit on a phone."""
+    return len(tables), tables[0].partition("\n")[0].count("|")
 
 
 def _fit(table: pd.DataFrame) -> list[str]:
