@@ -108,6 +108,8 @@ def _read_docstring(app, what, name, obj, options, lines):
             return f":py:obj:`{text} <semshift.{text}>`"
         if text in NAMES and "." in text:
             return f":py:obj:`{text}`"
+        if page := re.fullmatch(r"docs/([\w-]+)\.md", text):
+            return f":doc:`/{page[1]}`"
         return f"``{text}``"
 
     lines[:] = [re.sub(r"(?<!`)(?<!:)`([^`]+)`(?!`)", role, line) for line in lines]
@@ -139,7 +141,12 @@ def _lay_out_signatures(app, doctree):
     Sphinx itself would measure the full text, with `~torch.Tensor` for `Tensor`, and break signatures that fit.
     """
     index = app.env.get_domain("index").entries
-    index[app.env.docname] = [entry for entry in index[app.env.docname] if not entry[1].startswith("__")]
+    entries = [entry for entry in index[app.env.docname] if not entry[1].startswith("__")]
+    # `semshift.NAME (module)` instead of two entries, `module; semshift.NAME` and the reverse.
+    for i, (_, value, anchor, *rest) in enumerate(entries):
+        if value.startswith("module; "):
+            entries[i] = ("single", f"{value.removeprefix('module; ')} (module)", anchor, *rest)
+    index[app.env.docname] = entries
     for signature in doctree.findall(addnodes.desc_signature):
         columns = len(signature.astext())
         for parameters in signature.findall(addnodes.desc_parameterlist):
@@ -155,25 +162,56 @@ def _lay_out_signatures(app, doctree):
             signature["_toc_name"] = f"{call}()" if call == "schedule" else call
 
 
+def _lay_out_aliases(app, doctree):
+    """Show what a type is an alias of as code, before its example. Sphinx would write it at the end, as prose."""
+    for content in doctree.findall(addnodes.desc_content):
+        for paragraph in [child for child in content if isinstance(child, nodes.paragraph)]:
+            text = paragraph.astext()
+            if text.startswith("alias of "):
+                content.remove(paragraph)
+                alias = re.sub("[‘’]", "'", text.removeprefix("alias of "))
+                content.insert(1, nodes.paragraph("", "Alias of ", nodes.literal(alias, alias), nodes.Text(".")))
+
+
+def _keep_units_together(app, doctree):
+    """Keep `36 ms`, `64 x 96`, `1.2 ± 0.3`, `arXiv 2004.00794` and dates such as 2026-11-30 on one line."""
+    for text in list(doctree.findall(nodes.Text)):
+        if isinstance(text.parent, (nodes.literal, nodes.FixedTextElement)):
+            continue
+        tied = re.sub(r"(\d) ([x±]) (?=\d)", "\\1\u00a0\\2\u00a0", text)
+        tied = re.sub(r"(\d) (?=(?:%|ms|s|min|h|kB|MB|MiB|GB|GB/s)(?!\w))", "\\1\u00a0", tied)
+        tied = re.sub(r"\b(arXiv|PyTorch|Python|torch) (?=\d)", "\\1\u00a0", tied)
+        # Every second part is a date.
+        parts = [tied] if isinstance(text.parent, nodes.title) else re.split(r"(\d{4}-\d\d-\d\d)", tied)
+        if parts != [text]:
+            whole = [
+                nodes.inline("", part, classes=["whole"]) if i % 2 else nodes.Text(part) for i, part in enumerate(parts)
+            ]
+            text.parent.replace(text, whole)
+
+
 def _keep_short_code_together(app, doctree):
-    """Mark code of a few words, such as `train --check`, so that the browser does not break it at a hyphen."""
+    """Mark code of a few words, such as `train --check`, so that the browser does not break it."""
     for code in doctree.findall(nodes.literal):
-        if len(code.astext()) <= 28:
+        if len(code.astext()) <= 40:
             code["classes"].append("short")
 
 
 def _prepare_tables(app, doctree):
-    """Keep `1.2 ± 0.3` on one line; let a table of text become a list of rows on a phone, where each cell has a label.
+    """Mark short cells of tables of numbers, and let a table of text become a list of rows on a phone.
 
-    The labels are the column headings. `site.css` hides them in a wide window. Tables of numbers stay tables.
+    `site.css` keeps the short cells on one line. In the list, each cell has a label: its column heading. `site.css`
+    hides the labels in a wide window. Tables of numbers stay tables.
     """
     for table in doctree.findall(nodes.table):
-        for text in list(table.findall(nodes.Text)):
-            if " ± " in text:
-                text.parent.replace(text, nodes.Text(text.replace(" ± ", "\u00a0±\u00a0")))
         head = next(iter(table.findall(nodes.thead)), None)
         body = next(iter(table.findall(nodes.tbody)))
-        if head is None or any("text-right" in entry["classes"] for entry in table.findall(nodes.entry)):
+        if any("text-right" in entry["classes"] for entry in table.findall(nodes.entry)):
+            for entry in body.findall(nodes.entry):
+                if len(entry.astext()) <= 26:
+                    entry["classes"].append("whole")
+            continue
+        if head is None:
             continue
         labels = [entry.astext() for entry in head[0]]
         if len(labels) < 3:
@@ -193,5 +231,7 @@ def setup(app):
     app.connect("autodoc-process-docstring", _read_docstring, priority=400)
     # Must run before viewcode adds its links and before Sphinx collects the table of contents.
     app.connect("doctree-read", _lay_out_signatures, priority=400)
+    app.connect("doctree-read", _lay_out_aliases)
     app.connect("doctree-read", _prepare_tables)
+    app.connect("doctree-read", _keep_units_together)
     app.connect("doctree-read", _keep_short_code_together)
