@@ -109,6 +109,8 @@ def _read_docstring(app, what, name, obj, options, lines):
             return f":py:obj:`{text} <semshift.{text}>`"
         if text in NAMES and "." in text:
             return f":py:obj:`{text}`"
+        if page := re.fullmatch(r"docs/([\w-]+)\.md", text):
+            return f":doc:`/{page[1]}`"
         return f"``{text}``"
 
     lines[:] = [re.sub(r"(?<!`)(?<!:)`([^`]+)`(?!`)", role, line) for line in lines]
@@ -156,61 +158,50 @@ def _lay_out_signatures(app, doctree):
             signature["_toc_name"] = f"{call}()" if call == "schedule" else call
 
 
+def _keep_units_together(app, doctree):
+    """Keep `36 ms`, `64 x 96` and `1.2 ± 0.3` on one line."""
+    for text in list(doctree.findall(nodes.Text)):
+        tied = re.sub(r"(\d) ([x±]) (?=\d)", "\\1\u00a0\\2\u00a0", text)
+        tied = re.sub(r"(\d) (?=(?:%|ms|s|MB|MiB|GB)(?!\w))", "\\1\u00a0", tied)
+        if tied != text and not isinstance(text.parent, (nodes.literal, nodes.FixedTextElement)):
+            text.parent.replace(text, nodes.Text(tied))
+
+
 def _keep_short_code_together(app, doctree):
-    """Mark code of a few words, such as `train --check`, so that the browser does not break it at a hyphen."""
+    """Mark code of a few words, such as `train --check`, so that the browser does not break it."""
     for code in doctree.findall(nodes.literal):
-        if len(code.astext()) <= 28:
+        if len(code.astext()) <= 40:
             code["classes"].append("short")
 
 
 def _prepare_tables(app, doctree):
-    """Keep `1.2 ± 0.3` on one line; let a table of text become a list of rows on a phone, where each cell has a label.
+    """Mark short cells of tables of numbers, and let a table of text become a list of rows on a phone.
 
-    The labels are the column headings. `site.css` hides them in a wide window. Tables of numbers stay tables, and so
-    do tables of two columns, unless long names in the first column leave little room for the second.
+    `site.css` keeps the short cells on one line. In the list, each cell has a label: its column heading. `site.css`
+    hides the labels in a wide window. Tables of numbers stay tables, and so do tables of two columns, unless long names
+    in the first column leave little room for the second.
     """
     for table in doctree.findall(nodes.table):
-        for text in list(table.findall(nodes.Text)):
-            kept = text.replace(" ± ", "\u00a0±\u00a0")
-            kept = re.sub(r"(?<=\d) %", "\u00a0%", kept)
-            if kept != text and not isinstance(text.parent, nodes.literal):
-                text.parent.replace(text, nodes.Text(kept))
         head = next(iter(table.findall(nodes.thead)), None)
         body = next(iter(table.findall(nodes.tbody)))
-        for row in body:
-            for text in list(row[0].findall(nodes.Text)):
-                # A shape, such as `2, 256, 128, 256, 19`.
-                kept = re.sub(r"\d+(, \d+){3,}", lambda match: match[0].replace(" ", "\u00a0"), text)
-                if kept != text:
-                    text.parent.replace(text, nodes.Text(kept))
-                    table["classes"].append("shapes")
-        if head is None or any("text-right" in entry["classes"] for entry in table.findall(nodes.entry)):
+        if any("text-right" in entry["classes"] for entry in table.findall(nodes.entry)):
+            for entry in body.findall(nodes.entry):
+                if len(entry.astext()) <= 26:
+                    entry["classes"].append("whole")
+            continue
+        if head is None:
             continue
         labels = [entry.astext() for entry in head[0]]
-        if len(labels) == 2:
-            names = [code.astext() for row in body for code in row[0].findall(nodes.literal)]
-            explained = sum(len(row[1].astext()) for row in body) / len(body)
-            if max(map(len, names), default=0) > 14 and explained > 30:
-                table["classes"].append("stacked")
-        if len(labels) < 3:
+        names = [code.astext() for row in body for code in row[0].findall(nodes.literal)]
+        explained = sum(len(row[1].astext()) for row in body) / len(body)
+        if len(labels) == 2 and (max(map(len, names), default=0) <= 14 or explained <= 30):
             continue
         table["classes"].append("stacked")
-        for row in body:
-            for label, entry in zip(labels[1:], row[1:]):
-                if not entry.astext().strip():
-                    continue
-                entry.insert(0, nodes.paragraph("", label, classes=["cell-label"]))
-
-
-def _mark_code_that_wraps(app, doctree):
-    """Mark the code blocks that a phone may wrap: commands, examples with `>>>`, and output without columns."""
-    for block in doctree.findall(nodes.doctest_block):
-        block["classes"].append("wrap")
-    for block in doctree.findall(nodes.literal_block):
-        language, lines = block.get("language", "default"), block.astext().splitlines()
-        has_columns = len(lines) > 1 and any("  " in line.strip() for line in lines)
-        if language in ("console", "bash", "pycon") or (language in ("text", "default") and not has_columns):
-            block["classes"].append("wrap")
+        if len(labels) > 2:
+            for row in body:
+                for label, entry in zip(labels[1:], row[1:]):
+                    if entry.astext().strip():
+                        entry.insert(0, nodes.paragraph("", label, classes=["cell-label"]))
 
 
 def _link_pictures(app, doctree):
@@ -221,39 +212,6 @@ def _link_pictures(app, doctree):
             image["width"] = f"{size[0]}px"
 
 
-def _let_long_names_break(app, doctree, docname):
-    """Let a browser break a long name in code after a dot, an underscore, a slash, a bracket, a comma or an equals.
-
-    This runs after Sphinx has collected the titles, so they contain no markup of this function.
-    """
-
-    def mark(name):
-        # A piece has at least nine characters, and an option stays whole.
-        return name[0] if name[0].startswith("-") else re.sub(r"(\S{8,}?[._/(=,])(?=\w{3})", "\\1\0", name[0])
-
-    for code in list(doctree.findall(nodes.literal)):
-        if isinstance(code.parent, nodes.title):
-            continue
-        for text in list(code.findall(nodes.Text)):
-            pieces = re.sub(r"\S{15,}", mark, text).split("\0")
-            broken = [nodes.Text(pieces[0])]
-            for piece in pieces[1:]:
-                broken += [nodes.raw("", "<wbr>", format="html"), nodes.Text(piece)]
-            if len(pieces) > 1:
-                text.parent.replace(text, broken)
-
-
-def _keep_options_together(app, pagename, templatename, context, doctree):
-    """Mark options such as `--data-root` in the commands that may wrap, so that the browser does not break them."""
-
-    def mark(match):
-        return re.sub(r"(?<=[\s>])(--?[A-Za-z][\w.=-]*)", r'<span class="option">\1</span>', match[0])
-
-    body = context.get("body", "")
-    body = re.sub(r'<span class="pre">(--?[A-Za-z][\w.=-]*)</span>', r'<span class="pre option">\1</span>', body)
-    context["body"] = re.sub(r'<div class="wrap highlight-.*?</pre>', mark, body, flags=re.DOTALL)
-
-
 def setup(app):
     """Connect the functions above to Sphinx."""
     app.connect("missing-reference", _link)
@@ -262,9 +220,7 @@ def setup(app):
     # Must run before viewcode adds its links and before Sphinx collects the table of contents.
     app.connect("doctree-read", _lay_out_signatures, priority=400)
     app.connect("doctree-read", _prepare_tables)
+    app.connect("doctree-read", _keep_units_together)
     app.connect("doctree-read", _keep_short_code_together)
-    app.connect("doctree-read", _mark_code_that_wraps)
     # Must run before Sphinx looks for pictures that have a width.
     app.connect("doctree-read", _link_pictures)
-    app.connect("doctree-resolved", _let_long_names_break)
-    app.connect("html-page-context", _keep_options_together)
