@@ -1,7 +1,7 @@
-"""A fixed weight of semantic alignment against `balanced_weight`, on the built-in scenes: `benchmarks/weights.py`.
+"""A fixed weight of semantic alignment against `balanced_weight`: `python benchmarks/weights.py`.
 
-The training is joint training with semantic alignment, as in `examples/ass.py` but without global alignment. All runs
-use the same images and the same initial weights. The scores are on validation images.
+The training is joint training with semantic alignment on the built-in scenes, as in `examples/ass.py` but without
+global alignment. All runs use the same images and the same initial weights. The scores are on validation images.
 """
 
 import argparse

@@ -110,12 +110,12 @@ def train(steps: int = 100, library: str = "torchvision") -> tuple[nn.Module, li
     log: list[dict[str, Tensor]] = []
     labelled = [load("target") for _ in range(2)]
     model: Any = MODELS[library]()
-    adam = torch.optim.Adam(model.parameters(), 5e-4)
+    adam = torch.optim.AdamW(model.parameters(), 5e-4)
     layer = model.get_submodule(LAYER[library])
     kept: deque[Tensor] = deque(maxlen=2)  # +
     layer.register_forward_hook(lambda m, _, x: kept.append(take(x)) if m is layer else None)  # +
     align = semshift.SemanticAlignment(CHANNELS, CLASSES)  # +
-    adam.add_param_group({"params": align.parameters(), "lr": 3e-3, "betas": (0.9, 0.99)})  # +
+    adam.add_param_group({"params": align.parameters(), "lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0})  # +
     for step in range(steps):
         images_s, labels_s = load("source")
         loss = cross_entropy(model(images_s), labels_s)

@@ -43,8 +43,7 @@ class Module(lightning.LightningModule):
         """One optimiser, with a higher rate for the head."""
         groups = [{"params": self.backbone.parameters(), "lr": 5e-4}]
         groups.append({"params": self.head.parameters(), "lr": 1e-3})
-        adam = {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0}  # +
-        groups.append({"params": self.align.parameters(), **adam})  # +
+        groups.append({"params": self.align.parameters(), "lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0})  # +
         return torch.optim.AdamW(groups)
 
     def training_step(self, batch: dict[str, tuple[Tensor, Tensor]], _: int) -> Tensor:

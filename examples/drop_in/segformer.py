@@ -54,11 +54,11 @@ def train(steps: int = 100, **options: Any) -> tuple[nn.Module, list[dict[str, T
     )
     config.output_hidden_states = True  # +
     model = SegformerForSemanticSegmentation(config)
-    adam = torch.optim.Adam(model.parameters(), 1e-3)
+    adam = torch.optim.AdamW(model.parameters(), 1e-3)
     loaders = loader("source", 4 * steps), loader("target", 8)
     model, adam, *loaders = accelerator.prepare(model, adam, *loaders)
     align = accelerator.prepare(semshift.SemanticAlignment(32, CLASSES, spectral_norm=True))  # +
-    adam.add_param_group({"params": align.parameters(), "lr": 3e-3, "betas": (0.9, 0.99)})  # +
+    adam.add_param_group({"params": align.parameters(), "lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0})  # +
     few = list(loaders[1])
     for step, batch_s in enumerate(loaders[0]):
         batch_t = few[step % len(few)]
@@ -66,7 +66,7 @@ def train(steps: int = 100, **options: Any) -> tuple[nn.Module, list[dict[str, T
         out_s, out_t = model(**batch_s), model(**batch_t)
         loss = out_s.loss + out_t.loss
         losses = align(out_s.hidden_states[-1], labels_s, out_t.hidden_states[-1], labels_t)  # +
-        loss += semshift.Sigmoid(0.0, 0.3, 50)(step) * losses.confusion + losses.discriminator  # +
+        loss = loss + semshift.Sigmoid(0.0, 0.3, 50)(step) * losses.confusion + losses.discriminator  # +
         adam.zero_grad()
         accelerator.backward(loss)
         adam.step()

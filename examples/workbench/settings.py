@@ -46,8 +46,8 @@ class NetworkSettings:
             have a stride.
         auxiliary: only for deeplab-v2: add a second classifier after the stage before the last, for losses on two
             levels.
-        init: weights to start from; by default random ones. For deeplab-v2: a state dict with torchvision's names. For
-            segformer: a folder that `save_pretrained` wrote. Other networks accept no `init`.
+        init: weights to start from, only for deeplab-v2 and segformer; by default their weights are random. For
+            deeplab-v2: a state dict with torchvision's names. For segformer: a folder that `save_pretrained` wrote.
         init_classifier: load the classifier from `init` too, if `init` has one.
         frozen_batch_norm: only for deeplab-v2: keep batch norm's statistics, weights and biases as they are in `init`.
     """

@@ -67,8 +67,9 @@ class SemanticAlignment(nn.Module):
     this batch or an earlier one. The buffer `seen` `[2, K]` (source, target) records which classes each domain has
     shown.
 
-    Train the module's parameters with a separate optimiser or parameter group. The module must stay in float32,
-    whatever the network's precision. Save the module's `state_dict` in your checkpoint.
+    Train the module's parameters with a separate optimiser or parameter group. Keep the module in float32
+    or float64, whatever the network's precision: in half precision it raises an error. Save the module's `state_dict`
+    in your checkpoint.
 
     With `torch.distributed` initialised, every rank must call the module and run the backward. The losses are then
     computed over the batch of all ranks. After the backward, every rank holds the whole gradient of the discriminator,

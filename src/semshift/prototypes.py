@@ -46,8 +46,8 @@ class PrototypeBank(nn.Module):
     far. After j later updates of the class, a feature has the weight `m ** j`. So an update counts in proportion to its
     mass. Starting from 0 causes no bias, since it affects `S_k` and `M_k` alike.
 
-    The state is two buffers without gradients, which the `state_dict` includes. The bank must stay in float32, whatever
-    the model's precision: after a cast to half precision it raises an error.
+    The state is two buffers without gradients, which the `state_dict` includes. Keep the bank in float32 or float64,
+    whatever the model's precision: after a cast to half precision it raises an error.
 
     Args:
         in_channels: C, the length of a prototype, at least 1.

@@ -142,7 +142,8 @@ def test_every_module_has_a_page_with_its_names(module):
     assert page.split("automodule")[0].count(".. py:currentmodule:: semshift\n") == 1
     assert page.split("automodule")[1].count(".. py:currentmodule:: semshift\n") == 1
     # The page links to a guide that uses these names.
-    assert re.search(r"\]\(\.\./[\w-]+\.md[)#]", page)
+    before = re.split(r"^\.\. auto(?:class|data|function)::", page, flags=re.MULTILINE)[0]
+    assert re.search(r"\]\(\.\./[\w-]+\.md[)#]", before)
     index = (ROOT / "docs" / "api" / "index.md").read_text()
     assert f"]({module}.md)" in index
     (row,) = (line for line in index.splitlines() if f"]({module}.md)" in line)

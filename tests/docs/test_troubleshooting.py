@@ -332,7 +332,9 @@ def test_message(title):
     promised, cut = " ".join(words).removesuffix(" ..."), words[-1] == "..."
     with pytest.raises((TypeError, ValueError, RuntimeError, IndexError)) as caught:
         CALLS[title]()
-    message = " ".join(str(caught.value).split())
+    message = str(caught.value)
+    assert cut or "\n" not in message
+    message = " ".join(message.split())
     assert message.startswith(promised) if cut else message == promised
 
 

@@ -1,4 +1,4 @@
-"""examples/drop_in: each program adds at most six lines, and they keep the promise of docs/drop-in.md."""
+"""examples/drop_in: each program adds at most six lines (eight with a hook), and keeps the promise of docs/drop-in.md."""
 
 import re
 import sys
@@ -75,7 +75,8 @@ def test_at_most_six_lines(name):
     # The hook needs two more, as the page says.
     assert 0 < len(added) <= (8 if name == "hook" else 6)
     # The discriminator's optimiser is among them.
-    assert name == "pipeline" or all(part in "".join(added) for part in ("align.parameters()", '"lr"'))
+    groups = [line for line in added if "align.parameters()" in line and '"lr"' in line]
+    assert name == "pipeline" or len(groups) == 1
     # Without them the program has no semshift.
     assert "semshift." not in re.sub(r"`.*?`", "", versions(PROGRAMS[name])[0])
 

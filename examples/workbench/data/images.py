@@ -103,8 +103,8 @@ def _read_names(file: str, target: Samples, candidates: Sequence[int], data_root
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise InputError(
-            f"expected labelled to be a number of at least 1, a text file of names or null, got {file}; no such file "
-            f"is in the current folder{'' if data_root is None else f' or in {data_root}'}"
+            f"expected labelled to be a number of at least 1, a text file of names or null, got {file}, which is not "
+            f"a file{'' if data_root is None else f', also not in {data_root}'}"
         )
     try:
         lines = unicodedata.normalize("NFC", found.read_text(encoding="utf-8-sig")).splitlines()

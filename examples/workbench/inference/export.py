@@ -145,7 +145,7 @@ def _compare(network: Trained, run: Run) -> str:
             )
         chosen = own.gather(1, logits.argmax(1, keepdim=True))[:, 0]
         share = float((chosen >= own.amax(1) - 1e-4 * own.abs().amax()).float().mean())
-        # `not >=` rather than `<`: a NaN must fail too.
+        # Where the run's own logits are NaN, the comparison above is False: such pixels count as different.
         if not share >= (1.0 if (height, width) == size else SHARE):
             raise MachineError(
                 f"the program must predict the run's classes, got only {100 * share:.2f} % of the pixels equal at "

@@ -76,7 +76,7 @@ class Pretrained(NamedTuple):
         prefix = f", without the prefix {self.prefix}" if self.prefix else ""
         return (
             f"{self.file}: {len(self.loaded)} tensors loaded as {self.origin} weights ({how}){prefix}\n"
-            f"new, not in the file: {_listed(self.missing)}\nin the file, not used: {_listed(self.left_over)}"
+            f"not loaded: {_listed(self.missing)}\nin the file, not used: {_listed(self.left_over)}"
         )
 
 

@@ -236,7 +236,9 @@ def _draw_runs(axes: Axes, values: pd.DataFrame, *, sign: str) -> None:
 
 def style_rows(axes: Axes, ticks: int = 5) -> None:
     """Style axes with a line for each row of a study, and a scale of at least five points."""
-    _limit(axes.set_xlim, axes.dataLim.intervalx)
+    # Panels may share the scale, which then holds the data of all.
+    spans = [each.dataLim.intervalx for each in axes.get_shared_x_axes().get_siblings(axes)]
+    _limit(axes.set_xlim, (min(low for low, _ in spans), max(high for _, high in spans)))
     axes.xaxis.set_major_locator(MaxNLocator(ticks - 1, integer=True))
     axes.grid(axis="x", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -77,7 +77,7 @@ def draw_summary(path: Path, found: Results) -> None:
             axes.set_xlabel(f"points against {study.baseline}\nworse  ←  →  better")
             _draw_differences(axes, study, results, rows)
         for axes in all_axes:
-            # After all panels, whose scale is one.
+            # After all panels are drawn: they share a scale that holds the data of all.
             style_rows(axes)
         all_axes[0].set_yticks(range(len(rows)), rows)
         all_axes[0].set_ylim(len(rows) - 0.4, -0.7)

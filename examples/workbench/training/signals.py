@@ -24,7 +24,10 @@ _WRITE = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal stopped the command after it had written its files. Like Ctrl-C, no `except Exception` catches it."""
+    """A signal stopped the command. During training, the checkpoint is written first.
+
+    Like Ctrl-C, no `except Exception` catches it.
+    """
 
     def __init__(self, signum: int, left: str = "") -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}{left and f': {left}'}")

@@ -190,7 +190,7 @@ def test_torchvision_weights_load_into_the_backbone(tmp_path):
     assert set(loaded.left_over) == FC.keys()
     first, missing, left_over = str(loaded).splitlines()
     mentions(first, tmp_path / "resnet101.pth", 624, "torchvision", "RGB", "3x3")
-    assert missing == "new, not in the file: " + ", ".join(head("layer5", 2048, 5))
+    assert missing == "not loaded: " + ", ".join(head("layer5", 2048, 5))
     assert left_over == "in the file, not used: fc.weight, fc.bias"
 
 
@@ -206,7 +206,7 @@ def test_published_checkpoints_load_whole(prefix, tmp_path):
     assert len(loaded.missing) == 53
     first, missing, left_over = str(loaded).splitlines()
     mentions(first, "caffe", "BGR", "1x1", f"prefix {prefix}")
-    assert (missing, left_over) == ("new, not in the file: 53 x num_batches_tracked", "in the file, not used: nothing")
+    assert (missing, left_over) == ("not loaded: 53 x num_batches_tracked", "in the file, not used: nothing")
 
 
 def test_a_classifier_can_be_left_out(model, tmp_path):

@@ -179,8 +179,10 @@ def test_the_report_stands_beside_the_records(tmp_path):
         table = write_report(STUDY, found, tmp_path / f"{name}.json", "python -m examples.workbench study a")
         text = (tmp_path / f"{name}.md").read_text(encoding="utf-8")
         assert text.startswith(table)
-        assert text.endswith("\n\n`python -m examples.workbench study a`\n")
-        assert re.findall(r"!\[.+\]\((.+)\)", text) == [f"{name}.png"] + ["b-curves.png"] * (name == "b")
+        *pictures, command = text.removeprefix(table).strip().split("\n\n")
+        assert command == "`python -m examples.workbench study a`"
+        found = [re.fullmatch(r"!\[.+\]\((.+)\)", picture)[1] for picture in pictures]
+        assert found == [f"{name}.png"] + ["b-curves.png"] * (name == "b")
     assert {path.name for path in tmp_path.iterdir()} == {"a.md", "a.png", "b.md", "b.png", "b-curves.png"}
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with refuses(InputError, tmp_path / "c.json", STUDY.title, "none"):

@@ -70,12 +70,27 @@ def test_the_figure_has_a_panel_for_each_study_and_a_dot_for_each_seed(monkeypat
     assert panels[0].get_xlim() == panels[1].get_xlim()
 
 
+@pytest.mark.parametrize("order", [list(FOUND), list(FOUND)[::-1]], ids="-".join)
+def test_the_shared_scale_holds_the_data_of_every_panel(order, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(summary, "save_figure", lambda figure, path: drawn.append(figure))
+    draw_summary(tmp_path / "a.png", {name: FOUND[name] for name in order})
+    panels = drawn[0].axes
+    low, high = panels[0].get_xlim()
+    spans = [axes.dataLim.intervalx for axes in panels]
+    assert low < min(span[0] for span in spans)
+    assert high > max(span[1] for span in spans)
+    assert len({tuple(span) for span in spans}) == len(panels)
+
+
 def test_table_and_figure_stand_beside_each_other(tmp_path):
     table = write_summary(FOUND, tmp_path / "all.md", "python -m examples.workbench study first second")
     text = (tmp_path / "all.md").read_text(encoding="utf-8")
     assert text.startswith(table)
-    assert "](all.png)" in text
-    assert text.endswith("\n\n`python -m examples.workbench study first second`\n")
+    picture, command = text.removeprefix(table).split("\n\n")[-2:]
+    assert re.fullmatch(r"\n?!\[.+\]\(all.png\)", picture)
+    assert command == "`python -m examples.workbench study first second`\n"
+    assert text == f"{table}\n{picture.strip()}\n\n{command}"
     assert {path.name for path in tmp_path.iterdir()} == {"all.md", "all.png"}
 
 
