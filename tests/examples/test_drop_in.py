@@ -1,4 +1,4 @@
-"""examples/drop_in: each program adds at most six lines (eight with a hook), and keeps the promise of docs/drop-in.md."""
+"""examples/drop_in: each program adds at most six lines (a hook eight), and keeps the promise of docs/drop-in.md."""
 
 import re
 import sys
