@@ -51,7 +51,7 @@ def warnings(out):
 def test_faults_of_both_discriminators_in_runs(tmp_path, capsys):
     """One that does not learn is at chance; a weight too high dominates, one too low is silent."""
     for change, kind, words in (
-        ({"learning_rate": 1e-12}, "chance", ("raise", "{}_alignment.learning_rate 1e-12")),
+        ({"learning_rate": 1e-12}, "chance", ("Raise its learning rate", "{}_alignment.learning_rate 1e-12")),
         ({"weight": 1000.0}, "dominates", ("lower", "{}_alignment.weight 1000")),
         ({"weight": 1e-7}, "silent", ("raise", "{}_alignment.weight 1e-07")),
     ):
