@@ -95,7 +95,7 @@ def test_table_and_figure_stand_beside_each_other(tmp_path):
 
 
 def test_the_summary_and_its_page_have_the_figures_of_the_records():
-    """docs/results.md has the scores and the differences in two tables; bold print, words and minutes are its own."""
+    """docs/results.md has the scores and the differences in two tables, README some differences; words are their own."""
     docs = Path(__file__).parents[4] / "docs"
     found = {}
     for name in ("kitti-camvid", "idd-camvid", "airsim-camvid"):
@@ -116,3 +116,7 @@ def test_the_summary_and_its_page_have_the_figures_of_the_records():
     assert len(lines) == 14
     assert {row: cells.split(" | ") for row, cells, minutes in lines if minutes} == scores
     assert {row: cells.split(" | ") for row, cells, minutes in lines if not minutes} == differences
+    readme = (docs.parent / "README.md").read_text().replace("**", "")
+    lines = re.findall(r"^\| `([\w-]+)`[^|]* \| ([^|]+ ± [^|]+ \| [^|]+ \| [^|]+?) \|$", readme, re.MULTILINE)
+    assert {row for row, _ in lines} == {"labelled-only", "self-training", "semantic", "ass"}
+    assert all(cells.split(" | ") == differences[row] for row, cells in lines)
