@@ -95,7 +95,7 @@ def test_table_and_figure_stand_beside_each_other(tmp_path):
 
 
 def test_the_summary_and_its_page_have_the_figures_of_the_records():
-    """docs/results.md has the scores and the differences in two tables, README some differences; words are their own."""
+    """docs/results.md has the scores and the differences in two tables, README some differences. Words are free."""
     docs = Path(__file__).parents[4] / "docs"
     found = {}
     for name in ("kitti-camvid", "idd-camvid", "airsim-camvid"):
