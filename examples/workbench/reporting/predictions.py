@@ -6,12 +6,12 @@ import numpy as np
 from torch import nn
 
 from examples.scenes import Sample
-from examples.workbench.data.samples import Samples
+from examples.workbench.data.samples import Samples, Subset
 from examples.workbench.data_settings import Data
 from examples.workbench.reporting.scores import predict
 from examples.workbench.reporting.style import IGNORED, STRIPE, class_colours
 
-__all__ = ["choose_shown", "draw_predictions", "paint_classes"]
+__all__ = ["choose_shown", "draw_predictions", "paint_classes", "spread"]
 
 _SHOWN, _LONGEST = 4, 512
 """Number of images in a report, and the longest side of an image in it, in pixels."""
@@ -19,8 +19,14 @@ _SHOWN, _LONGEST = 4, 512
 
 def choose_shown(samples: Samples) -> list[Sample]:
     """A few images, evenly spaced from the first to the last."""
-    indices = np.linspace(0, len(samples) - 1, min(_SHOWN, len(samples))).round().astype(int)
-    return [samples[index] for index in indices.tolist()]
+    few = spread(samples, _SHOWN)
+    return [few[index] for index in range(len(few))]
+
+
+def spread(samples: Samples, most: int) -> Samples:
+    """At most `most` of the images, evenly spaced from the first to the last."""
+    indices = np.linspace(0, len(samples) - 1, min(most, len(samples))).round().astype(int)
+    return Subset(samples, indices.tolist())
 
 
 def draw_predictions(segmenter: nn.Module, samples: Samples, data: Data) -> list[np.ndarray]:

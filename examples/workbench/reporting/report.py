@@ -19,10 +19,10 @@ from torch import nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from examples.scenes import Sample
-from examples.workbench.data.samples import Samples, Subset
+from examples.workbench.data.samples import Samples
 from examples.workbench.data_settings import Data
 from examples.workbench.files import save_figure
-from examples.workbench.reporting.predictions import choose_shown, paint_classes
+from examples.workbench.reporting.predictions import choose_shown, paint_classes, spread
 from examples.workbench.reporting.prototypes import draw_prototypes, pool_prototypes
 from examples.workbench.reporting.scores import predict
 from examples.workbench.reporting.style import BLUE, IGNORED, ORANGE, STRIPE, STYLE, class_colours
@@ -64,7 +64,7 @@ def draw_report(
     data, segmenters = settings.data, [before, after]
     if not len(validation):
         raise ValueError("there is no labelled target image to draw")
-    shown, counted = choose_shown(validation), _spread(validation)
+    shown, counted = choose_shown(validation), spread(validation, _COUNTED)
     iou = {name: _class_iou(segmenter, counted, data) for name, segmenter in segmenters}
     row = 2.25 * min(max(sample.image.shape[0] / sample.image.shape[1] for sample in shown), 1.2) + 0.35
     columns = _legend_columns(data)
@@ -89,12 +89,6 @@ def draw_report(
 
 _WIDTH = 10.0
 """Inches at which the text is readable where a page is 900 pixels wide."""
-
-
-def _spread(samples: Samples) -> Samples:
-    """At most `_COUNTED` of the images, evenly spaced."""
-    indices = np.linspace(0, len(samples) - 1, min(_COUNTED, len(samples))).round().astype(int)
-    return Subset(samples, indices.tolist())
 
 
 def _class_iou(segmenter: nn.Module, samples: Samples, data: Data) -> np.ndarray:
@@ -263,7 +257,7 @@ def _draw_all_prototypes(
     figure: SubFigure, source: Samples, target: Samples, segmenters: Sequence[Named], data: Data
 ) -> None:
     """The prototypes of both domains in each segmenter."""
-    domains = [(_spread(source), data.source_crop), (_spread(target), data.size)]
+    domains = [(spread(source, _COUNTED), data.source_crop), (spread(target, _COUNTED), data.size)]
     panels = figure.subplots(1, 2)
     pairs = [
         (pool_prototypes(segmenter, *domains[0], data), pool_prototypes(segmenter, *domains[1], data))
