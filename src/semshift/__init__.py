@@ -5,7 +5,8 @@ Every public name is `semshift.NAME`; the modules are where the code lives.
 
 import torch as _torch
 
-from semshift.alignment import AlignmentLosses, GlobalAlignment, SemanticAlignment, balanced_weight
+from semshift.alignment import AlignmentLosses, GlobalAlignment, SemanticAlignment
+from semshift.balancing import balanced_weight
 from semshift.contrast import prototype_contrast_loss
 from semshift.discriminators import ClassPixelDiscriminator, FCDiscriminator, PrototypeDiscriminator, frozen
 from semshift.distributed import all_gather, all_reduce_sum, average_gradients
